@@ -1,0 +1,346 @@
+"""Products with M that never build M: one bilinear map, its three products, each a convolution.
+
+A convolution is a trilinear form in kernel, input and output cotangent. Fixing two of the three gives
+
+    y = M(k) x        "y" from (k, x)
+    x = M(k)^T y      "x" from (k, y)
+    k = X(x)^T y      "k" from (x, y)
+
+and each of these products, differentiated or transposed, is another of them. One JAX primitive holds
+all three, so every derivative of any order runs through the code of this file, and none through the
+convolutions that JAX would derive: those read out of bounds or abort on CPU when a padding turns
+negative, and are slow where a stride becomes an input dilation.
+
+What reaches ``lax.conv_general_dilated`` is always of the kind that is safe and fast everywhere:
+channels last, no input dilation (split into phases instead) and no negative padding (cropped before).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jaxconv_fc.axis import Axis, Phase
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+def apply(spec: ConvSpec, kernel: Any, x: Any, *, precision: Any = None) -> jax.Array:
+    """``M x``: the convolution of one example, ``as_matrix(spec, kernel) @ x.ravel()``, reshaped.
+
+    Linear in ``kernel`` and in ``x``, differentiable in both to any order, forward and reverse; its
+    transpose with respect to ``x`` is :func:`apply_transpose`. Right, gradients included, also for the
+    geometries where ``lax.conv_general_dilated`` on CPU is not. Use ``jax.vmap`` for a batch: it becomes
+    the batch of one convolution.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      x: array of shape ``spec.in_shape`` and the kernel's dtype.
+      precision: as in ``lax.conv_general_dilated``; on GPU and TPU ``"highest"`` for full float32.
+
+    Returns:
+      Array of shape ``spec.out_shape``.
+
+    Raises:
+      TypeError: dtypes differ, or are bool.  ValueError: a shape is not the spec's.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.apply(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 0., 3.]])))
+    [[1. 0. 6.]]
+    """
+    kernel, x = _operands(spec, kernel, "x", x, spec.in_shape)
+    return _product("y", spec, kernel, x, precision=precision)
+
+
+def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = None) -> jax.Array:
+    """``M^T y``: ``as_matrix(spec, kernel).T @ y.ravel()``, reshaped. For M^H conjugate the kernel.
+
+    The transpose of the convolution, for every geometry: remainders of strides, negative padding,
+    groups, and boundary modes (where it folds the copies in the padding back). It is what
+    ``jax.linear_transpose`` of :func:`apply` computes. Integers work, where JAX's own adjoint is a
+    silent ``float0``.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      y: array of shape ``spec.out_shape`` and the kernel's dtype.
+      precision: as in :func:`apply`.
+
+    Returns:
+      Array of shape ``spec.in_shape``.
+
+    Raises:
+      As :func:`apply`.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.apply_transpose(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 3.]])))
+    [[1. 2. 3. 6.]]
+    """
+    kernel, y = _operands(spec, kernel, "y", y, spec.out_shape)
+    return _product("x", spec, kernel, y, precision=precision)
+
+
+def _operands(
+    spec: ConvSpec, kernel: Any, name: str, value: Any, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    value = as_operand(name, value, shape)
+    if kernel.dtype != value.dtype:
+        raise TypeError(
+            f"kernel is {kernel.dtype} and {name} {value.dtype}: cast one, e.g. "
+            f"{name}.astype(kernel.dtype)."
+        )
+    if kernel.dtype == jnp.bool_:
+        raise TypeError(f"kernel and {name} are bool, which have no sums: cast both with .astype(jnp.int32).")
+    return kernel, value
+
+
+# -- the primitive -----------------------------------------------------------------------------
+#
+# Operands may carry leading batch axes. `batches` names, for each of them in order, the roles that
+# have it: "xy" is an ordinary batch, "kxy" one kernel per example, "ky" many kernels on one input.
+# A batch axis that the result does not have is summed over. So a transpose permutes roles and keeps
+# `batches`, and a vmap puts one more entry in front.
+
+_OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
+
+product_p = Primitive("conv_product")
+
+
+def _product(
+    out: str, spec: ConvSpec, a: jax.Array, b: jax.Array, *, precision: Any, batches: tuple[str, ...] = ()
+) -> jax.Array:
+    return product_p.bind(a, b, out=out, spec=spec, batches=batches, precision=precision)
+
+
+def _abstract(a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any) -> Any:
+    sizes = {}
+    for operand, role in zip((a, b), _OPERANDS[out], strict=True):
+        lead = [i for i, roles in enumerate(batches) if role in roles]
+        sizes |= dict(zip(lead, operand.shape, strict=False))
+    lead = tuple(sizes[i] for i, roles in enumerate(batches) if out in roles)
+    return jax.core.ShapedArray(lead + _role_shape(spec, out), a.dtype)
+
+
+def _role_shape(spec: ConvSpec, role: str) -> tuple[int, ...]:
+    return {"k": spec.rhs_shape, "x": spec.in_shape, "y": spec.out_shape}[role]
+
+
+def _cotangent(operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, **params: Any) -> jax.Array:
+    """The cotangent of one operand: the product that has this operand's role as its result."""
+    roles = _OPERANDS[out]
+    given = {out: ct, roles[1 - operand]: (a, b)[1 - operand]}
+    wanted = roles[operand]
+    return product_p.bind(*(given[role] for role in _OPERANDS[wanted]), out=wanted, **params)
+
+
+def _batched(args: Any, dims: Any, *, out: str, batches: tuple[str, ...], **params: Any) -> Any:
+    fronted = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True)]
+    roles = {out, *(role for role, d in zip(_OPERANDS[out], dims, strict=True) if d is not None)}
+    label = "".join(role for role in "kxy" if role in roles)
+    return product_p.bind(*fronted, out=out, batches=(label, *batches), **params), 0
+
+
+def _evaluate(
+    a: jax.Array, b: jax.Array, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any
+) -> jax.Array:
+    """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
+    roles = _OPERANDS[out]
+    stacked = [i for i, label in enumerate(batches) if "k" in label]
+    shared = [i for i, label in enumerate(batches) if "k" not in label]
+    operands = []
+    for role, value in zip(roles, (a, b), strict=True):
+        lead = [i for i, label in enumerate(batches) if role in label]
+        first = [i for i in stacked if i in lead]
+        if role != "k":
+            value = jnp.moveaxis(value, [lead.index(i) for i in first], range(len(first)))
+            sizes = value.shape[len(first) : len(lead)]
+            value = value.reshape(*value.shape[: len(first)], -1 if value.size else int(np.prod(sizes)),
+                                  *value.shape[len(lead) :])  # fmt: skip
+            batch_sizes = sizes
+        operands.append(value)
+    compute = partial(_PRODUCTS[out], spec, precision)
+    for i in reversed(stacked):
+        compute = _stack(compute, [0 if role in batches[i] else None for role in roles], out in batches[i])
+    result = compute(*operands)
+    if out == "k":
+        return result
+    first = [i for i in stacked if out in batches[i]]
+    result = result.reshape(*result.shape[: len(first)], *batch_sizes, *_role_shape(spec, out))
+    lead = [i for i, label in enumerate(batches) if out in label]
+    return jnp.moveaxis(result, range(len(lead)), [lead.index(i) for i in first + shared])
+
+
+def _stack(compute: Callable[..., jax.Array], in_axes: list[int | None], kept: bool) -> Callable[..., jax.Array]:
+    mapped = jax.vmap(compute, in_axes)
+    return mapped if kept else lambda *operands: mapped(*operands).sum(0)
+
+
+_jitted = jax.jit(_evaluate, static_argnames=("out", "spec", "batches", "precision"))
+product_p.def_impl(_jitted)
+product_p.def_abstract_eval(_abstract)
+mlir.register_lowering(product_p, mlir.lower_fun(_evaluate, multiple_results=False))
+ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
+batching.primitive_batchers[product_p] = _batched
+
+
+# -- the three products, on a batch ------------------------------------------------------------
+#
+# Canonical arrays: inputs (batch, spatial..., in channels), outputs (batch, spatial..., out channels),
+# kernels (taps..., in channels of a group, out channels). A batch group is a feature group whose
+# channels lie in another batch entry, so there is one kind of group.
+
+
+def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    axes = [a.inner for a in spec.axes]
+    kernel = jnp.transpose(kernel, spec.kernel_order)
+    y = _correlate(axes, _read(spec, x), kernel, spec.groups, 1, precision)
+    return _from_canonical(y, spec.out_order)
+
+
+def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
+    """Correlation with the kernel turned around: taps reversed, channels exchanged in each group."""
+    axes = [a.inner.transpose() for a in spec.axes]
+    kernel = lax.rev(jnp.transpose(kernel, spec.kernel_order), range(len(axes)))
+    taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)
+    kernel = jnp.swapaxes(kernel, -1, -3).reshape(*taps, outputs // spec.groups, spec.groups * inputs)
+    x = _correlate(axes, _to_canonical(y, spec.out_order), kernel, spec.groups, 1, precision)
+    return _unread(spec, x)
+
+
+def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Correlation of inputs with cotangents, whose outputs are the taps (MATHS 2)."""
+    x = jnp.swapaxes(_read(spec, x), 0, -1)  # channels are the batch, in as many batch groups
+    y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)
+    shape = (spec.group_channels, *(a.taps for a in spec.axes), spec.out_channels)
+    if not x.size or not y.size:
+        kernel = jnp.zeros(shape, x.dtype)
+    else:
+        axes = [a.inner.kernel_gradient() for a in spec.axes]
+        kernel = _correlate(axes, x, y, 1, spec.groups, precision)
+    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), np.argsort(spec.kernel_order))
+
+
+_PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}
+
+
+def _to_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
+    return jnp.transpose(value, (0, *(1 + i for i in order)))
+
+
+def _from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
+    return jnp.transpose(value, (0, *(1 + i for i in np.argsort(order))))
+
+
+def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """Canonical input, padded by a boundary mode: position ``j`` is a copy of ``source(j)``."""
+    x = _to_canonical(x, spec.in_order)
+    x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)
+    for i, axis in enumerate(spec.axes, start=1):
+        if axis.padded_size != axis.size:
+            source = axis.source(lax.iota(jnp.int32, axis.padded_size))
+            x = jnp.take(x, source, axis=i, mode="clip")
+    return x
+
+
+def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """The transpose of :func:`_read`: every copy is added to the position it was made from."""
+    for i, axis in enumerate(spec.axes, start=1):
+        if axis.padded_size != axis.size:
+            source = axis.source(lax.iota(jnp.int32, axis.padded_size))
+            folded = jnp.zeros((*x.shape[:i], axis.size, *x.shape[i + 1 :]), x.dtype)
+            x = folded.at[(slice(None),) * i + (source,)].add(x)
+    canonical = [spec.in_shape[i] for i in spec.in_order]
+    return _from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
+
+
+# -- correlation, reduced to what lax does well ------------------------------------------------
+
+
+def _correlate(
+    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, batch_groups: int, precision: Any
+) -> jax.Array:
+    """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
+
+    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.phases`). Residues with
+    the same relation differ only in their taps, so they are computed as more output channels.
+    """
+    dims, features = len(axes), rhs.shape[-1]
+    shape = (lhs.shape[0] // batch_groups, *(a.out_size for a in axes), features)
+    if not lhs.size or not rhs.size or 0 in shape:
+        return jnp.zeros(shape, lhs.dtype)
+    phases = [axis.phases() for axis in axes]
+    families = [_families(p) for p in phases]
+
+    def block(choice: Sequence[list[int]]) -> jax.Array:
+        """(batch, positions..., out, residues...) of one family of residues per axis."""
+        inner = [phases[i][family[0]].axis for i, family in enumerate(choice)]
+        result = (shape[0], *(a.out_size for a in inner), features, *map(len, choice))
+        if not all(a.taps for a in inner):  # outputs that fall between all inputs
+            return jnp.zeros(result, lhs.dtype)
+        kernel = rhs
+        for i, family in enumerate(choice):
+            kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
+        kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)
+        return _window(inner, lhs, kernel, groups, batch_groups, precision).reshape(result)
+
+    def assemble(choice: tuple[list[int], ...]) -> jax.Array:
+        if len(choice) == dims:
+            return block(choice)
+        i = len(choice)
+        parts = [assemble((*choice, family)) for family in families[i]]
+        order = np.argsort(list(itertools.chain.from_iterable(families[i])))
+        return jnp.concatenate(parts, axis=2 + dims + i)[(..., order) + (slice(None),) * (dims - 1 - i)]
+
+    y = assemble(())
+    beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
+    y = jnp.transpose(y, (0, *beside, 1 + dims))
+    y = y.reshape(shape[0], *(p[0].axis.out_size * len(p) for p in phases), features)
+    return y[(slice(None), *(slice(a.out_size) for a in axes))]
+
+
+def _families(phases: Sequence[Phase]) -> list[list[int]]:
+    """Residues grouped by equal relation."""
+    families: dict[Axis, list[int]] = {}
+    for c, phase in enumerate(phases):
+        families.setdefault(phase.axis, []).append(c)
+    return list(families.values())
+
+
+def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
+    return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
+
+
+def _window(
+    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, batch_groups: int, precision: Any
+) -> jax.Array:
+    """Correlation without input dilation: the only place that calls lax's convolution."""
+    pads = [(a.lo, a.hi) for a in axes]
+    if any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
+        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
+        pads = [(0, 0)] * len(axes)
+    d = len(axes)
+    last = (0, d + 1, *range(1, d + 1))
+    convolve = partial(
+        lax.conv_general_dilated,
+        window_strides=[a.stride for a in axes],
+        padding=pads,
+        rhs_dilation=[a.rhs_dilation for a in axes],
+        dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
+        feature_group_count=groups,
+        batch_group_count=batch_groups,
+        precision=precision,
+    )
+    return convolve(lhs, rhs)

@@ -1,0 +1,287 @@
+"""The matrix of a convolution, whole or by rows and columns, as a jnp scatter of kernel entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Ints
+from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense
+
+
+def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """The dense matrix M of a convolution: ``M @ x.ravel() == conv(x, kernel).ravel()``.
+
+    ``M[(d, o), (c, t)] = sum of kernel[d, i, p]`` over the taps ``p`` through which output position
+    ``o`` reads input position ``t``, where ``c = (d // (O/G)) * (C/G) + i`` (MATHS 1). At most one tap
+    does in zeros mode; in the other padding modes several can, and they add.
+
+    M is linear in the kernel, and structural zeros are 0 whatever the kernel holds (an Inf or NaN tap
+    fills its own entries only; that ``0 * Inf`` is NaN in the dense *product* is another matter, where
+    a dense product differs from a convolution and from a sparse one). A bool kernel gives a bool
+    matrix, a mask: taps that meet are or-ed.
+
+    Args:
+      spec: the geometry, from :func:`conv_spec`.
+      kernel: array of shape ``spec.rhs_shape``, any dtype.
+
+    Returns:
+      Array of shape ``spec.shape`` and the kernel's dtype: rows are output neurons.
+
+    Raises:
+      TypeError: the kernel is not an array.
+      ValueError: the kernel has another shape, or M is beyond the memory limit.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.as_matrix(spec, jnp.array([[[1, 2]]])))
+    [[1 2 0 0]
+     [0 1 2 0]
+     [0 0 1 2]]
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    check_dense("as_matrix", spec, spec.shape, kernel.dtype, "apply")
+    return _matrix(spec, kernel)
+
+
+@jax.jit
+def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *_taps(spec))
+    grid = _grid(dims, spec.index_dtype)
+    d, i, positions, taps = grid[0], grid[1], grid[2 : 2 + len(spec.axes)], grid[2 + len(spec.axes) :]
+    values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
+    rows, columns = spec.row(positions, d), _columns(spec, d, i, positions, taps)
+    return _scatter(spec, spec.shape, dims, rows, columns, values)
+
+
+def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
+    """``(M, b)`` with ``conv(x, kernel) + bias == (M @ x.ravel() + b).reshape(spec.out_shape)``.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      bias: one entry per output channel, shape ``(out_channels,)``, or a map of ``spec.out_shape``.
+
+    Returns:
+      M as :func:`as_matrix` gives it, and b of shape ``(spec.out_size,)``.
+
+    Raises:
+      TypeError, ValueError: as :func:`as_matrix`, and for a bias of another shape or dtype.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 3), (2, 1, 2), (1,), "VALID")
+    >>> matrix, vector = fc.as_affine(spec, jnp.ones((2, 1, 2)), jnp.array([0.5, -1.0]))
+    >>> print(vector)
+    [ 0.5  0.5 -1.  -1. ]
+    """
+    matrix = as_matrix(spec, kernel)
+    bias = as_array("bias", bias)
+    if bias.dtype != matrix.dtype:
+        raise TypeError(f"bias is {bias.dtype}, the kernel {matrix.dtype}: cast one, bias.astype(kernel.dtype).")
+    if bias.shape == spec.out_shape:
+        return matrix, bias.ravel()
+    if bias.shape != (spec.out_channels,):
+        raise ValueError(
+            f"bias must have shape ({spec.out_channels},), one entry per output channel, or the output's "
+            f"shape {spec.out_shape}, got {bias.shape}."
+        )
+    channel_axis = spec.out_order[-1]
+    others = [i for i in range(len(spec.out_shape)) if i != channel_axis]
+    return matrix, jnp.broadcast_to(jnp.expand_dims(bias, others), spec.out_shape).ravel()
+
+
+def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
+    """Rows of M, ``as_matrix(spec, kernel)[rows]``, at the cost of the rows asked for.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      rows: 1-D integers, static or traced; negative ones count from the end. A traced row out of
+        range comes back as ``jnp.take`` fills it (NaN, or the lowest integer).
+
+    Returns:
+      Array of shape ``(len(rows), spec.in_size)``.
+
+    Raises:
+      TypeError: rows are not integers.  ValueError: they are not 1-D.  IndexError: out of range.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.matrix_rows(spec, jnp.array([[[1, 2]]]), [-1, 0]))
+    [[0 0 1 2]
+     [1 2 0 0]]
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    index, inside = _index("rows", rows, spec.out_size, spec)
+    shape = (index.shape[0], spec.in_size)
+    check_dense("matrix_rows", spec, shape, kernel.dtype, "fewer rows at a time")
+    return _fill(_rows(spec, kernel, index), inside)
+
+
+@jax.jit
+def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    shape = (index.shape[0], spec.in_size)
+    if not spec.out_size:
+        return jnp.zeros(shape, kernel.dtype)
+    dims = (index.shape[0], spec.group_channels, *_taps(spec))
+    n, i, *taps = _grid(dims, spec.index_dtype)
+    positions, d = spec.split_row(jnp.expand_dims(index, range(1, len(dims))))
+    values = _kernel_out_first(spec, kernel)[d.reshape(-1)]
+    return _scatter(spec, shape, dims, n, _columns(spec, d, i, positions, taps), values)
+
+
+def matrix_columns(spec: ConvSpec, kernel: Any, columns: Any) -> jax.Array:
+    """Columns of M, ``as_matrix(spec, kernel)[:, columns]``, at the cost of the columns asked for.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      columns: 1-D integers, as for :func:`matrix_rows`.
+
+    Returns:
+      Array of shape ``(spec.out_size, len(columns))``.
+
+    Raises:
+      As :func:`matrix_rows`.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.matrix_columns(spec, jnp.array([[[1, 2]]]), [1]))
+    [[2]
+     [1]
+     [0]]
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    index, inside = _index("columns", columns, spec.in_size, spec)
+    shape = (index.shape[0], spec.out_size)
+    check_dense("matrix_columns", spec, shape[::-1], kernel.dtype, "fewer columns at a time")
+    return _fill(_transposed_columns(spec, kernel, index), inside).T
+
+
+@jax.jit
+def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    shape = (index.shape[0], spec.out_size)
+    if not spec.in_size:
+        return jnp.zeros(shape, kernel.dtype)
+    # An input position may be copied into the padding several times: `copies` runs over them.
+    copies = [a.copies for a in spec.axes]
+    block = spec.out_channels // spec.groups
+    dims = (index.shape[0], block, *copies, *_taps(spec))
+    n, e, *rest = _grid(dims, spec.index_dtype)
+    copies, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
+    positions, c = spec.split_column(jnp.expand_dims(index, range(1, len(dims))))
+    d = c // spec.group_channels * block + e
+    read, valid = [], True
+    for axis, t, q, p in zip(spec.axes, positions, copies, taps, strict=True):
+        j, copied = _copy(axis, t, q)
+        o, reads = axis.output_of(j, p)
+        read.append(o)
+        valid = valid & copied & reads
+    rows = jnp.where(valid, spec.row(read, d), spec.out_size)
+    i = c.reshape(-1) % spec.group_channels
+    values = jnp.moveaxis(_kernel_out_first(spec, kernel), 1, 0)[i]  # (columns, out channels, taps)
+    values = values.reshape(index.shape[0], spec.groups, block, *_taps(spec))
+    group = jnp.expand_dims(c.reshape(-1) // spec.group_channels, range(1, values.ndim))
+    values = jnp.take_along_axis(values, group, axis=1)[:, 0]
+    values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))
+    return _scatter(spec, shape, dims, n, rows, values)
+
+
+# -- the scatter -------------------------------------------------------------------------------
+
+
+def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: Sequence[Ints]) -> Ints:
+    """The column that row ``(d, positions)`` reads through kernel entry ``(i, taps)``.
+
+    One past the end where the tap reads padding: a scatter drops it (-1 would wrap).
+    """
+    channel = d // max(1, spec.out_channels // spec.groups) * spec.group_channels + i
+    read, valid = [], True
+    for axis, o, p in zip(spec.axes, positions, taps, strict=True):
+        t, reads = axis.input_of(o, p)
+        read.append(t)
+        valid = valid & reads
+    return jnp.where(valid, spec.column(read, channel), spec.in_size)
+
+
+def _scatter(
+    spec: ConvSpec, shape: tuple[int, ...], dims: tuple[int, ...], rows: Ints, columns: Ints, values: jax.Array
+) -> jax.Array:
+    """Add every value at its (row, column); indices one past the end are dropped.
+
+    Only padding modes can send two taps to one entry, so elsewhere the indices are declared unique,
+    which keeps the scatter fast and deterministic on GPU and transposable everywhere.
+    """
+    zeros = jnp.zeros(shape, values.dtype)
+    if not zeros.size or 0 in dims:
+        return zeros
+    rows, columns, values = (jnp.broadcast_to(v, dims) for v in (rows, columns, values))
+    entries = zeros.at[rows, columns]
+    put = entries.max if values.dtype == jnp.bool_ else entries.add
+    return put(values, mode="drop", unique_indices=not spec.collides)
+
+
+def _copy(axis: Any, t: Ints, q: Ints) -> tuple[Ints, Ints]:
+    """``(j, valid)``: the ``q``-th padded position that is a copy of input position ``t``.
+
+    The positions sorted by source hold the copies of each input side by side.
+    """
+    if axis.mode == "zeros":
+        return t, True
+    source = axis.source(lax.iota(t.dtype, axis.padded_size))
+    order = jnp.argsort(source, stable=True).astype(t.dtype)
+    at = jnp.searchsorted(source[order], t).astype(t.dtype) + q
+    j = order[jnp.minimum(at, axis.padded_size - 1)]
+    return j, (at < axis.padded_size) & (axis.source(j) == t)
+
+
+def _grid(dims: tuple[int, ...], dtype: Any) -> list[jax.Array]:
+    """One index array per dimension, each of extent 1 in all others: made inside the trace."""
+    return [
+        lax.broadcasted_iota(dtype, tuple(n if i == j else 1 for j in range(len(dims))), i)
+        for i, n in enumerate(dims)
+    ]
+
+
+def _kernel_out_first(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The kernel as (out channels, in channels, taps...)."""
+    return jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)
+
+
+def _taps(spec: ConvSpec) -> tuple[int, ...]:
+    return tuple(a.taps for a in spec.axes)
+
+
+def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
+    """``(index, inside)``: indices from the front, 0 where out of range."""
+    if isinstance(values, jax.core.Tracer):
+        index = values
+    else:
+        index = np.asarray(values)
+        index = index.astype(np.int64) if index.size == 0 else index  # [] is a float array to NumPy
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {index.dtype}: {values!r}.")
+    if index.ndim != 1:
+        raise ValueError(f"{name} must be 1-D, got shape {index.shape}. Write jnp.atleast_1d({name}).")
+    if isinstance(index, np.ndarray) and index.size and (index.min() < -size or index.max() >= size):
+        raise IndexError(f"{name} must lie in [{-size}, {size}), got {index.min()} to {index.max()}.")
+    index = jnp.asarray(index).astype(spec.index_dtype)
+    index = jnp.where(index < 0, index + size, index)
+    inside = (index >= 0) & (index < size)
+    return jnp.where(inside, index, 0), inside
+
+
+def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:
+    """Rows whose index was out of range, filled as ``jnp.take`` fills them."""
+    if matrix.dtype == jnp.bool_:
+        missing: Any = True
+    elif jnp.issubdtype(matrix.dtype, jnp.inexact):
+        missing = jnp.nan
+    else:
+        missing = jnp.iinfo(matrix.dtype).min
+    return jnp.where(inside[:, None], matrix, jnp.asarray(missing, matrix.dtype))

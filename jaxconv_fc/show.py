@@ -1,0 +1,91 @@
+"""M for the eye: as text, the way a textbook prints it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def format_matrix(
+    spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max_columns: int = 80
+) -> str:
+    """M as text, a row per line: kernel entries by name, or by value when a kernel is given.
+
+    Entries are named in the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` beyond
+    26. Neighbours along the last axis of ``spec.in_shape`` are separated by a blank, rows of the image
+    by ``|``, channels by ``||``, and so on upwards (axes of size 1 do not count). Entries where taps
+    meet are sums: ``a+c``. Beyond ``max_rows`` or ``max_columns`` the middle is left out.
+
+    Raises:
+      TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.
+
+    >>> import jaxconv_fc as fc
+    >>> print(fc.format_matrix(fc.conv_spec((1, 1, 3, 3), (1, 1, 2, 2), (1, 1), "VALID")))
+    [a b 0|c d 0|0 0 0]
+    [0 a b|0 c d|0 0 0]
+    [0 0 0|a b 0|c d 0]
+    [0 0 0|0 a b|0 c d]
+    """
+    text = _names(spec) if kernel is None else _values(np.asarray(as_operand("kernel", kernel, spec.rhs_shape)))
+    columns = _ends(spec.in_size, max_columns)
+    lines = []
+    for row in _ends(spec.out_size, max_rows):
+        entries = {} if row is None else _entries(spec, row)
+        lines.append(None if row is None else ["..." if c is None else text(entries.get(c, [])) for c in columns])
+    width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
+    return "\n".join("..." if line is None else _line(spec, columns, line, width) for line in lines)
+
+
+def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], width: int) -> str:
+    parts = []
+    for column, cell in zip(columns, cells, strict=True):
+        separator = " " if column is None or not parts or parts[-1] == "..." else _separator(spec, column)
+        parts += [separator] * bool(parts) + [cell if cell == "..." else cell.rjust(width)]
+    return f"[{''.join(parts)}]"
+
+
+def _separator(spec: ConvSpec, column: int) -> str:
+    """What stands before a column: one bar per axis of the input that starts anew there."""
+    shape = [n for n in spec.in_shape if n > 1]
+    bars = sum(column % math.prod(shape[-i:]) == 0 for i in range(1, len(shape)))
+    return "|" * bars or " "
+
+
+def _entries(spec: ConvSpec, row: int) -> dict[int, list[int]]:
+    """Per column of a row of M, the flat indices of the kernel entries that meet there."""
+    positions, d = spec.split_row(row)
+    reads = [[(p, int(t)) for p, t in enumerate(a.input_table()[o]) if t >= 0]
+             for a, o in zip(spec.axes, positions, strict=True)]  # fmt: skip
+    first = d // (spec.out_channels // spec.groups) * spec.group_channels
+    entries: dict[int, list[int]] = {}
+    for i, *read in product(range(spec.group_channels), *reads):
+        index = np.empty(len(spec.rhs_shape), int)
+        index[list(spec.kernel_order)] = [*(p for p, _ in read), i, d]
+        column = spec.column([t for _, t in read], first + i)
+        entries.setdefault(column, []).append(int(np.ravel_multi_index(tuple(index), spec.rhs_shape)))
+    return entries
+
+
+def _names(spec: ConvSpec) -> Any:
+    few = math.prod(spec.rhs_shape) <= len(_LETTERS)
+    return lambda taps: "+".join(_LETTERS[t] if few else f"k{t}" for t in taps) or "0"
+
+
+def _values(kernel: np.ndarray) -> Any:
+    flat = kernel.ravel()
+    return lambda taps: f"{np.add.reduce(flat[taps], dtype=flat.dtype) + 0:g}" if taps else "0"
+
+
+def _ends(size: int, most: int) -> list[int | None]:
+    """All of ``range(size)``, or its two ends around None."""
+    if size <= most:
+        return list(range(size))
+    return [*range((most + 1) // 2), None, *range(size - most // 2, size)]

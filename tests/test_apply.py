@@ -1,0 +1,459 @@
+"""The matrix-free pair: M x and M^T y without M, through every transform of JAX."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import Geometry, arrays, geometries, integers, normals
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+from jax.test_util import check_grads
+
+import jaxconv_fc as fc
+
+CASES = {
+    "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
+    "strided": Geometry((1, 1, 5, 6), (2, 1, 3, 2), (2, 3), [(1, 0), (0, 2)]),
+    "dilated both ways": Geometry((1, 2, 4), (2, 2, 3), (2,), [(2, 1)], (3,), (2,)),
+    "cropped": Geometry((1, 2, 6, 5), (2, 2, 2, 2), (1, 2), [(-1, 1), (2, -1)]),
+    "pad beyond the window": Geometry((1, 2, 4), (2, 2, 2), (1,), [(4, 0)]),
+    "grouped": Geometry((1, 4, 3, 3), (6, 2, 2, 2), (1, 2), [(1, 1), (-1, 2)], feature_group_count=2),
+    "depthwise": Geometry((1, 3, 5), (6, 1, 3), (1,), "SAME", feature_group_count=3),
+    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), [(2, 0)], (2,), batch_group_count=2),
+    "NHWC": Geometry(
+        (1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
+    "CWNH": Geometry(
+        (2, 4, 1, 3), (2, 3, 2, 2), (2, 1), "SAME_LOWER", dimension_numbers=("CWNH", "HOWI", "WHNC")
+    ),
+    "batch groups, N inside": Geometry(
+        (3, 4, 2), (2, 4, 2), (1,), "SAME", None, None, ("WNC", "WOI", "CNW"), batch_group_count=2
+    ),
+    "circular": Geometry((1, 2, 3, 4), (2, 2, 3, 2), (1, 2), [(1, 4), (9, 0)], padding_mode="circular"),
+    "reflect": Geometry((1, 2, 4), (2, 2, 3), (1,), [(9, 2)], None, (2,), padding_mode="reflect"),
+    "symmetric": Geometry((1, 2, 3), (2, 1, 2), (2,), [(7, 1)], (2,), None, None, 2, 1, "symmetric"),
+    "edge": Geometry((2, 1, 3), (2, 1, 4), (1,), [(5, 3)], None, None, None, 1, 2, "edge"),
+    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
+    "3-D": Geometry((1, 2, 2, 3, 2), (2, 2, 2, 2, 1), (1, 2, 1), [(1, 0), (1, 1), (0, 2)]),
+    "4-D": Geometry((1, 1, 2, 2, 2, 3), (2, 1, 2, 1, 2, 2), (1, 1, 2, 1), "SAME"),
+    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
+    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
+    "only padding": Geometry((1, 1, 3), (2, 1, 2), (1,), [(-4, 5)]),
+    "empty beside padding": Geometry((1, 2, 0, 3), (2, 2, 2, 2), (1, 1), [(2, 1), (1, 2)], (1, 2)),
+}
+SOME = {
+    name: CASES[name]
+    for name in ("cropped", "dilated both ways", "grouped", "batch groups", "NHWC", "reflect", "no columns")
+}
+every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
+some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
+
+
+# values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float64", "complex64", "complex128"])
+@every_case
+def test_products_are_the_oracles(geometry, dtype, rng):
+    """Whole numbers, so both are exact in every dtype."""
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, rng, dtype)
+    ahead, back = fc.apply(spec, kernel, x), fc.apply_transpose(spec, kernel, y)
+    assert ahead.dtype == back.dtype == kernel.dtype
+    assert ahead.shape == spec.out_shape
+    assert back.shape == spec.in_shape
+    np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
+    np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
+@every_case
+def test_rounding_stays_within_its_bound(geometry, dtype, rng):
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, rng, dtype, normals)
+    ahead = fc.apply(spec, kernel, x, precision="highest")
+    back = fc.apply_transpose(spec, kernel, y, precision="highest")
+    assert ahead.dtype == back.dtype == kernel.dtype
+    oracle.assert_product(ahead, kernel, x, geometry)
+    oracle.assert_transpose_product(back, kernel, y, geometry)
+
+
+@given(geometries(), st.integers(0, 2**32 - 1))
+def test_random_geometries(geometry, seed):
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, np.random.default_rng(seed), np.float32)
+    matrix = oracle.matrix(kernel, geometry)
+    np.testing.assert_array_equal(fc.apply(spec, kernel, x).ravel(), matrix @ x.ravel())
+    np.testing.assert_array_equal(fc.apply_transpose(spec, kernel, y).ravel(), matrix.T @ y.ravel())
+def test_no_matrix_is_built(rng):
+    """A layer whose matrix would take 161 GB."""
+    geometry = Geometry((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME")
+    spec = geometry.spec()
+    kernel, x, _ = arrays(geometry, rng, np.float32)
+    want = lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", precision="highest")[0]
+    np.testing.assert_array_equal(fc.apply(spec, kernel, x), want)
+    assert fc.apply_transpose(spec, kernel, want).shape == spec.in_shape
+
+
+# derivatives -----------------------------------------------------------------------------------------
+
+
+def pair(geometry):
+    """The two products, each with its oracle: (function of (kernel, vector), truth, truth's adjoint)."""
+    spec = geometry.spec()
+    return {
+        "apply": (partial(fc.apply, spec), oracle.product, oracle.transpose_product),
+        "apply_transpose": (partial(fc.apply_transpose, spec), oracle.transpose_product, oracle.product),
+    }
+
+
+both = pytest.mark.parametrize("name", ["apply", "apply_transpose"])
+
+
+def setting(geometry, name, rng, dtype=np.float64, make=integers):
+    """(function, kernel, vector, cotangent) and the kernel gradient's arguments in order (x, y)."""
+    kernel, x, y = arrays(geometry, rng, dtype, make)
+    vector, cotangent = (x, y) if name == "apply" else (y, x)
+    return pair(geometry)[name][0], kernel, vector, cotangent, oracle.kernel_gradient(x, y, geometry)
+
+
+@both
+@every_case
+def test_gradients(geometry, name, rng):
+    """The vjp with respect to the vector is the other product; to the kernel, the kernel gradient."""
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng)
+    _, _, adjoint = pair(geometry)[name]
+    _, pull = jax.vjp(function, kernel, vector)
+    got_kernel, got_vector = pull(jnp.asarray(cotangent))
+    np.testing.assert_array_equal(got_vector, adjoint(cotangent, kernel, geometry))
+    np.testing.assert_array_equal(got_kernel, kernel_bar)
+
+
+@both
+@every_case
+def test_linear_transpose(geometry, name, rng):
+    """Both products are linear in each argument, and JAX may transpose either."""
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng)
+    _, _, adjoint = pair(geometry)[name]
+    (to_vector,) = jax.linear_transpose(partial(function, kernel), vector)(cotangent)
+    np.testing.assert_array_equal(to_vector, adjoint(cotangent, kernel, geometry))
+    (to_kernel,) = jax.linear_transpose(lambda k: function(k, vector), kernel)(cotangent)
+    np.testing.assert_array_equal(to_kernel, kernel_bar)
+
+
+@both
+@some_cases
+def test_jvp(geometry, name, rng):
+    """The product rule: d(M x) = M(dK) x + M(K) dx."""
+    function, kernel, vector, _, _ = setting(geometry, name, rng)
+    truth = pair(geometry)[name][1]
+    d_kernel, d_vector = integers(rng, kernel.shape, float), integers(rng, vector.shape, float)
+    value, pushed = jax.jvp(function, (kernel, vector), (d_kernel, d_vector))
+    np.testing.assert_array_equal(value, truth(vector, kernel, geometry))
+    want = truth(vector, d_kernel, geometry) + truth(d_vector, kernel, geometry)
+    np.testing.assert_array_equal(pushed, want)
+
+
+@both
+@some_cases
+def test_second_order(geometry, name, rng):
+    function, kernel, vector, _, _ = setting(geometry, name, rng, make=normals)
+    check_grads(function, (kernel, vector), order=2, modes=["fwd", "rev"])
+
+
+@both
+def test_the_transpose_of_the_transpose(name, rng):
+    """linear_transpose twice is the function itself, also for the map from the kernel."""
+    geometry = CASES["cropped"]
+    function, kernel, vector, cotangent, _ = setting(geometry, name, rng)
+    truth = pair(geometry)[name][1]
+
+    def once(c):
+        return jax.linear_transpose(partial(function, kernel), vector)(c)[0]
+
+    (twice,) = jax.linear_transpose(once, cotangent)(vector)
+    np.testing.assert_array_equal(twice, truth(vector, kernel, geometry))
+
+    def once_kernel(c):
+        return jax.linear_transpose(lambda k: function(k, vector), kernel)(c)[0]
+
+    (twice,) = jax.linear_transpose(once_kernel, cotangent)(kernel)
+    np.testing.assert_array_equal(twice, truth(vector, kernel, geometry))
+
+
+@both
+def test_mixed_second_derivative(name, rng):
+    """d/dK of d/dx of <c, M(K) x> applied to v is the kernel gradient at v: grad through a grad."""
+    geometry = CASES["grouped"]
+    function, kernel, vector, cotangent, _ = setting(geometry, name, rng)
+    direction = integers(rng, vector.shape, float)
+
+    def slope(k):
+        to_vector = jax.grad(lambda v: (function(k, v) * cotangent).sum())(jnp.asarray(vector))
+        return (to_vector * direction).sum()
+
+    x, y = (direction, cotangent) if name == "apply" else (cotangent, direction)
+    np.testing.assert_array_equal(
+        jax.grad(slope)(jnp.asarray(kernel)), oracle.kernel_gradient(x, y, geometry)
+    )
+
+
+# vmap ------------------------------------------------------------------------------------------------
+
+
+@both
+@some_cases
+def test_vmap_over_vectors_kernels_and_both(geometry, name, rng):
+    function, truth, _ = pair(geometry)[name]
+    sets = [setting(geometry, name, rng, np.float32)[1:3] for _ in range(3)]
+    kernels, vectors = (np.stack(a) for a in zip(*sets, strict=True))
+    for in_axes in ((None, 0), (0, None), (0, 0)):
+        arguments = [a if axis == 0 else a[0] for a, axis in zip((kernels, vectors), in_axes, strict=True)]
+        want = [
+            truth(vectors[i if in_axes[1] == 0 else 0], kernels[i if in_axes[0] == 0 else 0], geometry)
+            for i in range(3)
+        ]
+        np.testing.assert_array_equal(jax.vmap(function, in_axes)(*arguments), want)
+        np.testing.assert_array_equal(jax.jit(jax.vmap(function, in_axes))(*arguments), want)
+
+
+@both
+@some_cases
+def test_nested_vmap(geometry, name, rng):
+    """Every kernel against every vector, batched along trailing axes on the way."""
+    function, truth, _ = pair(geometry)[name]
+    sets = [setting(geometry, name, rng, np.float32)[1:3] for _ in range(2)]
+    kernels, vectors = (np.stack(a, axis=-1) for a in zip(*sets, strict=True))
+    table = jax.vmap(jax.vmap(function, (None, -1)), (-1, None))(kernels, vectors)
+    want = [[truth(v, k, geometry) for _, v in sets] for k, _ in sets]
+    np.testing.assert_array_equal(table, want)
+
+
+@both
+@some_cases
+def test_grad_of_vmap_and_vmap_of_grad(geometry, name, rng):
+    function, _, adjoint = pair(geometry)[name]
+    sets = [setting(geometry, name, rng) for _ in range(3)]
+    kernel, vectors = sets[0][1], np.stack([s[2] for s in sets])
+    cotangents = np.stack([s[3] for s in sets])
+
+    def loss(k, v, c):
+        return (function(k, v) * c).sum()
+
+    def total(k, vs):
+        return jax.vmap(loss, (None, 0, 0))(k, vs, cotangents).sum()
+
+    def truth(v, c):
+        x, y = (v, c) if name == "apply" else (c, v)
+        return oracle.kernel_gradient(x, y, geometry)
+
+    each = [truth(v, c) for v, c in zip(vectors, cotangents, strict=True)]
+    back = [adjoint(c, kernel, geometry) for c in cotangents]
+    of_kernel, of_vectors = jax.grad(total, (0, 1))(jnp.asarray(kernel), jnp.asarray(vectors))
+    np.testing.assert_array_equal(of_kernel, sum(each))
+    np.testing.assert_array_equal(of_vectors, back)
+    per_example = jax.vmap(jax.grad(loss, (0, 1)), (None, 0, 0))(kernel, vectors, cotangents)
+    np.testing.assert_array_equal(per_example[0], each)
+    np.testing.assert_array_equal(per_example[1], back)
+
+
+def test_vmap_over_an_empty_batch():
+    geometry = CASES["plain"]
+    xs = np.zeros((0, *geometry.spec().in_shape), np.float32)
+    out = jax.vmap(partial(fc.apply, geometry.spec(), np.ones(geometry.rhs_shape, np.float32)))(xs)
+    assert out.shape == (0, *geometry.spec().out_shape)
+
+
+# loops -----------------------------------------------------------------------------------------------
+
+
+@some_cases
+def test_inside_scan_fori_loop_and_while_loop(geometry, rng):
+    """Three steps x -> M^T M x modulo a small prime, so that whole numbers stay whole and small."""
+    spec = geometry.spec()
+    kernel, x, _ = arrays(geometry, rng)
+    want = x
+    for _ in range(3):
+        want = oracle.transpose_product(oracle.product(want, kernel, geometry), kernel, geometry) % 7
+
+    def step(x):
+        return fc.apply_transpose(spec, kernel, fc.apply(spec, kernel, x)) % 7
+
+    scanned, _ = lax.scan(lambda carry, _: (step(carry), None), x, None, length=3)
+    np.testing.assert_array_equal(scanned, want)
+    np.testing.assert_array_equal(lax.fori_loop(0, 3, lambda _, carry: step(carry), x), want)
+    count, looped = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, step(c[1])), (0, x))
+    np.testing.assert_array_equal(looped, want)
+    assert count == 3
+
+
+@both
+def test_grad_through_scan(name, rng):
+    """One kernel used at every step: its gradient is the sum of the steps' kernel gradients."""
+    geometry = CASES["grouped"]
+    function, kernel, _, cotangent, _ = setting(geometry, name, rng)
+    vectors = np.stack([setting(geometry, name, rng)[2] for _ in range(3)])
+
+    def total(k):
+        return lax.scan(lambda acc, v: (acc + (function(k, v) * cotangent).sum(), None), 0.0, vectors)[0]
+
+    pairs = [(v, cotangent) if name == "apply" else (cotangent, v) for v in vectors]
+    want = sum(oracle.kernel_gradient(x, y, geometry) for x, y in pairs)
+    np.testing.assert_array_equal(jax.grad(total)(jnp.asarray(kernel)), want)
+
+
+@both
+def test_under_checkpoint_and_cond(name, rng):
+    geometry = CASES["reflect"]
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng)
+
+    def loss(k):
+        return (lax.cond(True, function, lambda k, v: 2 * function(k, v), k, vector) * cotangent).sum()
+
+    np.testing.assert_array_equal(jax.grad(jax.checkpoint(loss))(jnp.asarray(kernel)), kernel_bar)
+
+
+# integers, complex numbers, precision ----------------------------------------------------------------
+
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@both
+@some_cases
+def test_integers_are_exact_and_wrap(geometry, name, dtype, rng):
+    """Arithmetic modulo 2**bits, as NumPy's: large entries, so that narrow types wrap."""
+    shapes = [a.shape for a in arrays(geometry, rng)]
+    limits = np.iinfo(dtype)
+    kernel, x, y = (rng.integers(limits.min, limits.max, shape, dtype, True) for shape in shapes)
+    vector = x if name == "apply" else y
+    function, truth, _ = pair(geometry)[name]
+    got = function(kernel, vector)
+    assert got.dtype == np.dtype(dtype)
+    exact = truth(vector.astype(object), kernel.astype(object), geometry)
+    modulus = 2**limits.bits
+    np.testing.assert_array_equal(np.asarray(got).astype(object) % modulus, exact % modulus)
+
+
+@both
+@some_cases
+def test_the_integer_adjoint_is_a_number(geometry, name, rng):
+    """Where JAX's own convolution would silently return float0."""
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng, np.int32)
+    _, _, adjoint = pair(geometry)[name]
+    (got,) = jax.linear_transpose(partial(function, kernel), vector)(cotangent)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, adjoint(cotangent, kernel, geometry))
+    (got,) = jax.linear_transpose(lambda k: function(k, vector), kernel)(cotangent)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, kernel_bar)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@both
+@some_cases
+def test_complex_gives_the_plain_transpose(geometry, name, dtype, rng):
+    """No conjugate anywhere: M^T and the kernel gradient are bilinear, not sesquilinear."""
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng, dtype)
+    _, _, adjoint = pair(geometry)[name]
+    _, pull = jax.vjp(function, kernel, vector)
+    got_kernel, got_vector = pull(jnp.asarray(cotangent))
+    np.testing.assert_array_equal(got_vector, adjoint(cotangent, kernel, geometry))
+    np.testing.assert_array_equal(got_kernel, kernel_bar)
+
+
+def test_the_conjugate_transpose(rng):
+    """M^H y is conj(M^T conj(y)): <M x, y> == <x, M^H y>."""
+    geometry = CASES["dilated both ways"]
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, rng, np.complex128)
+    back = fc.apply_transpose(spec, kernel, y.conj()).conj()
+    assert np.vdot(np.asarray(fc.apply(spec, kernel, x)), y) == np.vdot(x, np.asarray(back))
+
+
+@pytest.mark.parametrize("precision", [None, "default", "highest", lax.Precision.HIGHEST])
+@both
+@some_cases
+def test_precision_is_passed_on(geometry, name, precision, rng):
+    """Same numbers on CPU; and the program says so, forward and in both gradients."""
+    function, kernel, vector, cotangent, _ = setting(geometry, name, rng, np.float32)
+    truth = pair(geometry)[name][1]
+    function = partial(function, precision=precision)
+    np.testing.assert_array_equal(function(kernel, vector), truth(vector, kernel, geometry))
+
+    def both_ways(kernel, vector):
+        value, pull = jax.vjp(function, kernel, vector)
+        return value, pull(jnp.asarray(cotangent))
+
+    text = jax.jit(both_ways).lower(kernel, vector).as_text()
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", text)
+    assert products or not (vector.size and cotangent.size)
+    highest = precision in ("highest", lax.Precision.HIGHEST)
+    assert all(("HIGHEST" in line) == highest for line in products)
+
+
+def test_the_default_matmul_precision_is_heard(rng):
+    geometry = CASES["plain"]
+    kernel, x, _ = arrays(geometry, rng, np.float32)
+    with jax.default_matmul_precision("highest"):
+        text = jax.jit(fc.apply).lower(geometry.spec(), kernel, x).as_text()
+    assert "HIGHEST" in text
+
+
+# x64 off, layouts, refusals --------------------------------------------------------------------------
+
+
+@both
+@some_cases
+def test_with_x64_off(geometry, name, rng):
+    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng, np.float32)
+    _, truth, adjoint = pair(geometry)[name]
+    with jax.enable_x64(False):
+        value, pull = jax.vjp(function, kernel, vector)
+        got_kernel, got_vector = pull(jnp.asarray(cotangent))
+    np.testing.assert_array_equal(value, truth(vector, kernel, geometry))
+    np.testing.assert_array_equal(got_vector, adjoint(cotangent, kernel, geometry))
+    np.testing.assert_array_equal(got_kernel, kernel_bar)
+
+
+@both
+def test_a_vector_must_have_exactly_its_shape(name):
+    """No batch, no ravel: a stack is what vmap is for."""
+    geometry = CASES["plain"]
+    function, spec = pair(geometry)[name][0], geometry.spec()
+    kernel = np.ones(geometry.rhs_shape, np.float32)
+    expected = spec.in_shape if name == "apply" else spec.out_shape
+    for shape in ((1, *expected), (int(np.prod(expected)),), expected[:-1], (*expected[:-1], 7)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the text is looked at below
+            function(kernel, np.ones(shape, np.float32))
+        assert str(expected) in str(caught.value)
+        assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float32", "int32"), ("complex64", "float32")])
+@both
+def test_dtypes_must_match(name, dtypes):
+    """As in lax; the message suggests the cast."""
+    geometry = CASES["plain"]
+    function, spec = pair(geometry)[name][0], geometry.spec()
+    kernel = np.ones(geometry.rhs_shape, dtypes[0])
+    vector = np.ones(spec.in_shape if name == "apply" else spec.out_shape, dtypes[1])
+    with pytest.raises(TypeError, match="astype") as caught:
+        function(kernel, vector)
+    assert dtypes[0] in str(caught.value)
+    assert dtypes[1] in str(caught.value)
+
+
+@both
+def test_bool_is_refused(name):
+    """A bool kernel is a mask; `or` has no adjoint."""
+    geometry = CASES["plain"]
+    function, spec = pair(geometry)[name][0], geometry.spec()
+    vector = np.ones(spec.in_shape if name == "apply" else spec.out_shape, bool)
+    with pytest.raises(TypeError, match="bool"):
+        function(np.ones(geometry.rhs_shape, bool), vector)

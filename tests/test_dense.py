@@ -1,0 +1,443 @@
+"""The dense matrix, its rows and columns: every dtype, every transform, and never too much memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import Geometry, arrays, geometries, integers, normals
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxconv_fc as fc
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+COMPLEX = ("complex64", "complex128")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+PLAIN = Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME")
+CASES = {
+    "plain": PLAIN,
+    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (2,), (2,)),
+    "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
+    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
+    "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
+    "NHWC": Geometry(
+        (1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ),
+    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
+    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
+    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
+}
+every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
+
+
+# values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX, *INTEGERS, "bool"])
+@pytest.mark.parametrize("name", ["strided, dilated, lopsided", "colliding"])
+def test_every_dtype(name, dtype, rng):
+    geometry = CASES[name]
+    kernel = integers(rng, geometry.rhs_shape, dtype)
+    matrix = fc.as_matrix(geometry.spec(), kernel)
+    assert matrix.dtype == kernel.dtype
+    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_colliding_integers_wrap_as_in_numpy(dtype):
+    geometry = Geometry((1, 1, 1), (1, 1, 2), (1,), [(0, 1)], padding_mode="edge")
+    kernel = np.full((1, 1, 2), 100, dtype)
+    with np.errstate(over="ignore"):
+        want = (kernel[..., 0] + kernel[..., 1]).reshape(1, 1)
+    np.testing.assert_array_equal(fc.as_matrix(geometry.spec(), kernel), want)
+
+
+def test_colliding_bools_are_ored():
+    """A bool kernel is a mask of weights that may be other than 0, and so is its matrix."""
+    geometry = CASES["colliding"]
+    kernel = np.random.default_rng(3).integers(0, 2, geometry.rhs_shape).astype(bool)
+    matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))
+    assert matrix.dtype == bool
+    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+
+
+@given(geometries(), st.integers(0, 2**32 - 1))
+def test_random_geometries(geometry, seed):
+    kernel, _, _ = arrays(geometry, np.random.default_rng(seed))
+    np.testing.assert_array_equal(fc.as_matrix(geometry.spec(), kernel), oracle.matrix(kernel, geometry))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@every_case
+def test_a_tap_that_is_not_finite_leaves_structural_zeros_alone(geometry, value, rng):
+    kernel = normals(rng, geometry.rhs_shape, np.float32)
+    kernel.ravel()[0] = value
+    matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+    assert (matrix[~oracle.pattern(geometry)] == 0).all()
+
+
+def test_a_negative_zero_nowhere():
+    """Structural zeros are +0, so that 1/M and printing show no signs."""
+    matrix = np.asarray(fc.as_matrix(PLAIN.spec(), np.full(PLAIN.rhs_shape, -1.0)))
+    assert not np.signbit(matrix[~oracle.pattern(PLAIN)]).any()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_numpy_and_jax_kernels(kind, rng):
+    kernel = integers(rng, PLAIN.rhs_shape, np.float32)
+    matrix = fc.as_matrix(PLAIN.spec(), kind(kernel))
+    assert isinstance(matrix, jax.Array)
+    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, PLAIN))
+
+
+# linear in the kernel --------------------------------------------------------------------------------
+
+
+@every_case
+def test_linear_in_the_kernel(geometry, rng):
+    """jvp, grad and linear_transpose with respect to the kernel, against the oracle's adjoint."""
+    build = partial(fc.as_matrix, geometry.spec())
+    kernel, tangent = (integers(rng, geometry.rhs_shape, np.float64) for _ in range(2))
+    cotangent = integers(rng, oracle.matrix_shape(geometry), np.float64)
+    want = oracle.matrix_gradient(cotangent, geometry)
+
+    matrix, pushed = jax.jvp(build, (kernel,), (tangent,))
+    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+    np.testing.assert_array_equal(pushed, oracle.matrix(tangent, geometry))
+    (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
+    np.testing.assert_array_equal(pulled, want)
+    gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(jnp.asarray(kernel))
+    np.testing.assert_array_equal(gradient, want)
+
+
+def test_second_derivative_of_a_quadratic(rng):
+    """d^2 ||M||_F^2 is twice the number of entries each tap fills, on the diagonal."""
+    kernel = jnp.asarray(normals(rng, (1, 1, 3)))
+    spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")
+    hessian = jax.hessian(lambda k: (fc.as_matrix(spec, k) ** 2).sum())(kernel)
+    np.testing.assert_array_equal(hessian.reshape(3, 3), 2 * np.diag([4.0, 5.0, 4.0]))
+
+
+@pytest.mark.parametrize("dtype", COMPLEX)
+def test_the_complex_adjoint_is_the_plain_transpose(dtype, rng):
+    build = partial(fc.as_matrix, PLAIN.spec())
+    kernel = integers(rng, PLAIN.rhs_shape, dtype)
+    cotangent = integers(rng, oracle.matrix_shape(PLAIN), dtype)
+    (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
+    np.testing.assert_array_equal(pulled, oracle.matrix_gradient(cotangent, PLAIN))
+
+
+@every_case
+def test_vmap_over_kernels_and_jit(geometry, rng):
+    """A stack of matrices; jit, vmap, jit of vmap and vmap of jit all agree exactly."""
+    spec = geometry.spec()
+    kernels = integers(rng, (3, *geometry.rhs_shape), np.float32)
+    want = np.stack([oracle.matrix(kernel, geometry) for kernel in kernels])
+    stacked = jax.vmap(fc.as_matrix, (None, 0))
+    np.testing.assert_array_equal(stacked(spec, kernels), want)
+    np.testing.assert_array_equal(jax.jit(stacked)(spec, kernels), want)
+    np.testing.assert_array_equal(jax.vmap(partial(jax.jit(fc.as_matrix), spec))(kernels), want)
+    np.testing.assert_array_equal(jax.jit(fc.as_matrix)(spec, kernels[0]), want[0])
+
+
+def test_vmap_over_another_axis(rng):
+    kernels = integers(rng, (*PLAIN.rhs_shape, 2), np.float32)
+    stacked = jax.vmap(partial(fc.as_matrix, PLAIN.spec()), in_axes=-1, out_axes=1)(kernels)
+    assert stacked.shape == (PLAIN.spec().out_size, 2, PLAIN.spec().in_size)
+    np.testing.assert_array_equal(stacked[:, 1], oracle.matrix(kernels[..., 1], PLAIN))
+
+
+# as_affine -------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_affine_with_a_bias_per_channel(geometry, rng):
+    spec = geometry.spec()
+    kernel, x, _ = arrays(geometry, rng, np.float64)
+    rhs, out = oracle.layouts(geometry)[1:]
+    bias = integers(rng, (geometry.rhs_shape[rhs[0]],), np.float64)
+    channel_axis = out[1] - (out[0] < out[1])
+    per_entry = np.expand_dims(bias, [a for a in range(len(spec.out_shape)) if a != channel_axis])
+    matrix, vector = fc.as_affine(spec, kernel, bias)
+    assert vector.shape == (spec.out_size,)
+    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+    want = oracle.product(x, kernel, geometry) + per_entry
+    np.testing.assert_array_equal((matrix @ x.ravel() + vector).reshape(spec.out_shape), want)
+
+
+@every_case
+def test_affine_with_a_bias_map(geometry, rng):
+    kernel, _, bias = arrays(geometry, rng, np.float32)
+    _, vector = fc.as_affine(geometry.spec(), kernel, bias)
+    np.testing.assert_array_equal(vector, bias.ravel())
+    assert vector.dtype == np.float32
+
+
+def test_affine_under_jit_vmap_and_grad(rng):
+    spec = PLAIN.spec()
+    kernels, biases = normals(rng, (2, *PLAIN.rhs_shape)), normals(rng, (2, 3))
+    matrices, vectors = jax.jit(jax.vmap(fc.as_affine, (None, 0, 0)))(spec, kernels, biases)
+    for i in range(2):
+        matrix, vector = fc.as_affine(spec, kernels[i], biases[i])
+        np.testing.assert_array_equal(matrices[i], matrix)
+        np.testing.assert_array_equal(vectors[i], vector)
+    slope = jax.grad(lambda bias: fc.as_affine(spec, kernels[0], bias)[1].sum())(jnp.asarray(biases[0]))
+    np.testing.assert_array_equal(slope, np.full(3, spec.out_size / 3))
+
+
+# rows and columns ------------------------------------------------------------------------------------
+
+PARTS = {"rows": (fc.matrix_rows, 0), "columns": (fc.matrix_columns, 1)}
+both_parts = pytest.mark.parametrize("part", PARTS)
+
+
+@every_case
+@both_parts
+def test_all_rows_and_all_columns(part, geometry, rng):
+    take, axis = PARTS[part]
+    kernel = integers(rng, geometry.rhs_shape, np.float32)
+    matrix = oracle.matrix(kernel, geometry)
+    got = take(geometry.spec(), kernel, np.arange(matrix.shape[axis]))
+    assert got.dtype == kernel.dtype
+    np.testing.assert_array_equal(got, matrix)
+
+
+INDICES = {
+    "list": [5, 0, 5],
+    "tuple": (3,),
+    "numpy": np.array([2, 2, 7]),
+    "unsigned": np.array([2, 7], np.uint8),
+    "int32": np.array([1, 0], np.int32),
+    "jax": jnp.array([4, 1]),
+    "range": range(1, 6, 2),
+    "negative": [-1, -2, 0],
+    "empty": [],
+    "empty array": np.array([], np.int32),
+}
+
+
+@pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES)
+@both_parts
+def test_kinds_of_indices(part, indices, rng):
+    take, axis = PARTS[part]
+    kernel = integers(rng, PLAIN.rhs_shape)
+    want = np.take(oracle.matrix(kernel, PLAIN), np.asarray(indices, np.int64), axis=axis)
+    got = take(PLAIN.spec(), kernel, indices)
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(got, want)
+
+
+@every_case
+@both_parts
+def test_traced_indices(part, geometry, rng):
+    take, axis = PARTS[part]
+    kernel = integers(rng, geometry.rhs_shape)
+    matrix = oracle.matrix(kernel, geometry)
+    size = matrix.shape[axis]
+    indices = rng.integers(-size, size, 4) if size else np.array([], int)
+    got = jax.jit(take)(geometry.spec(), kernel, indices)
+    np.testing.assert_array_equal(got, np.take(matrix, indices, axis=axis))
+
+
+@both_parts
+def test_parts_under_vmap(part, rng):
+    take, axis = PARTS[part]
+    kernels, indices = integers(rng, (2, *PLAIN.rhs_shape)), np.array([[0, 3], [-1, 5]])
+    want = [np.take(oracle.matrix(k, PLAIN), i, axis=axis) for k, i in zip(kernels, indices, strict=True)]
+    np.testing.assert_array_equal(jax.vmap(take, (None, 0, 0))(PLAIN.spec(), kernels, indices), want)
+    one = jax.vmap(take, (None, 0, None))(PLAIN.spec(), kernels, indices[0])
+    np.testing.assert_array_equal(one[0], want[0])
+
+
+@every_case
+@both_parts
+def test_parts_are_linear_in_the_kernel(part, geometry, rng):
+    take, axis = PARTS[part]
+    kernel = integers(rng, geometry.rhs_shape, np.float64)
+    size = oracle.matrix_shape(geometry)[axis]
+    indices = np.arange(min(3, size))
+    whole = np.zeros(oracle.matrix_shape(geometry))
+    part_of_whole = np.moveaxis(whole, axis, 0)[: len(indices)]  # a view
+    part_of_whole[:] = integers(rng, part_of_whole.shape, np.float64)
+    cotangent = np.moveaxis(part_of_whole, 0, axis)
+    want = oracle.matrix_gradient(whole, geometry)
+
+    def build(kernel):
+        return take(geometry.spec(), kernel, indices)
+
+    np.testing.assert_array_equal(jax.linear_transpose(build, kernel)(cotangent)[0], want)
+    gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(jnp.asarray(kernel))
+    np.testing.assert_array_equal(gradient, want)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX, *INTEGERS, "bool"])
+@both_parts
+def test_parts_in_every_dtype(part, dtype, rng):
+    take, axis = PARTS[part]
+    geometry = CASES["colliding"]
+    kernel = integers(rng, geometry.rhs_shape, dtype)
+    got = take(geometry.spec(), kernel, [1, 0])
+    assert got.dtype == kernel.dtype
+    np.testing.assert_array_equal(got, np.take(oracle.matrix(kernel, geometry), [1, 0], axis=axis))
+
+
+@both_parts
+def test_parts_keep_structural_zeros(part):
+    take, axis = PARTS[part]
+    kernel = np.full(PLAIN.rhs_shape, np.inf, np.float32)
+    want = np.take(oracle.matrix(kernel, PLAIN), [0, 4], axis=axis)
+    np.testing.assert_array_equal(take(PLAIN.spec(), kernel, [0, 4]), want)
+
+
+@pytest.mark.parametrize("index", [10**9, -(10**9), "size", "-size-1"])
+@both_parts
+def test_a_concrete_index_out_of_range_raises(part, index):
+    take, axis = PARTS[part]
+    size = PLAIN.spec().shape[axis]
+    index = {"size": size, "-size-1": -size - 1}.get(index, index)
+    with pytest.raises(IndexError, match=rf"{part}.*{index}.*{size}"):
+        take(PLAIN.spec(), np.ones(PLAIN.rhs_shape), [0, index])
+
+
+@pytest.mark.parametrize("indices", [[0.5], np.array([1.0]), "ab", None, [[0, 1]]])
+@both_parts
+def test_indices_of_a_wrong_kind_raise(part, indices):
+    with pytest.raises((TypeError, ValueError), match=part):
+        PARTS[part][0](PLAIN.spec(), np.ones(PLAIN.rhs_shape), indices)
+
+
+LAYER = Geometry((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME")  # M of it would take 161 GB
+
+
+@both_parts
+def test_the_cost_is_that_of_the_part(part, rng):
+    """Two rows of a matrix of 4e10 entries: right, and with working memory like the result's."""
+    take, _ = PARTS[part]
+    spec, kernel = LAYER.spec(), normals(rng, LAYER.rhs_shape, np.float32)
+    indices = np.array([3, spec.shape[0] // 2 + 29])
+    program = jax.jit(take).lower(spec, kernel, indices).compile()
+    result = program(spec, kernel, indices)
+    assert result.size == 2 * spec.in_size
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes <= 4 * result.nbytes + 4 * kernel.nbytes
+    assert program.as_text().count("while(") <= 2  # a loop over all of M would show
+    probe = np.asarray(result) if part == "rows" else np.asarray(result).T
+    interior = np.count_nonzero(probe[1])
+    assert interior == 64 * 9
+
+
+def test_big_rows_are_the_kernel_laid_out(rng):
+    spec, kernel = LAYER.spec(), normals(rng, LAYER.rhs_shape, np.float32)
+    row = fc.matrix_rows(spec, kernel, [7 * 56 * 56 + 10 * 56 + 20])[0].reshape(64, 56, 56)
+    want = np.zeros((64, 56, 56), np.float32)
+    want[:, 9:12, 19:22] = kernel[7]
+    np.testing.assert_array_equal(row, want)
+    column = fc.matrix_columns(spec, kernel, [7 * 56 * 56 + 10 * 56 + 20])[:, 0].reshape(64, 56, 56)
+    want = np.zeros((64, 56, 56), np.float32)
+    want[:, 9:12, 19:22] = kernel[:, 7, ::-1, ::-1]
+    np.testing.assert_array_equal(column, want)
+
+
+# programs and memory ---------------------------------------------------------------------------------
+
+
+def test_no_index_array_is_baked_into_the_program():
+    """The indices of 4e10 entries come from tables of a few hundred, broadcast inside the trace."""
+    kernel = jax.ShapeDtypeStruct(LAYER.rhs_shape, np.float32)
+    with fc.memory_limit(2**40):
+        text = jax.jit(fc.as_matrix).lower(LAYER.spec(), kernel).as_text()
+    assert len(text) < 50_000
+    assert "scatter" in text
+
+
+def test_the_text_does_not_grow_with_the_geometry():
+    def size(n):
+        spec = fc.conv_spec((1, 8, n, n), (8, 8, 3, 3), (1, 1), "SAME")
+        kernel = jax.ShapeDtypeStruct(spec.rhs_shape, np.float32)
+        return len(jax.jit(fc.as_matrix).lower(spec, kernel).as_text())
+
+    assert size(48) < size(12) + 2_000
+
+
+IMAGENET = Geometry((1, 3, 224, 224), (64, 3, 3, 3), (1, 1), "SAME")
+
+
+def test_too_large_a_matrix_is_refused_with_its_size():
+    """Before anything is allocated, traced or not."""
+    message = r"3,211,264 x 150,528 float32 = 1,801 GiB dense; 86,188,800 stored entries: use .*apply"
+    kernel = np.ones(IMAGENET.rhs_shape, np.float32)
+    with pytest.raises(ValueError, match=message):
+        fc.as_matrix(IMAGENET.spec(), kernel)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(fc.as_matrix, IMAGENET.spec()), kernel)
+    with pytest.raises(ValueError, match=message):
+        fc.as_affine(IMAGENET.spec(), kernel, np.ones(64, np.float32))
+
+
+@both_parts
+def test_too_many_rows_are_refused(part):
+    spec = IMAGENET.spec()
+    with pytest.raises(ValueError, match="float32"):
+        PARTS[part][0](spec, np.ones(spec.rhs_shape, np.float32), np.zeros(50_000, int))
+
+
+def test_the_default_budget_is_eight_gib():
+    """One entry less fits, one more does not; asked of the trace, so that nothing is allocated."""
+    kernel = jax.ShapeDtypeStruct((1, 1, 1), np.float32)
+    fits = fc.conv_spec((1, 1, 2**15), (1, 1, 1), (1,), [(0, 2**15)])
+    assert fits.shape == (2**16, 2**15)
+    assert jax.eval_shape(partial(fc.as_matrix, fits), kernel).shape == fits.shape
+    beyond = fc.conv_spec((1, 1, 2**15), (1, 1, 1), (1,), [(0, 2**15 + 1)])
+    with pytest.raises(ValueError, match="8 GiB"):
+        jax.eval_shape(partial(fc.as_matrix, beyond), kernel)
+
+
+def test_the_budget_can_be_changed_and_comes_back(rng):
+    spec, kernel = PLAIN.spec(), integers(rng, PLAIN.rhs_shape, np.float32)
+    needed = 4 * spec.out_size * spec.in_size
+    with fc.memory_limit(needed):
+        fc.as_matrix(spec, kernel)
+        with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="memory_limit"):
+            fc.as_matrix(spec, kernel)
+        fc.as_matrix(spec, kernel)
+    with pytest.raises(RuntimeError, match="inside"), fc.memory_limit(1):
+        raise RuntimeError("inside")
+    fc.as_matrix(spec, kernel)
+
+
+def test_the_budget_counts_bytes_of_the_dtype():
+    spec = PLAIN.spec()
+    with fc.memory_limit(4 * spec.out_size * spec.in_size):
+        fc.as_matrix(spec, np.ones(PLAIN.rhs_shape, np.float32))
+        with pytest.raises(ValueError, match="float64"):
+            fc.as_matrix(spec, np.ones(PLAIN.rhs_shape, np.float64))
+
+
+def test_indices_that_would_overflow_int32_are_refused():
+    """With x64 off an index is an int32: row*columns + column would wrap without a word."""
+    spec = fc.conv_spec((1, 1, 2**16), (1, 1, 1), (1,), "VALID")
+    kernel = jax.ShapeDtypeStruct((1, 1, 1), np.int8)
+    build = partial(fc.as_matrix, spec)
+    with fc.memory_limit(2**40):
+        assert jax.eval_shape(build, kernel).shape == spec.shape
+        with jax.enable_x64(False), pytest.raises(ValueError, match=r"65,536 x 65,536.*x64"):
+            jax.eval_shape(build, kernel)
+
+
+def test_with_x64_off(rng):
+    """The ordinary setting of a user: the same matrix, in float32."""
+    kernel = integers(rng, PLAIN.rhs_shape, np.float32)
+    with jax.enable_x64(False):
+        matrix = fc.as_matrix(PLAIN.spec(), kernel)
+        rows = fc.matrix_rows(PLAIN.spec(), kernel, [0, -1])
+        columns = fc.matrix_columns(PLAIN.spec(), kernel, np.array([1, 2]))
+    want = oracle.matrix(kernel, PLAIN)
+    np.testing.assert_array_equal(matrix, want)
+    np.testing.assert_array_equal(rows, want[[0, -1]])
+    np.testing.assert_array_equal(columns, want[:, [1, 2]])

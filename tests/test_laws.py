@@ -1,0 +1,277 @@
+"""Laws that hold across the library, and thousands of random geometries held against the oracle.
+
+Law numbers are those of the design: 1 the products agree, 3 (in part) the adjoint, 6 the structure of
+M, 7 the transforms of JAX change nothing. Law 8, right where JAX is wrong, is test_pitfalls.py.
+"""
+
+import dataclasses
+import itertools
+import os
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import jaxconv_fc as fc
+
+seeds = st.integers(0, 2**32 - 1)
+
+# 1. the products agree -------------------------------------------------------------------------------
+
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "200"))
+CHUNKS = 8  # so that the workers of pytest-xdist share the work
+
+
+@jax.jit
+def everything(spec, kernel, x, y):
+    """One program per geometry: compiling is what the random test spends its time on."""
+    return (
+        fc.as_matrix(spec, kernel),
+        fc.apply(spec, kernel, x),
+        fc.apply_transpose(spec, kernel, y),
+    )
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_geometries_against_the_oracle(chunk, run_seed):
+    """as_matrix, M x, apply and apply_transpose on whole numbers: equal, not close."""
+    for i in range(chunk, COUNT, CHUNKS):
+        rng = np.random.default_rng([run_seed, i])
+        geometry = random_geometry(rng)
+        kernel, x, y = arrays(geometry, rng, (np.int32, np.float32, np.int64)[i % 3])
+        replay = f"JAXCONV_FC_SEED={run_seed}, number {i}: {geometry}"
+        matrix, ahead, back = map(np.asarray, everything(geometry.spec(), kernel, x, y))
+        want = oracle.matrix(kernel, geometry)
+        assert (matrix.dtype, matrix.shape) == (want.dtype, want.shape), replay
+        assert (matrix == want).all(), replay
+        assert ahead.shape == oracle.out_shape(geometry), replay
+        assert back.shape == oracle.in_shape(geometry), replay
+        # the oracle's convolution knows no matrix, so this holds M x against the definition too
+        assert (oracle.product(x, kernel, geometry).ravel() == matrix @ x.ravel()).all(), replay
+        assert (ahead.ravel() == matrix @ x.ravel()).all(), replay
+        assert (back.ravel() == matrix.T @ y.ravel()).all(), replay
+
+
+@settings(max_examples=10)
+@given(geometries(), seeds, st.sampled_from(["float32", "float64", "complex64"]))
+def test_rounding_of_random_geometries(geometry, seed, dtype):
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, np.random.default_rng(seed), dtype, normals)
+    oracle.assert_matrix(fc.as_matrix(spec, kernel), kernel, geometry)
+    oracle.assert_product(fc.apply(spec, kernel, x), kernel, x, geometry)
+    oracle.assert_transpose_product(fc.apply_transpose(spec, kernel, y), kernel, y, geometry)
+
+
+# lhs_dilation stays out: some such geometries abort the process inside lax (test_pitfalls.py has one)
+@given(geometries(modes=("zeros",)).filter(lambda g: g.lhs_dilation is None), seeds)
+def test_lax_in_float64_agrees(geometry, seed):
+    """A whole batch through lax; each of its examples through M and through apply."""
+    rng = np.random.default_rng(seed)
+    spec, out = geometry.spec(), oracle.layouts(geometry)[2]
+    kernel = integers(rng, geometry.rhs_shape, np.float64)
+    xs = integers(rng, geometry.lhs_shape, np.float64)
+    ys = lax.conv_general_dilated(xs, kernel, *geometry.arguments())
+    matrix = oracle.matrix(kernel, geometry)
+    np.testing.assert_array_equal(fc.as_matrix(spec, kernel), matrix)
+    for j, x in enumerate(oracle.examples(xs, geometry)):
+        y = np.take(ys, j, axis=out[0])
+        np.testing.assert_array_equal(matrix @ x.ravel(), y.ravel())
+        np.testing.assert_array_equal(fc.apply(spec, kernel, x), y)
+
+
+# 3. the adjoint --------------------------------------------------------------------------------------
+
+
+@given(geometries(), seeds, st.sampled_from([np.float64, np.complex128]))
+def test_the_adjoint_four_ways(geometry, seed, dtype):
+    """apply_transpose, M^T y, linear_transpose(apply), and <M x, y> == <x, M^T y>, all exactly."""
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, np.random.default_rng(seed), dtype)
+    back = np.asarray(fc.apply_transpose(spec, kernel, y))
+    np.testing.assert_array_equal(back.ravel(), np.asarray(fc.as_matrix(spec, kernel)).T @ y.ravel())
+    np.testing.assert_array_equal(back, jax.linear_transpose(partial(fc.apply, spec, kernel), x)(y)[0])
+    ahead = np.asarray(fc.apply(spec, kernel, x))
+    assert (ahead * y).sum() == (x * back).sum()
+    # the inner product of complex spaces conjugates, so its adjoint is M^H y = conj(M^T conj(y))
+    hermitian = np.asarray(fc.apply_transpose(spec, kernel, y.conj())).conj()
+    assert np.vdot(ahead, y) == np.vdot(x, hermitian)
+
+
+# 6. the structure of M -------------------------------------------------------------------------------
+
+
+def block_diagonal(blocks):
+    rows, columns = (sum(block.shape[axis] for block in blocks) for axis in (0, 1))
+    result = np.zeros((rows, columns), blocks[0].dtype)
+    row = column = 0
+    for block in blocks:
+        result[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["feature", "batch"])
+def test_groups_are_a_block_diagonal(kind, mode, rng):
+    """In NC... and OI... layouts; a batch group is a feature group whose channels lie in the batch."""
+    groups, c, o, rest = 3, 2, 2, ((2,), [(1, 2)], None, (2,))
+    kernel = integers(rng, (groups * o, c, 3))
+    single = fc.conv_spec((1, c, 5), (o, c, 3), *rest, padding_mode=mode)
+    if kind == "feature":
+        whole = fc.conv_spec((1, groups * c, 5), kernel.shape, *rest, None, groups, padding_mode=mode)
+    else:
+        whole = fc.conv_spec((groups, c, 5), kernel.shape, *rest, None, 1, groups, padding_mode=mode)
+    blocks = [np.asarray(fc.as_matrix(single, part)) for part in np.split(kernel, groups)]
+    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), block_diagonal(blocks))
+    assert whole.nse == groups * single.nse
+
+
+@pytest.mark.parametrize("n", [(4,), (3, 4), (2, 3, 2)])
+@pytest.mark.parametrize("rhs_dilation", [1, 2])
+def test_circular_matrices_commute_with_shifts(n, rhs_dilation, rng):
+    """M shifted along every row and column axis alike is M, channels kept."""
+    k = (2,) * len(n)
+    pad = [(rhs_dilation, 0)] * len(n)
+    spec = fc.conv_spec(
+        (1, 2, *n), (3, 2, *k), (1,) * len(n), pad, None, (rhs_dilation,) * len(n), padding_mode="circular"
+    )
+    assert spec.out_shape == (3, *n)
+    matrix = np.asarray(fc.as_matrix(spec, integers(rng, spec.rhs_shape))).reshape(3, *n, 2, *n)
+    for shift in itertools.product(*map(range, n)):
+        axes = [1 + a for a in range(len(n))], [2 + len(n) + a for a in range(len(n))]
+        np.testing.assert_array_equal(np.roll(np.roll(matrix, shift, axes[0]), shift, axes[1]), matrix)
+
+
+@given(geometries().filter(lambda g: g.dimension_numbers is not None), seeds)
+def test_a_layout_permutes_rows_and_columns(geometry, seed):
+    """The same convolution in the default layout, its rows and columns renumbered, is the same M."""
+    lhs, rhs, out = oracle.layouts(geometry)
+    plain = dataclasses.replace(
+        geometry,
+        lhs_shape=tuple(geometry.lhs_shape[a] for a in lhs),
+        rhs_shape=tuple(geometry.rhs_shape[a] for a in rhs),
+        dimension_numbers=None,
+    )
+    kernel = integers(np.random.default_rng(seed), geometry.rhs_shape)
+    rows = renumbered(oracle.out_shape(geometry), out, 1)
+    columns = renumbered(oracle.in_shape(geometry), lhs, geometry.batch_group_count)
+    moved = np.asarray(fc.as_matrix(geometry.spec(), kernel))[rows][:, columns]
+    np.testing.assert_array_equal(moved, fc.as_matrix(plain.spec(), np.transpose(kernel, rhs)))
+
+
+def renumbered(shape, axes, batch):
+    """For each entry in default layout, its number in an array of `shape` laid out by `axes`."""
+    numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    if batch == 1:
+        numbers = np.expand_dims(numbers, axes[0])
+    return np.transpose(numbers, axes).ravel()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_separable_kernels_are_kronecker_products(mode, rng):
+    """Rank-1 in channels and both axes: M = K_c (x) M(a) (x) M(b), any padding and dilation."""
+    channels, a, b = (integers(rng, shape) for shape in ((3, 2), (3,), (2,)))
+    first = ((2,), [(2, 1)], (2,), (1,))
+    second = ((1,), [(0, 3)], (1,), (2,))
+    both = [(*one, *two) for one, two in zip(first, second, strict=True)]
+    kernel = channels[:, :, None, None] * a[:, None] * b
+    whole = fc.conv_spec((1, 2, 4, 3), kernel.shape, *both, padding_mode=mode)
+    along_a = fc.conv_spec((1, 1, 4), (1, 1, 3), *first, padding_mode=mode)
+    along_b = fc.conv_spec((1, 1, 3), (1, 1, 2), *second, padding_mode=mode)
+    parts = fc.as_matrix(along_a, a[None, None]), fc.as_matrix(along_b, b[None, None])
+    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), np.kron(channels, np.kron(*parts)))
+
+
+def test_a_kernel_of_one_tap_is_a_selection():
+    """1x1 with the identity across channels, stride 1: M is the identity."""
+    spec = fc.conv_spec((1, 3, 2, 2), (3, 3, 1, 1), (1, 1), "VALID")
+    kernel = np.eye(3, dtype=np.int32)[:, :, None, None]
+    np.testing.assert_array_equal(fc.as_matrix(spec, kernel), np.eye(12, dtype=np.int32))
+
+
+def test_toeplitz_in_one_dimension(rng):
+    """The matrix everybody knows: scipy's toeplitz for a 1-D correlation."""
+    linalg = pytest.importorskip("scipy.linalg")
+    kernel = integers(rng, (3,))
+    spec = fc.conv_spec((1, 1, 6), (1, 1, 3), (1,), "VALID")
+    first_row = np.r_[kernel, np.zeros(3, int)]
+    first_column = np.r_[kernel[0], np.zeros(3, int)]
+    np.testing.assert_array_equal(
+        fc.as_matrix(spec, kernel[None, None]), linalg.toeplitz(first_column, first_row)
+    )
+
+
+# 7. the transforms of JAX change nothing -------------------------------------------------------------
+
+GEOMETRY = Geometry((1, 2, 4, 3), (2, 2, 2, 2), (2, 1), [(1, 0), (-1, 2)], (1, 2))
+VERBS = {
+    "as_matrix": lambda spec, kernel, x, y: fc.as_matrix(spec, kernel),
+    "as_affine": lambda spec, kernel, x, y: fc.as_affine(spec, kernel, y),
+    "matrix_rows": lambda spec, kernel, x, y: fc.matrix_rows(spec, kernel, [0, -1]),
+    "matrix_columns": lambda spec, kernel, x, y: fc.matrix_columns(spec, kernel, [2, 0]),
+    "apply": lambda spec, kernel, x, y: fc.apply(spec, kernel, x),
+    "apply_transpose": lambda spec, kernel, x, y: fc.apply_transpose(spec, kernel, y),
+}
+every_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+
+
+def test_every_public_function_is_listed():
+    """A new verb must come with its transforms; names that take no arrays are told apart here."""
+    without_arrays = {"conv_spec", "ConvSpec", "format_matrix", "memory_limit"}
+    public = {name for name in vars(fc) if not name.startswith("_") and callable(getattr(fc, name))}
+    assert public == set(VERBS) | without_arrays
+
+
+@every_verb
+def test_jit_equals_eager(verb, rng):
+    spec = GEOMETRY.spec()
+    inputs = arrays(GEOMETRY, rng, np.float64)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(verb)(spec, *inputs), verb(spec, *inputs))
+
+
+@every_verb
+def test_vmap_equals_a_loop(verb, rng):
+    spec = GEOMETRY.spec()
+    batches = [np.stack(a) for a in zip(*(arrays(GEOMETRY, rng, np.float64) for _ in range(3)), strict=True)]
+    stacked = jax.vmap(partial(verb, spec))(*batches)
+    for i in range(3):
+        one = verb(spec, *(batch[i] for batch in batches))
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda s, i=i: s[i], stacked), one)
+
+
+@every_verb
+def test_grad_equals_finite_differences(verb, rng):
+    """All verbs are polynomials of degree 2 at most, so a central difference has no truncation error."""
+    spec = GEOMETRY.spec()
+    inputs = [jnp.asarray(a) for a in arrays(GEOMETRY, rng, np.float64)]
+    step = [jnp.asarray(a) for a in arrays(GEOMETRY, rng, np.float64)]
+    weights = jax.tree.map(lambda out: integers(rng, out.shape, np.float64), verb(spec, *inputs))
+
+    def loss(*inputs):
+        outs = verb(spec, *inputs)
+        return sum(jax.tree.leaves(jax.tree.map(lambda out, w: (out * w).sum(), outs, weights)))
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+    slope = sum((g * s).sum() for g, s in zip(gradients, step, strict=True))
+    ahead, behind = (
+        loss(*(a + sign * s for a, s in zip(inputs, step, strict=True))) for sign in (1, -1)
+    )
+    assert slope == (ahead - behind) / 2
+
+
+@every_verb
+def test_no_tracer_leaks_through_a_cached_table(verb, rng):
+    """Cached tables are NumPy: used first inside a trace, they must not leak its tracers."""
+    inputs = arrays(GEOMETRY, rng, np.float64)
+    jax.clear_caches()
+    spec = dataclasses.replace(GEOMETRY).spec()
+    with jax.checking_leaks():
+        first = jax.jit(verb)(spec, *inputs)
+    jax.tree.map(np.testing.assert_array_equal, verb(spec, *inputs), first)

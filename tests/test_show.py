@@ -1,0 +1,147 @@
+"""The teaching view: names without a kernel, values with one, and never more text than can be read."""
+
+import re
+import time
+
+import numpy as np
+import oracle
+import pytest
+from geometries import Geometry, arrays
+
+import jaxconv_fc as fc
+
+
+def text_of(spec, *kernel):
+    return fc.format_matrix(spec, *kernel).splitlines()
+
+
+def tokens(line):
+    """The entries of one printed row."""
+    assert line.startswith("[")
+    assert line.endswith("]")
+    return re.split(r"[ |]+", line[1:-1].strip())
+
+
+def conv_1d(n, k, padding="VALID", mode="zeros", channels=(1, 1)):
+    o, c = channels
+    return fc.conv_spec((1, c, n), (o, c, k), (1,), padding, padding_mode=mode)
+
+
+def test_letters_then_numbered_names():
+    """Letters where 26 suffice; past that every tap is numbered, so that names stay of one kind."""
+    assert tokens(text_of(conv_1d(26, 26))[0]) == list("abcdefghijklmnopqrstuvwxyz")
+    assert tokens(text_of(conv_1d(27, 27))[0]) == [f"k{i}" for i in range(27)]
+
+
+def test_names_follow_the_ravelled_kernel():
+    numbers = ("NHWC", "HWIO", "NHWC")
+    spec = fc.conv_spec((1, 3, 3, 2), (2, 2, 2, 1), (1, 1), "VALID", dimension_numbers=numbers)
+    assert text_of(spec)[0] == "[a b|c d|0 0||e f|g h|0 0||0 0|0 0|0 0]"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([1, 2], "[1 2 0]"),
+        ([-1, 20], "[-1 20  0]"),
+        ([-100, 2], "[-100    2    0]"),
+    ],
+)
+def test_values_share_one_width(values, line):
+    assert text_of(conv_1d(3, 2), np.array(values, np.int32).reshape(1, 1, 2))[0] == line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_floats_read_back(dtype):
+    values = np.array([0.5, -0.25], dtype).reshape(1, 1, 2)
+    lines = text_of(conv_1d(3, 2), values)
+    assert [[float(t) for t in tokens(line)] for line in lines] == [[0.5, -0.25, 0], [0, 0.5, -0.25]]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "complex64"])
+def test_other_dtypes_print(dtype):
+    line = text_of(conv_1d(3, 2), np.ones((1, 1, 2), dtype))[0]
+    assert len(tokens(line)) == 3
+    assert line.count("1") >= 2 or line.count("True") == 2
+
+
+def test_nan_and_inf_print():
+    line = text_of(conv_1d(3, 2), np.array([np.nan, -np.inf], np.float32).reshape(1, 1, 2))[0]
+    assert tokens(line)[:2] == ["nan", "-inf"]
+
+
+def test_colliding_taps_print_as_sums():
+    """Circular, a kernel as wide as twice the axis: each entry is met by two taps."""
+    spec = conv_1d(2, 3, [(1, 1)], "circular")
+    assert [tokens(line) for line in text_of(spec)] == [["b", "a+c"], ["a+c", "b"]]
+    kernel = np.array([1, 10, 100], np.int32).reshape(1, 1, 3)
+    assert [tokens(line) for line in text_of(spec, kernel)] == [["10", "101"], ["101", "10"]]
+
+
+def test_bars_nest_with_the_axes_of_in_shape():
+    spec = fc.conv_spec((1, 2, 2, 2, 2), (1, 2, 2, 2, 2), (1, 1, 1), "VALID")
+    assert fc.format_matrix(spec) == "[a b|c d||e f|g h|||i j|k l||m n|o p]"
+
+
+def test_no_spatial_axes():
+    assert text_of(fc.conv_spec((1, 2), (2, 2), (), "VALID")) == ["[a b]", "[c d]"]
+
+
+GEOMETRIES = [
+    Geometry((1, 2, 3), (2, 2, 2), (1,), [(1, 0)]),
+    Geometry((1, 1, 4), (1, 1, 2), (2,), [(1, 2)], (2,), (3,)),
+    Geometry((2, 2, 3), (2, 1, 2), (1,), "SAME", feature_group_count=2),
+    Geometry((2, 1, 3), (2, 1, 2), (1,), "SAME", batch_group_count=2),
+    Geometry((1, 3, 2, 1), (2, 2, 1, 1), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")),
+    Geometry((1, 1, 3), (1, 1, 3), (1,), [(4, 3)], padding_mode="reflect"),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_values_are_the_matrix(geometry, rng):
+    kernel, _, _ = arrays(geometry, rng)
+    printed = [[int(t) for t in tokens(line)] for line in text_of(geometry.spec(), kernel)]
+    np.testing.assert_array_equal(printed, oracle.matrix(kernel, geometry))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_names_are_the_matrix(geometry, rng):
+    """Every name evaluated (a sum, where taps collide) gives back the matrix of values."""
+    kernel, _, _ = arrays(geometry, rng)
+    names = dict(zip("abcdefghijklmnopqrstuvwxyz", kernel.ravel().tolist(), strict=False)) | {"0": 0}
+    evaluated = [
+        [sum(names[name] for name in token.split("+")) for token in tokens(line)]
+        for line in text_of(geometry.spec())
+    ]
+    np.testing.assert_array_equal(evaluated, oracle.matrix(kernel, geometry))
+
+
+@pytest.mark.parametrize("with_values", [False, True])
+@pytest.mark.parametrize("size", [20, 224])
+def test_beyond_a_sensible_size_an_ellipsis(size, with_values):
+    """A matrix nobody could read is shortened, and not built: 224x224 would take terabytes."""
+    spec = fc.conv_spec((1, 64, size, size), (64, 64, 3, 3), (1, 1), "SAME")
+    kernel = (np.ones((64, 64, 3, 3), np.float32),) if with_values else ()
+    start = time.perf_counter()
+    text = fc.format_matrix(spec, *kernel)
+    assert time.perf_counter() - start < 20
+    assert "..." in text or "…" in text
+    assert len(text) < 20_000
+    assert max(map(len, text.splitlines())) < 500
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_empty_matrices_print(shape):
+    rows, columns = shape
+    spec = conv_1d(4, 5) if rows == 0 else fc.conv_spec((1, 1, 0), (1, 1, 1), (1,), [(2, 2)])
+    assert spec.shape == (rows, columns)
+    assert isinstance(fc.format_matrix(spec), str)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error"), [(np.ones((1, 1, 3)), ValueError), ([[[1, 2]]], TypeError), ("ab", TypeError)]
+)
+def test_a_wrong_kernel_is_refused(kernel, error):
+    with pytest.raises(error, match="kernel"):
+        fc.format_matrix(conv_1d(3, 2), kernel)
