@@ -18,6 +18,7 @@ channels last, no input dilation (split into phases instead) and no negative pad
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -98,8 +100,7 @@ def _operands(
     value = as_operand(name, value, shape)
     if kernel.dtype != value.dtype:
         raise TypeError(
-            f"kernel is {kernel.dtype} and {name} {value.dtype}: cast one, e.g. "
-            f"{name}.astype(kernel.dtype)."
+            f"kernel is {kernel.dtype} and {name} {value.dtype}: cast one, e.g. {name}.astype(kernel.dtype)."
         )
     if kernel.dtype == jnp.bool_:
         raise TypeError(f"kernel and {name} are bool, which have no sums: cast both with .astype(jnp.int32).")
@@ -125,12 +126,21 @@ def _product(
 
 
 def _abstract(a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any) -> Any:
-    sizes = {}
-    for operand, role in zip((a, b), _OPERANDS[out], strict=True):
-        lead = [i for i, roles in enumerate(batches) if role in roles]
-        sizes |= dict(zip(lead, operand.shape, strict=False))
-    lead = tuple(sizes[i] for i, roles in enumerate(batches) if out in roles)
-    return jax.core.ShapedArray(lead + _role_shape(spec, out), a.dtype)
+    sizes = _batch_sizes(out, batches, a.shape, b.shape)
+    lead = tuple(sizes[i] for i in _lead(batches, out))
+    return ShapedArray(lead + _role_shape(spec, out), a.dtype)
+
+
+def _lead(batches: tuple[str, ...], role: str) -> list[int]:
+    """The batch axes that an operand of this role carries, in order."""
+    return [i for i, label in enumerate(batches) if role in label]
+
+
+def _batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -> dict[int, int]:
+    sizes: dict[int, int] = {}
+    for role, shape in zip(_OPERANDS[out], shapes, strict=True):
+        sizes |= dict(zip(_lead(batches, role), shape, strict=False))
+    return sizes
 
 
 def _role_shape(spec: ConvSpec, role: str) -> tuple[int, ...]:
@@ -157,32 +167,32 @@ def _evaluate(
 ) -> jax.Array:
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
     roles = _OPERANDS[out]
-    stacked = [i for i, label in enumerate(batches) if "k" in label]
-    shared = [i for i, label in enumerate(batches) if "k" not in label]
-    operands = []
-    for role, value in zip(roles, (a, b), strict=True):
-        lead = [i for i, label in enumerate(batches) if role in label]
-        first = [i for i in stacked if i in lead]
-        if role != "k":
-            value = jnp.moveaxis(value, [lead.index(i) for i in first], range(len(first)))
-            sizes = value.shape[len(first) : len(lead)]
-            value = value.reshape(*value.shape[: len(first)], -1 if value.size else int(np.prod(sizes)),
-                                  *value.shape[len(lead) :])  # fmt: skip
-            batch_sizes = sizes
-        operands.append(value)
+    sizes = _batch_sizes(out, batches, a.shape, b.shape)
+    stacked = _lead(batches, "k")
+    shared = [i for i in range(len(batches)) if i not in stacked]
+    examples = math.prod(sizes[i] for i in shared)
+
+    def order(role: str) -> list[int]:
+        return [i for i in stacked if role in batches[i]] + shared * (role != "k")
+
+    def fold(role: str, value: jax.Array) -> jax.Array:
+        lead = _lead(batches, role)
+        value = jnp.moveaxis(value, [lead.index(i) for i in order(role)], range(len(lead)))
+        kept = [sizes[i] for i in order(role) if i in stacked]
+        return value.reshape(*kept, *[examples] * (role != "k"), *_role_shape(spec, role))
+
     compute = partial(_PRODUCTS[out], spec, precision)
     for i in reversed(stacked):
         compute = _stack(compute, [0 if role in batches[i] else None for role in roles], out in batches[i])
-    result = compute(*operands)
-    if out == "k":
-        return result
-    first = [i for i in stacked if out in batches[i]]
-    result = result.reshape(*result.shape[: len(first)], *batch_sizes, *_role_shape(spec, out))
-    lead = [i for i, label in enumerate(batches) if out in label]
-    return jnp.moveaxis(result, range(len(lead)), [lead.index(i) for i in first + shared])
+    result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
+    result = result.reshape(*(sizes[i] for i in order(out)), *_role_shape(spec, out))
+    lead = _lead(batches, out)
+    return jnp.moveaxis(result, range(len(lead)), [lead.index(i) for i in order(out)])
 
 
-def _stack(compute: Callable[..., jax.Array], in_axes: list[int | None], kept: bool) -> Callable[..., jax.Array]:
+def _stack(
+    compute: Callable[..., jax.Array], in_axes: list[int | None], kept: bool
+) -> Callable[..., jax.Array]:
     mapped = jax.vmap(compute, in_axes)
     return mapped if kept else lambda *operands: mapped(*operands).sum(0)
 
@@ -205,7 +215,7 @@ batching.primitive_batchers[product_p] = _batched
 def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.inner for a in spec.axes]
     kernel = jnp.transpose(kernel, spec.kernel_order)
-    y = _correlate(axes, _read(spec, x), kernel, spec.groups, 1, precision)
+    y = _correlate(axes, _read(spec, x), kernel, spec.groups, precision)
     return _from_canonical(y, spec.out_order)
 
 
@@ -216,21 +226,23 @@ def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array)
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)
     kernel = jnp.swapaxes(kernel, -1, -3).reshape(*taps, outputs // spec.groups, spec.groups * inputs)
-    x = _correlate(axes, _to_canonical(y, spec.out_order), kernel, spec.groups, 1, precision)
+    x = _correlate(axes, _to_canonical(y, spec.out_order), kernel, spec.groups, precision)
     return _unread(spec, x)
 
 
 def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation of inputs with cotangents, whose outputs are the taps (MATHS 2)."""
-    x = jnp.swapaxes(_read(spec, x), 0, -1)  # channels are the batch, in as many batch groups
-    y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)
-    shape = (spec.group_channels, *(a.taps for a in spec.axes), spec.out_channels)
+    """Correlation of inputs with cotangents, whose outputs are the taps (MATHS 2).
+
+    The channels of a group are the batch, and each group has the examples as its channels.
+    """
     if not x.size or not y.size:
-        kernel = jnp.zeros(shape, x.dtype)
-    else:
-        axes = [a.inner.kernel_gradient() for a in spec.axes]
-        kernel = _correlate(axes, x, y, 1, spec.groups, precision)
-    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), np.argsort(spec.kernel_order))
+        return jnp.zeros(spec.rhs_shape, x.dtype)
+    x, axes = _read(spec, x), [a.inner.kernel_gradient() for a in spec.axes]
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], spec.groups, spec.group_channels), (0, -1), (-1, 0))
+    x = x.reshape(*x.shape[:-2], -1)
+    y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)
+    kernel = _correlate(axes, x, y, spec.groups, precision)
+    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), _inverse(spec.kernel_order))
 
 
 _PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}
@@ -240,8 +252,12 @@ def _to_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
     return jnp.transpose(value, (0, *(1 + i for i in order)))
 
 
+def _inverse(order: Sequence[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
 def _from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    return jnp.transpose(value, (0, *(1 + i for i in np.argsort(order))))
+    return jnp.transpose(value, (0, *(1 + i for i in _inverse(order))))
 
 
 def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
@@ -270,7 +286,7 @@ def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
 
 
 def _correlate(
-    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, batch_groups: int, precision: Any
+    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
 ) -> jax.Array:
     """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
 
@@ -278,7 +294,7 @@ def _correlate(
     the same relation differ only in their taps, so they are computed as more output channels.
     """
     dims, features = len(axes), rhs.shape[-1]
-    shape = (lhs.shape[0] // batch_groups, *(a.out_size for a in axes), features)
+    shape = (lhs.shape[0], *(a.out_size for a in axes), features)
     if not lhs.size or not rhs.size or 0 in shape:
         return jnp.zeros(shape, lhs.dtype)
     phases = [axis.phases() for axis in axes]
@@ -294,15 +310,17 @@ def _correlate(
         for i, family in enumerate(choice):
             kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
         kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)
-        return _window(inner, lhs, kernel, groups, batch_groups, precision).reshape(result)
+        return _window(inner, lhs, kernel, groups, precision).reshape(result)
 
     def assemble(choice: tuple[list[int], ...]) -> jax.Array:
         if len(choice) == dims:
             return block(choice)
         i = len(choice)
         parts = [assemble((*choice, family)) for family in families[i]]
+        if len(parts) == 1:
+            return parts[0]
         order = np.argsort(list(itertools.chain.from_iterable(families[i])))
-        return jnp.concatenate(parts, axis=2 + dims + i)[(..., order) + (slice(None),) * (dims - 1 - i)]
+        return jnp.take(jnp.concatenate(parts, axis=2 + dims + i), order, axis=2 + dims + i)
 
     y = assemble(())
     beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
@@ -323,14 +341,15 @@ def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
     return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
 
 
-def _window(
-    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, batch_groups: int, precision: Any
-) -> jax.Array:
-    """Correlation without input dilation: the only place that calls lax's convolution."""
+def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
+    """Correlation without input dilation, for any dtype on any backend."""
     pads = [(a.lo, a.hi) for a in axes]
-    if any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
+    integer = jnp.issubdtype(lhs.dtype, jnp.integer)
+    if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
         lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
         pads = [(0, 0)] * len(axes)
+    if integer:
+        return _dot_of_windows(axes, lhs, rhs, groups)
     d = len(axes)
     last = (0, d + 1, *range(1, d + 1))
     convolve = partial(
@@ -340,7 +359,27 @@ def _window(
         rhs_dilation=[a.rhs_dilation for a in axes],
         dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
         feature_group_count=groups,
-        batch_group_count=batch_groups,
         precision=precision,
     )
-    return convolve(lhs, rhs)
+    return _complex(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
+    """Correlation of an already padded integer array: GPUs have integer products, not convolutions."""
+    d = len(axes)
+    for i, axis in enumerate(axes):
+        reads = lax.iota(jnp.int32, axis.out_size)[:, None] * axis.stride
+        reads = reads + lax.iota(jnp.int32, axis.taps)[None] * axis.rhs_dilation
+        lhs = jnp.take(lhs, reads, axis=1 + 2 * i, mode="clip")
+    windows = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
+    kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
+    contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
+    y = lax.dot_general(windows, kernel, (contracting, ([2 * d + 1], [d + 1])))
+    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
+
+
+def _complex(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """A complex convolution as three real ones (Gauss), as GPUs have no other."""
+    both = convolve(lhs.real + lhs.imag, rhs.real)
+    real = both - convolve(lhs.imag, rhs.real + rhs.imag)
+    return lax.complex(real, both + convolve(lhs.real, rhs.imag - rhs.real))

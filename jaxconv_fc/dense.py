@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense
@@ -82,7 +83,9 @@ def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Ar
     matrix = as_matrix(spec, kernel)
     bias = as_array("bias", bias)
     if bias.dtype != matrix.dtype:
-        raise TypeError(f"bias is {bias.dtype}, the kernel {matrix.dtype}: cast one, bias.astype(kernel.dtype).")
+        raise TypeError(
+            f"bias is {bias.dtype}, the kernel {matrix.dtype}: cast one, bias.astype(kernel.dtype)."
+        )
     if bias.shape == spec.out_shape:
         return matrix, bias.ravel()
     if bias.shape != (spec.out_channels,):
@@ -210,7 +213,12 @@ def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: 
 
 
 def _scatter(
-    spec: ConvSpec, shape: tuple[int, ...], dims: tuple[int, ...], rows: Ints, columns: Ints, values: jax.Array
+    spec: ConvSpec,
+    shape: tuple[int, ...],
+    dims: tuple[int, ...],
+    rows: Ints,
+    columns: Ints,
+    values: jax.Array,
 ) -> jax.Array:
     """Add every value at its (row, column); indices one past the end are dropped.
 
@@ -259,7 +267,7 @@ def _taps(spec: ConvSpec) -> tuple[int, ...]:
 
 def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
     """``(index, inside)``: indices from the front, 0 where out of range."""
-    if isinstance(values, jax.core.Tracer):
+    if isinstance(values, Tracer):
         index = values
     else:
         index = np.asarray(values)

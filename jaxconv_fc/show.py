@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -14,9 +15,7 @@ from jaxconv_fc.spec import ConvSpec, as_operand
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def format_matrix(
-    spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max_columns: int = 80
-) -> str:
+def format_matrix(spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max_columns: int = 80) -> str:
     """M as text, a row per line: kernel entries by name, or by value when a kernel is given.
 
     Entries are named in the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` beyond
@@ -34,12 +33,13 @@ def format_matrix(
     [0 0 0|a b 0|c d 0]
     [0 0 0|0 a b|0 c d]
     """
-    text = _names(spec) if kernel is None else _values(np.asarray(as_operand("kernel", kernel, spec.rhs_shape)))
+    text = _names(spec) if kernel is None else _values(as_operand("kernel", kernel, spec.rhs_shape))
     columns = _ends(spec.in_size, max_columns)
     lines = []
     for row in _ends(spec.out_size, max_rows):
-        entries = {} if row is None else _entries(spec, row)
-        lines.append(None if row is None else ["..." if c is None else text(entries.get(c, [])) for c in columns])
+        entries = _entries(spec, row) if row is not None else {}
+        cells = ["..." if c is None else text(entries.get(c, [])) for c in columns]
+        lines.append(cells if row is not None else None)
     width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
     return "\n".join("..." if line is None else _line(spec, columns, line, width) for line in lines)
 
@@ -66,7 +66,7 @@ def _entries(spec: ConvSpec, row: int) -> dict[int, list[int]]:
              for a, o in zip(spec.axes, positions, strict=True)]  # fmt: skip
     first = d // (spec.out_channels // spec.groups) * spec.group_channels
     entries: dict[int, list[int]] = {}
-    for i, *read in product(range(spec.group_channels), *reads):
+    for i, read in product(range(spec.group_channels), product(*reads)):
         index = np.empty(len(spec.rhs_shape), int)
         index[list(spec.kernel_order)] = [*(p for p, _ in read), i, d]
         column = spec.column([t for _, t in read], first + i)
@@ -79,8 +79,8 @@ def _names(spec: ConvSpec) -> Any:
     return lambda taps: "+".join(_LETTERS[t] if few else f"k{t}" for t in taps) or "0"
 
 
-def _values(kernel: np.ndarray) -> Any:
-    flat = kernel.ravel()
+def _values(kernel: jax.Array) -> Any:
+    flat = np.asarray(kernel).ravel()
     return lambda taps: f"{np.add.reduce(flat[taps], dtype=flat.dtype) + 0:g}" if taps else "0"
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from jaxconv_fc.axis import MODES, Axis, Ints, dilated
 
@@ -256,7 +257,7 @@ def conv_spec(
 
 
 def _reject_traced(name: str, value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"{name} must be static, got the traced value {value}. Sizes shape the program: close over "
             "it, or name it in static_argnames of jax.jit."
@@ -542,7 +543,7 @@ def index_dtype(largest: int, spec: ConvSpec) -> Any:
     """int32 where ``largest`` fits, else int64 with x64, else a ValueError."""
     if largest <= np.iinfo(np.int32).max:
         return jnp.int32
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return jnp.int64
     raise ValueError(
         f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs indices up to {largest:,}, beyond "

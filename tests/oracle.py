@@ -7,7 +7,7 @@ padded first, then dilated), and then read at `o*stride + p*rhs_dilation` for ev
 
 `conv` does that with values. `triples` does it with *labels* (the positions 0, 1, 2, ... of the
 ravelled input), which lists every (row, column, tap) that meet; M, M^T y and the kernel gradient are
-sums over that list. Integers stay integers, so those results are exact; pass dtype=object for more.
+sums over that list. Integers stay integers of their type, so those results are exact modulo 2**bits.
 """
 
 import itertools

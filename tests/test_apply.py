@@ -57,7 +57,7 @@ some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 # values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["int32", "float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize("dtype", ["int32", "float32", "complex128"])
 @every_case
 def test_products_are_the_oracles(geometry, dtype, rng):
     """Whole numbers, so both are exact in every dtype."""
@@ -72,7 +72,7 @@ def test_products_are_the_oracles(geometry, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
-@every_case
+@some_cases
 def test_rounding_stays_within_its_bound(geometry, dtype, rng):
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, rng, dtype, normals)
@@ -335,9 +335,8 @@ def test_integers_are_exact_and_wrap(geometry, name, dtype, rng):
     function, truth, _ = pair(geometry)[name]
     got = function(kernel, vector)
     assert got.dtype == np.dtype(dtype)
-    exact = truth(vector.astype(object), kernel.astype(object), geometry)
-    modulus = 2**limits.bits
-    np.testing.assert_array_equal(np.asarray(got).astype(object) % modulus, exact % modulus)
+    modulo_2_64 = truth(vector.astype(np.uint64), kernel.astype(np.uint64), geometry)
+    np.testing.assert_array_equal(got, modulo_2_64.astype(dtype))
 
 
 @both

@@ -301,8 +301,10 @@ def test_a_concrete_index_out_of_range_raises(part, index):
     take, axis = PARTS[part]
     size = PLAIN.spec().shape[axis]
     index = {"size": size, "-size-1": -size - 1}.get(index, index)
-    with pytest.raises(IndexError, match=rf"{part}.*{index}.*{size}"):
+    with pytest.raises(IndexError, match=part) as caught:
         take(PLAIN.spec(), np.ones(PLAIN.rhs_shape), [0, index])
+    assert str(index) in str(caught.value)
+    assert str(size) in str(caught.value)
 
 
 @pytest.mark.parametrize("indices", [[0.5], np.array([1.0]), "ab", None, [[0, 1]]])
@@ -320,7 +322,7 @@ def test_the_cost_is_that_of_the_part(part, rng):
     """Two rows of a matrix of 4e10 entries: right, and with working memory like the result's."""
     take, _ = PARTS[part]
     spec, kernel = LAYER.spec(), normals(rng, LAYER.rhs_shape, np.float32)
-    indices = np.array([3, spec.shape[0] // 2 + 29])
+    indices = np.array([3, 32 * 56 * 56 + 29 * 56 + 29])  # a corner, and one that no border cuts
     program = jax.jit(take).lower(spec, kernel, indices).compile()
     result = program(spec, kernel, indices)
     assert result.size == 2 * spec.in_size
@@ -328,8 +330,7 @@ def test_the_cost_is_that_of_the_part(part, rng):
     assert memory.temp_size_in_bytes <= 4 * result.nbytes + 4 * kernel.nbytes
     assert program.as_text().count("while(") <= 2  # a loop over all of M would show
     probe = np.asarray(result) if part == "rows" else np.asarray(result).T
-    interior = np.count_nonzero(probe[1])
-    assert interior == 64 * 9
+    assert np.count_nonzero(probe[1]) == 64 * 9
 
 
 def test_big_rows_are_the_kernel_laid_out(rng):

@@ -81,7 +81,7 @@ def test_lax_in_float64_agrees(geometry, seed):
     matrix = oracle.matrix(kernel, geometry)
     np.testing.assert_array_equal(fc.as_matrix(spec, kernel), matrix)
     for j, x in enumerate(oracle.examples(xs, geometry)):
-        y = np.take(ys, j, axis=out[0])
+        y = np.take(np.asarray(ys), j, axis=out[0])
         np.testing.assert_array_equal(matrix @ x.ravel(), y.ravel())
         np.testing.assert_array_equal(fc.apply(spec, kernel, x), y)
 

@@ -45,6 +45,7 @@ def test_names_follow_the_ravelled_kernel():
         ([1, 2], "[1 2 0]"),
         ([-1, 20], "[-1 20  0]"),
         ([-100, 2], "[-100    2    0]"),
+        ([1234567, -9], "[1234567      -9       0]"),
     ],
 )
 def test_values_share_one_width(values, line):
@@ -127,8 +128,8 @@ def test_beyond_a_sensible_size_an_ellipsis(size, with_values):
     text = fc.format_matrix(spec, *kernel)
     assert time.perf_counter() - start < 20
     assert "..." in text or "…" in text
-    assert len(text) < 20_000
-    assert max(map(len, text.splitlines())) < 500
+    assert len(text) < 40_000
+    assert max(map(len, text.splitlines())) < 800
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])

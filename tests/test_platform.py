@@ -1,0 +1,236 @@
+"""The same numbers on every backend that is present, and programs for all that are not.
+
+    pytest -m platform
+
+compares with lax.conv_general_dilated on this machine's CPU and, where there is one, GPU or TPU.
+"""
+
+import itertools
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import MODES, Geometry, arrays, integers, normals
+from jax import export, lax
+
+import jaxconv_fc as fc
+
+
+def devices():
+    """One device of every platform present: the default backend's, and the CPU."""
+    found = {device.platform: device for device in (jax.devices("cpu")[0], jax.devices()[0])}
+    return found.values()
+
+
+every_device = pytest.mark.parametrize("device", devices(), ids=lambda device: device.platform)
+
+# 2-D: every combination of these, with the channels and layouts below in turn
+STRIDES = [(1, 1), (2, 1), (3, 2)]
+PADDINGS = ["VALID", "SAME", "SAME_LOWER", [(1, 0), (0, 2)]]
+DILATIONS = [(None, None), (None, (2, 1)), ((1, 2), None), ((2, 2), (1, 2))]
+CHANNELS = {  # (batch, C, O, I, feature groups, batch groups)
+    "one": (1, 1, 1, 1, 1, 1),
+    "many": (2, 3, 4, 3, 1, 1),
+    "grouped": (2, 4, 6, 2, 2, 1),
+    "depthwise": (2, 3, 6, 1, 3, 1),
+    "batch groups": (4, 2, 4, 2, 1, 2),
+}
+LAYOUTS = [("NCHW", "OIHW", "NCHW"), ("NHWC", "HWIO", "NHWC"), ("CWNH", "WOHI", "HNWC")]
+
+
+def laid_out(shape, letters, plain):
+    return tuple(dict(zip(plain, shape, strict=True))[letter] for letter in letters)
+
+
+def grid():
+    """Every stride x padding x dilation; channels and layouts advance with each, so all of them meet."""
+    combinations = itertools.product(STRIDES, PADDINGS, DILATIONS)
+    kinds, layouts = itertools.cycle(CHANNELS), itertools.cycle(LAYOUTS)
+    for strides, padding, (lhs_dilation, rhs_dilation) in combinations:
+        kind, (lhs, rhs, out) = next(kinds), next(layouts)
+        n, c, o, i, groups, batch_groups = CHANNELS[kind]
+        yield Geometry(
+            laid_out((n, c, 5, 6), lhs, "NCHW"),
+            laid_out((o, i, 3, 2), rhs, "OIHW"),
+            strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            (lhs, rhs, out),
+            groups,
+            batch_groups,
+        )
+    yield Geometry((2, 3), (4, 3), (), "VALID")
+    yield Geometry((2, 3, 9), (4, 3, 3), (2,), "SAME", None, (2,))
+    yield Geometry((1, 2, 3, 4, 3), (2, 2, 2, 1, 3), (1, 2, 1), "SAME", (2, 1, 1))
+
+
+GRID = list(grid())
+PADDED = [  # the boundary modes, which lax does not have: held against the oracle
+    Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
+    for mode in MODES
+]
+number = itertools.count()
+
+
+def identity(geometry):
+    return f"{next(number)}-{geometry.padding if isinstance(geometry.padding, str) else 'pairs'}"
+
+
+def products(geometry, kernel, xs, ys):
+    """apply on every example of a batch and its vjp, in lax's batched layout."""
+    spec = geometry.spec()
+    axis = oracle.layouts(geometry)[2][0]
+
+    def batched(kernel, xs):
+        examples = [lax.index_in_dim(xs, j, 0, keepdims=False) for j in range(xs.shape[0])]
+        return jnp.stack([fc.apply(spec, kernel, x, precision="highest") for x in examples], axis)
+
+    ahead, pull = jax.vjp(batched, kernel, xs)
+    return ahead, pull(ys)
+
+
+def reference(geometry, kernel, batch, ys):
+    """lax's forward product and gradients, string padding with lhs_dilation resolved for it."""
+    arguments = list(geometry.arguments())
+    arguments[1] = oracle.pads(geometry)
+    convolve = partial(lax.conv_general_dilated, precision="highest")
+    ahead, pull = jax.vjp(lambda kernel, batch: convolve(batch, kernel, *arguments), kernel, batch)
+    return ahead, pull(ys)
+
+
+def gradient_bounds(geometry, kernel, xs, ys, axis):
+    """2 gamma_n times the sums of the magnitudes that make up each gradient."""
+    sizes = [oracle.size_of(np.take(ys, j, axis)) for j in range(len(xs))]
+    kernel_sum = sum(
+        oracle.kernel_gradient(oracle.size_of(x), s, geometry) for x, s in zip(xs, sizes, strict=True)
+    )
+    back = [oracle.transpose_product(s, oracle.size_of(kernel), geometry) for s in sizes]
+    count = max(oracle.triples(geometry).shape[1], 1) * len(xs)
+    factor = 2 * oracle.gamma(count + 2, np.float32)
+    return factor * np.max(kernel_sum, initial=0), factor * np.max(back, initial=0)
+
+
+@pytest.mark.platform
+@every_device
+@pytest.mark.parametrize("geometry", GRID, ids=identity)
+def test_apply_and_its_gradients_are_laxs(geometry, device, rng):
+    """float32 at precision 'highest': values and both gradients, a whole batch at once."""
+    axis = oracle.layouts(geometry)[2][0]
+    kernel = normals(rng, geometry.rhs_shape, np.float32)
+    batch = normals(rng, geometry.lhs_shape, np.float32)
+    ys = normals(rng, oracle.batched_out_shape(geometry), np.float32)
+    xs = np.stack(oracle.examples(batch, geometry))
+    with jax.default_device(device):
+        ahead, (of_kernel, of_xs) = jax.jit(partial(products, geometry))(kernel, xs, ys)
+        want, (want_kernel, want_batch) = jax.jit(partial(reference, geometry))(kernel, batch, ys)
+    want_xs = np.stack(oracle.examples(np.asarray(want_batch), geometry))
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        (ahead, of_kernel, of_xs), (want, want_kernel, jnp.asarray(want_xs))
+    )
+    for x, y in zip(xs, np.moveaxis(np.asarray(ahead), axis, 0), strict=True):
+        oracle.assert_product(y, kernel, x, geometry)
+    kernel_bound, x_bound = gradient_bounds(geometry, kernel, xs, ys, axis)
+    chex.assert_trees_all_close(of_kernel, want_kernel, rtol=0, atol=kernel_bound)
+    chex.assert_trees_all_close(of_xs, jnp.asarray(want_xs), rtol=0, atol=x_bound)
+
+
+@pytest.mark.platform
+@every_device
+@pytest.mark.parametrize("geometry", [*GRID[::4], *PADDED], ids=identity)
+def test_the_matrix_and_its_parts(geometry, device, rng):
+    """Scatters must give the same entries everywhere, float and integer."""
+    spec = geometry.spec()
+    for dtype in (np.float32, np.int32):
+        kernel = integers(rng, geometry.rhs_shape, dtype)
+        want = oracle.matrix(kernel, geometry)
+        with jax.default_device(device):
+            chex.assert_trees_all_equal(fc.as_matrix(spec, kernel), want)
+            chex.assert_trees_all_equal(fc.matrix_rows(spec, kernel, [0, -1]), want[[0, -1]])
+            chex.assert_trees_all_equal(fc.matrix_columns(spec, kernel, [1, 0]), want[:, [1, 0]])
+
+
+@pytest.mark.platform
+@every_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("geometry", [*GRID[::6], *PADDED], ids=identity)
+def test_products_against_the_oracle(geometry, dtype, device, rng):
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, rng, dtype, normals)
+    with jax.default_device(device):
+        ahead = fc.apply(spec, kernel, x, precision="highest")
+        back = fc.apply_transpose(spec, kernel, y, precision="highest")
+    chex.assert_shape((ahead, back), (spec.out_shape, spec.in_shape))
+    oracle.assert_product(ahead, kernel, x, geometry)
+    oracle.assert_transpose_product(back, kernel, y, geometry)
+
+
+@pytest.mark.platform
+@pytest.mark.parametrize("geometry", GRID[::3], ids=identity)
+def test_the_oracle_itself_against_lax(geometry, rng):
+    """float64 on CPU, whole numbers: the yardstick of all other tests is lax's own convolution."""
+    kernel = integers(rng, geometry.rhs_shape, np.float64)
+    batch = integers(rng, geometry.lhs_shape, np.float64)
+    arguments = list(geometry.arguments())
+    arguments[1] = oracle.pads(geometry)
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = lax.conv_general_dilated(batch, kernel, *arguments)
+    chex.assert_trees_all_equal(np.asarray(want), oracle.conv(batch, kernel, geometry))
+
+
+# programs for platforms that are not here ------------------------------------------------------------
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+EXPORTED = {
+    "plain": Geometry((1, 2, 5, 4), (4, 2, 3, 2), (1, 1), "SAME"),
+    "grouped": Geometry((1, 4, 5), (4, 2, 3), (2,), [(-1, 3)], (2,), (2,), None, 2),
+    "batch groups": Geometry((2, 2, 5), (4, 2, 3), (1,), "SAME", batch_group_count=2),
+    "reflect": Geometry((1, 2, 4), (2, 2, 3), (1,), [(2, 5)], padding_mode="reflect"),
+}
+ROWS = np.array([0, 2])
+VERBS = {
+    "as_matrix": lambda spec, kernel, x, y: fc.as_matrix(spec, kernel),
+    "as_affine": lambda spec, kernel, x, y: fc.as_affine(spec, kernel, y),
+    "matrix_rows": lambda spec, kernel, x, y: fc.matrix_rows(spec, kernel, ROWS),
+    "matrix_columns": lambda spec, kernel, x, y: fc.matrix_columns(spec, kernel, ROWS),
+    "apply": lambda spec, kernel, x, y: fc.apply(spec, kernel, x),
+    "apply_transpose": lambda spec, kernel, x, y: fc.apply_transpose(spec, kernel, y),
+}
+
+
+def gradients(verb):
+    """The vjp of a verb with respect to the kernel, cotangent all ones."""
+
+    def pulled(spec, kernel, x, y):
+        value, pull = jax.vjp(lambda kernel: verb(spec, kernel, x, y), kernel)
+        return pull(jax.tree.map(jnp.ones_like, value))
+
+    return pulled
+
+
+def exported(verb, geometry, inputs):
+    """The program for all platforms, through bytes and back, run on this one."""
+    function = jax.jit(partial(verb, geometry.spec()))
+    program = export.export(function, platforms=PLATFORMS)(*inputs)
+    assert program.platforms == PLATFORMS
+    return export.deserialize(program.serialize()).call(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+@pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_every_verb_exports_for_all_platforms(verb, geometry, dtype, rng):
+    inputs = arrays(geometry, rng, dtype)
+    chex.assert_trees_all_equal(exported(verb, geometry, inputs), verb(geometry.spec(), *inputs))
+
+
+@pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_gradients_export_for_all_platforms(verb, geometry, rng):
+    inputs = arrays(geometry, rng, np.float32)
+    pulled = gradients(verb)
+    chex.assert_trees_all_equal(exported(pulled, geometry, inputs), pulled(geometry.spec(), *inputs))
