@@ -60,8 +60,7 @@ def apply(spec: ConvSpec, kernel: Any, x: Any, *, precision: Any = None) -> jax.
     >>> print(fc.apply(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 0., 3.]])))
     [[1. 0. 6.]]
     """
-    kernel, x = _operands(spec, kernel, "x", x, spec.in_shape)
-    return _product("y", spec, kernel, x, precision=precision)
+    return _product("y", spec, *_operands(spec, "kernel", kernel, "x", x), precision=precision)
 
 
 def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = None) -> jax.Array:
@@ -89,22 +88,27 @@ def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = Non
     >>> print(fc.apply_transpose(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 3.]])))
     [[1. 2. 3. 6.]]
     """
-    kernel, y = _operands(spec, kernel, "y", y, spec.out_shape)
-    return _product("x", spec, kernel, y, precision=precision)
+    return _product("x", spec, *_operands(spec, "kernel", kernel, "y", y), precision=precision)
 
 
-def _operands(
-    spec: ConvSpec, kernel: Any, name: str, value: Any, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
-    value = as_operand(name, value, shape)
-    if kernel.dtype != value.dtype:
+def kernel_product(spec: ConvSpec, x: Any, y: Any, precision: Any) -> jax.Array:
+    """``X(x)^T y``, the third product; public as :func:`kernel_vjp`."""
+    return _product("k", spec, *_operands(spec, "x", x, "y_bar", y), precision=precision)
+
+
+def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple[jax.Array, jax.Array]:
+    """Both operands as arrays of the spec's shapes and one dtype."""
+    a = as_operand(a_name, a, _role_shape(spec, a_name[0]))
+    b = as_operand(b_name, b, _role_shape(spec, b_name[0]))
+    if a.dtype != b.dtype:
         raise TypeError(
-            f"kernel is {kernel.dtype} and {name} {value.dtype}: cast one, e.g. {name}.astype(kernel.dtype)."
+            f"{a_name} is {a.dtype} and {b_name} {b.dtype}: cast one, e.g. {b_name}.astype({a_name}.dtype)."
         )
-    if kernel.dtype == jnp.bool_:
-        raise TypeError(f"kernel and {name} are bool, which have no sums: cast both with .astype(jnp.int32).")
-    return kernel, value
+    if a.dtype == jnp.bool_:
+        raise TypeError(
+            f"{a_name} and {b_name} are bool, which have no sums: cast both with .astype(jnp.int32)."
+        )
+    return a, b
 
 
 # -- the primitive -----------------------------------------------------------------------------
@@ -220,14 +224,18 @@ def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) ->
 
 
 def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation with the kernel turned around: taps reversed, channels exchanged in each group."""
+    """Correlation with the kernel turned around, the copies in the padding folded back."""
     axes = [a.inner.transpose() for a in spec.axes]
-    kernel = lax.rev(jnp.transpose(kernel, spec.kernel_order), range(len(axes)))
+    y = _to_canonical(y, spec.out_order)
+    return _unread(spec, _correlate(axes, y, turned_kernel(spec, kernel), spec.groups, precision))
+
+
+def turned_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The canonical kernel of the transpose: taps reversed, channels exchanged within each group."""
+    kernel = lax.rev(jnp.transpose(kernel, spec.kernel_order), range(len(spec.axes)))
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)
-    kernel = jnp.swapaxes(kernel, -1, -3).reshape(*taps, outputs // spec.groups, spec.groups * inputs)
-    x = _correlate(axes, _to_canonical(y, spec.out_order), kernel, spec.groups, precision)
-    return _unread(spec, x)
+    return jnp.swapaxes(kernel, -1, -3).reshape(*taps, outputs // spec.groups, spec.groups * inputs)
 
 
 def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -265,7 +273,7 @@ def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
     x = _to_canonical(x, spec.in_order)
     x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)
     for i, axis in enumerate(spec.axes, start=1):
-        if axis.padded_size != axis.size:
+        if axis.inner is not axis:
             source = axis.source(lax.iota(jnp.int32, axis.padded_size))
             x = jnp.take(x, source, axis=i, mode="clip")
     return x
@@ -274,7 +282,7 @@ def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
 def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The transpose of :func:`_read`: every copy is added to the position it was made from."""
     for i, axis in enumerate(spec.axes, start=1):
-        if axis.padded_size != axis.size:
+        if axis.inner is not axis:
             source = axis.source(lax.iota(jnp.int32, axis.padded_size))
             folded = jnp.zeros((*x.shape[:i], axis.size, *x.shape[i + 1 :]), x.dtype)
             x = folded.at[(slice(None),) * i + (source,)].add(x)

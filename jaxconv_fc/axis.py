@@ -121,7 +121,7 @@ class Axis:
     @cached_property
     def collides(self) -> bool:
         """Whether some output reads one input position through two taps."""
-        return self.pair_count != sum(self.inner.tap_counts)
+        return self.collisions > 0
 
     @cached_property
     def tap_counts(self) -> tuple[int, ...]:
@@ -132,10 +132,44 @@ class Axis:
     @cached_property
     def pair_count(self) -> int:
         """How many pairs (output, input) are related: the factor of this axis in nse."""
+        return sum(self.tap_counts) - self.collisions
+
+    @cached_property
+    def collisions(self) -> int:
+        """Triples (output, input, tap) beyond the first of each pair; only border outputs have any."""
         if self.mode == "zeros":  # any two of (o, p, t) determine the third
-            return sum(self.tap_counts)
-        rows = np.sort(self.input_table(), axis=1)
-        return int((rows[:, :1] >= 0).sum() + ((np.diff(rows, axis=1) > 0) & (rows[:, 1:] >= 0)).sum())
+            return 0
+        t, valid = self.input_of(self.border(self.interior)[:, None], np.arange(self.taps))
+        reads = np.sort(np.where(valid, t, -1), axis=1)
+        return int(((reads[:, 1:] == reads[:, :-1]) & (reads[:, 1:] >= 0)).sum())
+
+    @property
+    def interior(self) -> range:
+        """The outputs whose whole window lies on input positions, none of it on padding."""
+        first = self.lo if self.mode == "zeros" else self.lo * self.lhs_dilation
+        last = first + dilated(self.size, self.lhs_dilation) - self.dilated_taps
+        start = min(max(0, -(-first // self.stride)), self.out_size)
+        return range(start, max(start, min(self.out_size, last // self.stride + 1)))
+
+    def border(self, interior: range) -> np.ndarray:
+        """The outputs before and after a range of them."""
+        return np.concatenate([np.arange(interior.start), np.arange(interior.stop, self.out_size)])
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The outputs by class: those that read through the same taps, at a regular step.
+
+        One run for each residue of the interior (one residue unless there is ``lhs_dilation``) and
+        one for each border output that reads anything, so few for an ordinary layer.
+        """
+        return _runs(self)
+
+    @cached_property
+    def gram(self) -> np.ndarray:
+        """``gram[p, q]``: how many outputs read one and the same input through taps p and q."""
+        table = self.input_table()
+        pairs = [((table == table[:, p : p + 1]) & (table >= 0)).sum(0) for p in range(self.taps)]
+        return np.array(pairs, int).reshape(self.taps, self.taps)
 
     # -- axis -> axis --------------------------------------------------------------------------
 
@@ -170,6 +204,43 @@ class Axis:
         span = (out_size - 1) * self.stride + self.dilated_taps if out_size else 0
         return replace(self, hi=span - dilated(self.size, self.lhs_dilation) - self.lo)
 
+    def rows(self, start: int, stop: int) -> tuple[Axis, range]:
+        """The axis that makes outputs ``start`` to ``stop`` alone, and the inputs that it reads (MATHS 7).
+
+        A boundary mode keeps the inputs that its padding is copied from. What it pads beyond the
+        block it crops again: its ``lo`` and ``hi`` may be negative. Where it meets ``lhs_dilation``,
+        padding is counted in undilated positions, too coarse to cut such an axis: ValueError.
+        """
+        s, l, n, count = self.stride, self.lhs_dilation, self.size, stop - start
+        first, last = start * s - self.inner.lo, (stop - 1) * s - self.inner.lo + self.dilated_taps - 1
+        if self.mode == "zeros":
+            t0, t1 = max(0, -(-first // l)), min(n, last // l + 1)
+            if t0 >= t1:  # nothing but padding
+                return replace(self, size=0, lo=0).ending_at(count), range(0)
+            return replace(self, size=t1 - t0, lo=l * t0 - first).ending_at(count), range(t0, t1)
+        if count == self.out_size:
+            return self, range(n)
+        if l > 1:
+            raise ValueError(
+                f"rows {start} to {stop} of {self.out_size}: padding_mode={self.mode!r} with "
+                f"lhs_dilation={l} pads before it dilates, and no smaller convolution makes a part of its "
+                "rows. Take all rows."
+            )
+        i0, i1 = first - self.lo, last + 1 - self.lo  # padded positions, counted from the first input
+        t0, t1 = self._sources(i0, i1)
+        return replace(self, size=t1 - t0, lo=t0 - i0, hi=i1 - t1), range(t0, t1)
+
+    def _sources(self, i0: int, i1: int) -> tuple[int, int]:
+        """Inputs that make padded positions ``i0`` to ``i1``, folded as the whole axis folds them."""
+        n, below, above = self.size, max(0, -i0), max(0, i1 - self.size)
+        deepest = max(below, above)
+        depth = {"edge": 1, "symmetric": deepest, "reflect": deepest + 1}.get(self.mode, n + 1)
+        if not below and not above:
+            return i0, i1
+        if depth > n or (below and above):
+            return 0, n
+        return (0, min(n, max(i1, depth))) if below else (max(0, min(i0, n - depth)), n)
+
     def phases(self) -> list[Phase]:
         """Split a zeros-mode axis by output residue so that no ``lhs_dilation`` is left.
 
@@ -196,6 +267,50 @@ class Phase:
 
     taps: range
     axis: Axis
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Outputs of one class. Each reads ``width`` inputs, and together they make a regular part of the
+    list of all pairs (output, input), sorted: those of ``outputs[q]`` start at ``start + q*stride``.
+    """
+
+    outputs: range
+    reads: np.ndarray  # the inputs that the first output reads, ascending: shape (width,)
+    advance: int  # how far they move from one output to the next
+    taps: np.ndarray  # the taps that read them, in the same order; more than width where some meet
+    firsts: np.ndarray  # where in `taps` each input's taps begin: shape (width,)
+    start: int
+    stride: int
+
+    @property
+    def width(self) -> int:
+        return len(self.reads)
+
+
+@lru_cache(maxsize=256)
+def _runs(axis: Axis) -> tuple[Run, ...]:
+    period = axis.lhs_dilation // math.gcd(axis.stride, axis.lhs_dilation)
+    inside = axis.interior
+    repeats = len(inside) // period
+    inside = inside[: repeats * period]
+    # One period stands for the interior; the outputs of the border stand for themselves.
+    outputs = np.sort(np.concatenate([axis.border(inside), np.asarray(inside[:period], np.int64)]))
+    t, valid = axis.input_of(outputs[:, None], np.arange(axis.taps))
+    widths = np.diff(np.sort(np.where(valid, t, -1), axis=1), axis=1, prepend=-1)
+    widths = (widths > 0).sum(axis=1)
+    cycle = int(widths[(outputs >= inside.start) & (outputs < inside.stop)].sum())
+    starts = np.cumsum(widths) - widths + np.where(outputs >= inside.stop, (repeats - 1) * cycle, 0)
+    runs = []
+    for i in np.flatnonzero(widths):
+        taps = np.flatnonzero(valid[i])
+        taps = taps[np.argsort(t[i, taps], kind="stable")]
+        reads, firsts = np.unique(t[i, taps], return_index=True)
+        o = int(outputs[i])
+        same = range(o, inside.stop, period) if inside.start <= o < inside.stop else range(o, o + 1)
+        advance = period * axis.stride // axis.lhs_dilation
+        runs.append(Run(same, reads, advance, taps, firsts, int(starts[i]), cycle))
+    return tuple(runs)
 
 
 @lru_cache(maxsize=256)

@@ -46,18 +46,64 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
      [0 0 1 2]]
     """
     kernel = as_operand("kernel", kernel, spec.rhs_shape)
-    check_dense("as_matrix", spec, spec.shape, kernel.dtype, "apply")
+    check_dense("as_matrix", spec, spec.shape, kernel.dtype, "as_bcsr or apply")
     return _matrix(spec, kernel)
 
 
 @jax.jit
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *_taps(spec))
-    grid = _grid(dims, spec.index_dtype)
-    d, i, positions, taps = grid[0], grid[1], grid[2 : 2 + len(spec.axes)], grid[2 + len(spec.axes) :]
+    dims, rows, columns, _ = entries(spec)
     values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
-    rows, columns = spec.row(positions, d), _columns(spec, d, i, positions, taps)
     return _scatter(spec, spec.shape, dims, rows, columns, values)
+
+
+def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
+    """``as_matrix(spec, kernel)``, made of an earlier M of the same spec by rewriting its nonzeros only.
+
+    With the buffer of the earlier M donated, only ``spec.nse`` entries are written, a small part of M:
+    ``jax.jit(partial(update_matrix, spec), donate_argnums=0)``. Without donation M is copied first.
+    Entries that are structurally zero are kept as they are.
+
+    Args:
+      spec: the geometry.
+      matrix: an M of this geometry, as :func:`as_matrix` gave it; shape ``spec.shape``.
+      kernel: array of shape ``spec.rhs_shape`` and the matrix's dtype.
+
+    Returns:
+      Array of shape ``spec.shape``.
+
+    Raises:
+      TypeError: an operand is not an array, or their dtypes differ.  ValueError: a shape is wrong.
+
+    >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
+    >>> from functools import partial
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> matrix = fc.as_matrix(spec, jnp.array([[[1, 2]]]))
+    >>> update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+    >>> print(update(matrix, jnp.array([[[3, 4]]])))
+    [[3 4 0 0]
+     [0 3 4 0]
+     [0 0 3 4]]
+    """
+    kernel, matrix = as_operand("kernel", kernel, spec.rhs_shape), as_operand("matrix", matrix, spec.shape)
+    if kernel.dtype != matrix.dtype:
+        raise TypeError(f"kernel is {kernel.dtype}, matrix {matrix.dtype}: cast it, kernel.astype(matrix.dtype).")
+    return _updated(spec, matrix, kernel)
+
+
+@jax.jit
+def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+    dims, rows, columns, _ = entries(spec)
+    values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
+    if not matrix.size or 0 in dims:
+        return matrix
+    rows, columns, values = (jnp.broadcast_to(v, dims) for v in (rows, columns, values))
+    if not spec.collides:
+        return matrix.at[rows, columns].set(values, mode="drop", unique_indices=True)
+    cleared = matrix.at[rows, columns].set(jnp.zeros((), matrix.dtype), mode="drop")
+    places = cleared.at[rows, columns]
+    put = places.max if values.dtype == jnp.bool_ else places.add
+    return put(values, mode="drop")
 
 
 def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
@@ -196,6 +242,19 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
 
 
 # -- the scatter -------------------------------------------------------------------------------
+
+
+def entries(spec: ConvSpec) -> tuple[tuple[int, ...], Ints, Ints, Ints]:
+    """``(dims, rows, columns, taps)`` of all pairs of an output and a kernel entry.
+
+    The pairs form a grid of ``dims`` = (out channels, channels of a group, positions..., taps...), and the
+    index arrays broadcast over it: the row of M, the column (one past the end where the tap reads
+    padding), and the place of the kernel entry in ``kernel.ravel()``.
+    """
+    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *_taps(spec))
+    d, i, *rest = _grid(dims, spec.index_dtype)
+    positions, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
+    return dims, spec.row(positions, d), _columns(spec, d, i, positions, taps), spec.tap(taps, i, d)
 
 
 def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: Sequence[Ints]) -> Ints:

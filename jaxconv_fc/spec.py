@@ -8,9 +8,9 @@ import difflib
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ from jaxconv_fc.axis import MODES, Axis, Ints, dilated
 # The names that numpy.pad and torch give to the same modes.
 _MODE_ALIASES = {"constant": "zeros", "wrap": "circular", "replicate": "edge"}
 _PADDINGS = ("VALID", "SAME", "SAME_LOWER")
+
+
+class Nbytes(NamedTuple):
+    """Bytes of one matrix in each format: numbers for a program, a table for a reader."""
+
+    dense: int
+    bcoo: int
+    bcsr: int
+
+    def __str__(self) -> str:
+        numbers = {name: f"{n:,} bytes" for name, n in self._asdict().items()}
+        wide = max(map(len, numbers.values()))
+        sizes = {name: _readable(n) for name, n in self._asdict().items()}
+        return "\n".join(
+            f"{name:5}  {text:>{wide}}  {sizes[name]:>{max(map(len, sizes.values()))}}" for name, text in numbers.items()
+        )
 
 
 @jax.tree_util.register_static
@@ -115,10 +131,53 @@ class ConvSpec:
         """Number of entries of M that are not structurally zero: a product over the axes."""
         return self.out_channels * self.group_channels * math.prod(a.pair_count for a in self.axes)
 
+    def nbytes(self, dtype: Any = np.float32) -> Nbytes:
+        """Bytes of M with entries of this dtype, by format; as text, a table.
+
+        Formulas, with ``e`` bytes per entry and ``i`` per index (4, or 8 beyond int32): dense
+        ``out_size*in_size*e``, BCOO ``nse*(e + 2*i)``, BCSR and SciPy's CSR ``nse*(e + i) + (out_size+1)*i``.
+
+        >>> import jaxconv_fc as fc
+        >>> print(fc.conv_spec((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME").nbytes("float32"))
+        dense  161,128,382,464 bytes  150 GiB
+        bcoo     1,354,432,512 bytes    1 GiB
+        bcsr       903,757,828 bytes  862 MiB
+        """
+        entry, index = np.dtype(dtype).itemsize, 4 if self.stored_reach <= np.iinfo(np.int32).max else 8
+        return Nbytes(
+            dense=self.out_size * self.in_size * entry,
+            bcoo=self.nse * (entry + 2 * index),
+            bcsr=self.nse * (entry + index) + (self.out_size + 1) * index,
+        )
+
+    @property
+    def stored_reach(self) -> int:
+        """The largest index that a sparse format of M holds."""
+        return max(self.nse, self.in_size, self.out_size)
+
     @cached_property
     def collides(self) -> bool:
         """Whether two taps can meet in one entry of M, where they add (boundary modes only)."""
         return self.padding_mode != "zeros" and self.nse > 0 and any(a.collides for a in self.axes)
+
+    @cached_property
+    def canonical(self) -> ConvSpec:
+        """The geometry of the same M that equal maps share (zeros mode; MATHS 2).
+
+        No position of the padded input is left unused, and batch groups are feature groups where the
+        layout allows, that is, where the batch stands directly before the channels.
+        """
+        if self.padding_mode != "zeros":
+            return self
+        axes = [a.ending_at(a.out_size) for a in self.axes]
+        spec = replace(self, padding=tuple((a.lo, a.hi) for a in axes))
+        batch, feature, *_ = self.dimension_numbers.lhs_spec
+        groups = self.batch_group_count
+        if groups == 1 or feature != batch + 1:
+            return spec
+        lhs = list(self.lhs_shape)
+        lhs[batch], lhs[feature] = lhs[batch] // groups, lhs[feature] * groups
+        return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
 
     # -- positions -----------------------------------------------------------------------------
 
@@ -153,6 +212,11 @@ class ConvSpec:
         """Row of M that stands for these spatial positions of output channel ``channel``."""
         *spatial, feature = _pick(_strides(self.out_shape), self.out_order)
         return sum((o * s for o, s in zip(positions, spatial, strict=True)), channel * feature)
+
+    def tap(self, taps: Sequence[Ints], channel: Ints, out_channel: Ints) -> Ints:
+        """Index in ``kernel.ravel()`` of these taps of one kernel, for channel ``channel`` of its group."""
+        strides = _pick(_strides(self.rhs_shape), self.kernel_order)
+        return sum((v * s for v, s in zip((*taps, channel, out_channel), strides, strict=True)), 0)
 
     def split_column(self, column: Ints) -> tuple[list[Ints], Ints]:
         """``(positions, channel)`` of a column: the inverse of :meth:`column`."""
@@ -232,8 +296,8 @@ def conv_spec(
     _check_ranks(lhs, rhs)
     dims = len(lhs) - 2
     numbers = _resolve_layouts(dimension_numbers, len(lhs))
-    groups = _int("feature_group_count", feature_group_count, least=1)
-    batch_groups = _int("batch_group_count", batch_group_count, least=1)
+    groups = as_int("feature_group_count", feature_group_count, least=1)
+    batch_groups = as_int("batch_group_count", batch_group_count, least=1)
     _check_channels(lhs, rhs, numbers, groups, batch_groups)
     strides = _ints("window_strides", window_strides, length=dims)
     lhs_dil = (1,) * dims if lhs_dilation is None else _ints("lhs_dilation", lhs_dilation, length=dims)
@@ -264,7 +328,7 @@ def _reject_traced(name: str, value: Any) -> None:
         )
 
 
-def _int(name: str, value: Any, least: int | None) -> int:
+def as_int(name: str, value: Any, least: int | None) -> int:
     _reject_traced(name, value)
     try:
         number = operator.index(value)
@@ -280,7 +344,7 @@ def _ints(name: str, values: Any, *, length: int | None = None, least: int = 1) 
     if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
         raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {values!r}.{hint}")
-    numbers = tuple(_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
+    numbers = tuple(as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
     if length is not None and len(numbers) != length:
         raise ValueError(
             f"{name} must have {length} entries, one per spatial axis, got {len(numbers)}: {numbers}."
@@ -414,7 +478,7 @@ def _resolve_padding(padding: Any, axes: list[Axis]) -> tuple[tuple[int, int], .
         _reject_traced(f"padding[{i}]", pair)
         if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
             raise ValueError(f"padding[{i}] must be a pair (lo, hi), got {pair!r}. {example}")
-        lo, hi = (_int(f"padding[{i}][{j}]", v, least=None) for j, v in enumerate(pair))
+        lo, hi = (as_int(f"padding[{i}][{j}]", v, least=None) for j, v in enumerate(pair))
         pads.append((lo, hi))
     return tuple(pads)
 
@@ -512,12 +576,12 @@ def memory_limit(nbytes: int) -> Iterator[None]:
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 8, 8), (1, 1, 3, 3), (1, 1), "SAME")
     >>> with fc.memory_limit(1000):
-    ...     fc.as_matrix(spec, jnp.ones((1, 1, 3, 3)))
+    ...     fc.as_matrix(spec, jnp.ones((1, 1, 3, 3), jnp.float32))
     Traceback (most recent call last):
     ...
     ValueError: as_matrix: 64 x 64 float32 = 16 KiB dense, ...
     """
-    token = _memory_limit.set(_int("nbytes", nbytes, least=0))
+    token = _memory_limit.set(as_int("nbytes", nbytes, least=0))
     try:
         yield
     finally:
@@ -537,6 +601,16 @@ def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, i
         )
     if entries > np.iinfo(np.int32).max:
         index_dtype(entries, spec)
+
+
+def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str) -> None:
+    """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
+    limit = _memory_limit.get()
+    if nbytes > limit:
+        raise ValueError(
+            f"{name}: {spec.nse:,} stored entries need {_readable(nbytes)}, beyond the limit of "
+            f"{_readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
+        )
 
 
 def index_dtype(largest: int, spec: ConvSpec) -> Any:

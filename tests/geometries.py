@@ -43,9 +43,7 @@ class Geometry:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self)[2:-1])
 
     def spec(self):
-        return fc.conv_spec(
-            self.lhs_shape, self.rhs_shape, *self.arguments(), padding_mode=self.padding_mode
-        )
+        return fc.conv_spec(self.lhs_shape, self.rhs_shape, *self.arguments(), padding_mode=self.padding_mode)
 
     def is_small(self):
         """Few entries of M, and few steps of the oracle's loop over output positions and taps."""

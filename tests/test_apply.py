@@ -25,9 +25,7 @@ CASES = {
     "grouped": Geometry((1, 4, 3, 3), (6, 2, 2, 2), (1, 2), [(1, 1), (-1, 2)], feature_group_count=2),
     "depthwise": Geometry((1, 3, 5), (6, 1, 3), (1,), "SAME", feature_group_count=3),
     "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), [(2, 0)], (2,), batch_group_count=2),
-    "NHWC": Geometry(
-        (1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    ),
+    "NHWC": Geometry((1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
     "CWNH": Geometry(
         (2, 4, 1, 3), (2, 3, 2, 2), (2, 1), "SAME_LOWER", dimension_numbers=("CWNH", "HOWI", "WHNC")
     ),
@@ -90,6 +88,8 @@ def test_random_geometries(geometry, seed):
     matrix = oracle.matrix(kernel, geometry)
     np.testing.assert_array_equal(fc.apply(spec, kernel, x).ravel(), matrix @ x.ravel())
     np.testing.assert_array_equal(fc.apply_transpose(spec, kernel, y).ravel(), matrix.T @ y.ravel())
+
+
 def test_no_matrix_is_built(rng):
     """A layer whose matrix would take 161 GB."""
     geometry = Geometry((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME")
@@ -122,28 +122,28 @@ def setting(geometry, name, rng, dtype=np.float64, make=integers):
     return pair(geometry)[name][0], kernel, vector, cotangent, oracle.kernel_gradient(x, y, geometry)
 
 
-@both
 @every_case
-def test_gradients(geometry, name, rng):
-    """The vjp with respect to the vector is the other product; to the kernel, the kernel gradient."""
-    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng)
-    _, _, adjoint = pair(geometry)[name]
-    _, pull = jax.vjp(function, kernel, vector)
-    got_kernel, got_vector = pull(jnp.asarray(cotangent))
-    np.testing.assert_array_equal(got_vector, adjoint(cotangent, kernel, geometry))
-    np.testing.assert_array_equal(got_kernel, kernel_bar)
+def test_derivatives(geometry, rng):
+    """Each product pulls back to the other one and to the kernel gradient, by vjp and linear_transpose."""
+    spec = geometry.spec()
+    kernel, x, y = arrays(geometry, rng, np.float64)
 
+    def derivatives(function, kernel, vector, cotangent):
+        to_kernel, to_vector = jax.vjp(function, kernel, vector)[1](cotangent)
+        (transposed,) = jax.linear_transpose(partial(function, kernel), vector)(cotangent)
+        (gradient,) = jax.linear_transpose(lambda k: function(k, vector), kernel)(cotangent)
+        return to_kernel, to_vector, transposed, gradient
 
-@both
-@every_case
-def test_linear_transpose(geometry, name, rng):
-    """Both products are linear in each argument, and JAX may transpose either."""
-    function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng)
-    _, _, adjoint = pair(geometry)[name]
-    (to_vector,) = jax.linear_transpose(partial(function, kernel), vector)(cotangent)
-    np.testing.assert_array_equal(to_vector, adjoint(cotangent, kernel, geometry))
-    (to_kernel,) = jax.linear_transpose(lambda k: function(k, vector), kernel)(cotangent)
-    np.testing.assert_array_equal(to_kernel, kernel_bar)
+    @jax.jit
+    def of_both(kernel, x, y):
+        ahead = derivatives(partial(fc.apply, spec), kernel, x, y)
+        return ahead, derivatives(partial(fc.apply_transpose, spec), kernel, y, x)
+
+    kernel_bar = oracle.kernel_gradient(x, y, geometry)
+    x_bar = oracle.transpose_product(y, kernel, geometry)
+    y_bar = oracle.product(x, kernel, geometry)
+    want = (kernel_bar, x_bar, x_bar, kernel_bar), (kernel_bar, y_bar, y_bar, kernel_bar)
+    jax.tree.map(np.testing.assert_array_equal, of_both(kernel, x, y), want)
 
 
 @both

@@ -24,14 +24,14 @@ CASES = {
     "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
     "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
     "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
-    "NHWC": Geometry(
-        (1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    ),
+    "NHWC": Geometry((1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
     "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
     "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
     "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
 }
+SOME = {name: CASES[name] for name in ("strided, dilated, lopsided", "batch groups", "colliding", "no rows")}
 every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
+some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 
 
 # values ----------------------------------------------------------------------------------------------
@@ -71,12 +71,12 @@ def test_random_geometries(geometry, seed):
     np.testing.assert_array_equal(fc.as_matrix(geometry.spec(), kernel), oracle.matrix(kernel, geometry))
 
 
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
 @every_case
 def test_a_tap_that_is_not_finite_leaves_structural_zeros_alone(geometry, value, rng):
     kernel = normals(rng, geometry.rhs_shape, np.float32)
     kernel.ravel()[0] = value
-    matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))
+    matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))  # float32: compiled once for all values
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
     assert (matrix[~oracle.pattern(geometry)] == 0).all()
@@ -133,7 +133,7 @@ def test_the_complex_adjoint_is_the_plain_transpose(dtype, rng):
     np.testing.assert_array_equal(pulled, oracle.matrix_gradient(cotangent, PLAIN))
 
 
-@every_case
+@some_cases
 def test_vmap_over_kernels_and_jit(geometry, rng):
     """A stack of matrices; jit, vmap, jit of vmap and vmap of jit all agree exactly."""
     spec = geometry.spec()
@@ -255,7 +255,7 @@ def test_parts_under_vmap(part, rng):
     np.testing.assert_array_equal(one[0], want[0])
 
 
-@every_case
+@some_cases
 @both_parts
 def test_parts_are_linear_in_the_kernel(part, geometry, rng):
     take, axis = PARTS[part]

@@ -29,9 +29,7 @@ def grouped(c, o, groups, i=None):
 
 
 def batched(n, o, groups, **changed):
-    return partial(
-        spec, lhs_shape=(n, 4, 8, 8), rhs_shape=(o, 4, 3, 3), batch_group_count=groups, **changed
-    )
+    return partial(spec, lhs_shape=(n, 4, 8, 8), rhs_shape=(o, 4, 3, 3), batch_group_count=groups, **changed)
 
 
 def layout(*names):

@@ -42,8 +42,8 @@ def test_add_adds_where_indices_collide():
 
 
 def test_max_of_bools_is_or():
-    got = jnp.zeros(3, bool).at[jnp.array([0, 0, 1, 3])].max(
-        jnp.array([True, False, False, True]), mode="drop"
+    got = (
+        jnp.zeros(3, bool).at[jnp.array([0, 0, 1, 3])].max(jnp.array([True, False, False, True]), mode="drop")
     )
     np.testing.assert_array_equal(got, [True, False, False])
 
@@ -239,7 +239,8 @@ def test_a_bilinear_primitive_batches():
     np.testing.assert_array_equal(both[1], np.outer(2 * A, B + 1))
     nested = jax.vmap(jax.vmap(outer, (None, 0)), (1, None))(stack.T, np.stack([B, B + 1]))
     np.testing.assert_array_equal(nested[1, 1], np.outer(2 * A, B + 1))
-    total = jax.grad(lambda b: (jax.vmap(outer, (0, None))(stack, b) * np.stack([C, C])).sum())(jnp.asarray(B))
+    weights = np.stack([C, C])
+    total = jax.grad(lambda b: (jax.vmap(outer, (0, None))(stack, b) * weights).sum())(jnp.asarray(B))
     np.testing.assert_array_equal(total, 3 * (A @ C))
 
 

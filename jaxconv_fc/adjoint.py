@@ -1,0 +1,634 @@
+"""The transpose of a convolution, and gradients between inputs, outputs, kernels and matrices.
+
+One trilinear form T[output, input, kernel entry] carries a convolution. It has three matrix views: M(k)
+(outputs by inputs), the kernel matrix X(x) (outputs by kernel entries), and the linear map L from
+kernels to matrices. This file turns each of them around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from jaxconv_fc.apply import kernel_product, turned_kernel
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.dense import entries, matrix_rows
+from jaxconv_fc.spec import ConvSpec, as_operand, check_dense, conv_spec
+
+
+def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
+    """The convolution whose matrix is ``as_matrix(spec, kernel).T``.
+
+    Per axis, strides and input dilation change places and the padding becomes
+    ``k_d - 1 - lo`` low, ``k_d - 1 - hi + remainder`` high; the kernel is turned around,
+    ``K'[g*(C/G) + i, o', p] = K[g*(O/G) + o', i, k-1-p]`` (MATHS 2). Sizes come back exactly, whatever a
+    stride left unused. Transposing twice gives ``spec.canonical`` and the kernel. For M^H conjugate the
+    new kernel.
+
+    A batch group comes back as a feature group whose channels are (batch entry, channel), which is a
+    convolution where the layout of the input keeps the batch directly before the channels.
+
+    Args:
+      spec: a zeros-mode geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+
+    Returns:
+      ``(spec, kernel)`` of the transposed convolution, in layouts exchanged accordingly.
+
+    Raises:
+      ValueError: a boundary mode, or batch groups in another layout: M^T is no single convolution then,
+        and :func:`apply_transpose` gives its products.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (2,), "VALID")
+    >>> turned, kernel = fc.transpose(spec, jnp.array([[[1, 2]]]))
+    >>> turned.lhs_dilation, turned.padding
+    ((2,), ((1, 2),))
+    >>> bool((fc.as_matrix(turned, kernel) == fc.as_matrix(spec, jnp.array([[[1, 2]]])).T).all())
+    True
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    if spec.padding_mode != "zeros":
+        raise ValueError(
+            f"transpose: M^T of padding_mode={spec.padding_mode!r} folds copies of the input back and is no "
+            "convolution. Use apply_transpose, which is exact there, or as_matrix(...).T."
+        )
+    plain = spec.canonical
+    if plain.batch_group_count > 1:
+        raise ValueError(
+            f"transpose: with batch_group_count={spec.batch_group_count} the input layout "
+            f"lhs_spec={spec.dimension_numbers.lhs_spec} must have the batch directly before the channels. "
+            "Use apply_transpose, which is exact in every layout."
+        )
+    axes = [a.transpose() for a in plain.axes]
+    lhs_spec, rhs_spec, out_spec = plain.dimension_numbers
+    taps = {i: a.taps for i, a in zip(rhs_spec[2:], axes, strict=True)}
+    channels = {rhs_spec[0]: plain.in_channels, rhs_spec[1]: plain.out_channels // plain.groups}
+    sizes = {out_spec[0]: plain.lhs_shape[lhs_spec[0]], out_spec[1]: plain.out_channels}
+    sizes |= {i: a.size for i, a in zip(out_spec[2:], axes, strict=True)}
+    turned = replace(
+        plain,
+        lhs_shape=tuple(sizes[i] for i in range(len(sizes))),
+        rhs_shape=tuple((taps | channels)[i] for i in range(len(rhs_spec))),
+        window_strides=plain.lhs_dilation,
+        lhs_dilation=plain.window_strides,
+        padding=tuple((a.lo, a.hi) for a in axes),
+        dimension_numbers=lax.ConvDimensionNumbers(out_spec, rhs_spec, lhs_spec),
+    )
+    return turned, jnp.transpose(turned_kernel(spec, kernel), np.argsort(turned.kernel_order).tolist())
+
+
+def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
+    """The matrix X of the convolution as a function of its kernel (im2col).
+
+    ``X @ kernel.ravel() == as_matrix(spec, kernel) @ x.ravel()``: the Jacobian of the output with respect
+    to the kernel, ``X[(d, o), (d, i, p)] = x[c(d, i), t(o, p)]``. Linear in x.
+
+    Args:
+      spec: the geometry.
+      x: array of shape ``spec.in_shape``.
+
+    Returns:
+      Array of shape ``(spec.out_size, kernel size)``; kernel entries in the row-major order of
+      ``spec.rhs_shape``.
+
+    Raises:
+      TypeError: x is not an array.  ValueError: another shape, or X is beyond the memory limit.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.kernel_matrix(spec, jnp.array([[1, 2, 3, 4]])))
+    [[1 2]
+     [2 3]
+     [3 4]]
+    """
+    x = as_operand("x", x, spec.in_shape)
+    check_dense("kernel_matrix", spec, (spec.out_size, math.prod(spec.rhs_shape)), x.dtype, "kernel_vjp")
+    return _kernel_matrix(spec, x)
+
+
+@jax.jit
+def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    dims, rows, columns, taps = entries(spec)
+    matrix = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
+    if not matrix.size or not x.size:
+        return matrix
+    values = x.ravel().at[columns].get(mode="fill", fill_value=0)
+    rows, taps, values = (jnp.broadcast_to(v, dims) for v in (rows, taps, values))
+    return matrix.at[rows, taps].set(values, unique_indices=True)
+
+
+def kernel_vjp(spec: ConvSpec, x: Any, y_bar: Any, *, precision: Any = None) -> jax.Array:
+    """``X(x)^T y_bar``: the gradient with respect to the kernel, itself a convolution.
+
+    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]``. The plain transpose for complex
+    numbers. Right where ``jax.vjp`` of lax on CPU is not, and not slowed down by groups. Per-example
+    gradients by ``jax.vmap``.
+
+    Args:
+      spec: the geometry.
+      x: array of shape ``spec.in_shape``.
+      y_bar: array of shape ``spec.out_shape`` and the dtype of x.
+      precision: as in :func:`apply`.
+
+    Returns:
+      Array of shape ``spec.rhs_shape``.
+
+    Raises:
+      TypeError: dtypes differ, or are bool.  ValueError: a shape is not the spec's.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.kernel_vjp(spec, jnp.array([[1, 2, 3, 4]]), jnp.array([[1, 0, 10]])))
+    [[[31 42]]]
+    """
+    return kernel_product(spec, x, y_bar, precision)
+
+
+def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
+    """``L^T``: the kernel cotangent of a cotangent of M, the adjoint of :func:`as_matrix`.
+
+    ``kernel_bar[d, i, p] = sum_o matrix_bar[(d, o), (c(d, i), t(o, p))]``. Reads the stored entries only,
+    and makes no second matrix. Of ``y_bar x^T`` it is :func:`kernel_vjp`.
+
+    Args:
+      spec: the geometry.
+      matrix_bar: array of shape ``spec.shape``.
+
+    Returns:
+      Array of shape ``spec.rhs_shape``.
+
+    Raises:
+      TypeError: not an array.  ValueError: another shape.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.matrix_vjp(spec, jnp.ones((3, 4))))
+    [[[3. 3.]]]
+    """
+    return _matrix_vjp(spec, as_operand("matrix_bar", matrix_bar, spec.shape))
+
+
+@jax.jit
+def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
+    dims, rows, columns, _ = entries(spec)
+    kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
+    if not matrix_bar.size or 0 in dims:
+        return jnp.zeros(spec.rhs_shape, matrix_bar.dtype)
+    rows, columns = jnp.broadcast_arrays(rows, columns)
+    read = matrix_bar.at[rows, columns].get(mode="fill", fill_value=0)
+    kernel = read.sum(tuple(range(2, 2 + len(spec.axes))), dtype=matrix_bar.dtype).reshape(kernel_dims)
+    return jnp.transpose(kernel, np.argsort(spec.dimension_numbers.rhs_spec).tolist())
+
+
+def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
+    """The kernel whose matrix is nearest to ``matrix`` in the Frobenius norm: ``(G^+ x ...) L^T(A)``.
+
+    The orthogonal projection onto the convolutions of this geometry, through the Gram matrix
+    ``G_a[p, p'] = #{o : t(o, p) = t(o, p')}`` of each axis (MATHS 3). Exact on the matrix of a
+    convolution. A tap that never reads an input cannot be seen in any matrix: it comes back as 0, the
+    solution of least norm.
+
+    Args:
+      spec: the geometry.
+      matrix: array of shape ``spec.shape``; integers are taken as floats.
+
+    Returns:
+      Array of shape ``spec.rhs_shape``.
+
+    Raises:
+      TypeError: not an array.  ValueError: another shape.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.kernel_from_matrix(spec, fc.as_matrix(spec, jnp.array([[[1., 2.]]]))))
+    [[[1. 2.]]]
+    """
+    matrix = as_operand("matrix", matrix, spec.shape)
+    kernel = _matrix_vjp(spec, _inexact(matrix))
+    for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
+        kernel = _solve_gram(axis, kernel, i)
+    return kernel
+
+
+def _inexact(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+        return array
+    return array.astype(jax.dtypes.canonicalize_dtype(np.float64))
+
+
+def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
+    """The pseudo-inverse of the Gram matrix of one axis, applied along axis ``i`` of the kernel."""
+    if not axis.collides:  # diagonal: every tap has entries of its own
+        counts = jnp.asarray(np.array(axis.tap_counts), kernel.real.dtype)
+        counts = jnp.expand_dims(counts, [j for j in range(kernel.ndim) if j != i])
+        return jnp.where(counts > 0, kernel / jnp.maximum(counts, 1).astype(kernel.dtype), 0)
+    inverse = np.linalg.pinv(axis.gram.astype(float), rcond=1e-12, hermitian=True)
+    product = jnp.tensordot(jnp.asarray(inverse, kernel.dtype), kernel, axes=(1, i), precision="highest")
+    return jnp.moveaxis(product, 0, i)
+
+
+def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
+    """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
+
+    K* is :func:`kernel_from_matrix`. 0 for a convolution (and for A = 0), 1 for a matrix orthogonal to all
+    of them. The difference is summed row by row, so no second matrix is made.
+
+    Args:
+      spec: the geometry.
+      matrix: array of shape ``spec.shape``; integers are taken as floats.
+
+    Returns:
+      Real scalar.
+
+    Raises:
+      TypeError: not an array.  ValueError: another shape.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> float(fc.conv_distance(spec, jnp.zeros((3, 4)).at[0, 3].set(1.)))
+    1.0
+    """
+    matrix = _inexact(as_operand("matrix", matrix, spec.shape))
+    if not matrix.size:
+        return jnp.zeros((), matrix.real.dtype)
+    return _conv_distance(spec, matrix, kernel_from_matrix(spec, matrix))
+
+
+_BLOCK = 2**20  # entries of M that are made at a time
+
+
+@jax.jit
+def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+    def residual(row: jax.Array, values: jax.Array) -> jax.Array:
+        return _sum_of_squares(values - matrix_rows(spec, kernel, row[None])[0])
+
+    rows = lax.iota(spec.index_dtype, spec.out_size)
+    block = min(spec.out_size, max(1, _BLOCK // spec.in_size))
+    residuals = lax.map(lambda pair: residual(*pair), (rows, matrix), batch_size=block)
+    off, total = residuals.sum(), _sum_of_squares(matrix)
+    # The square root has no derivative at 0, where the distance is least: its gradient is 0 there.
+    ratio = jnp.where(off > 0, off, 1) / jnp.where(total > 0, total, 1)
+    return jnp.where(off > 0, jnp.sqrt(ratio), 0).astype(matrix.real.dtype)
+
+
+def _sum_of_squares(values: jax.Array) -> jax.Array:
+    """At least in float32, so that half precision does not overflow."""
+    parts = [values.real, values.imag] if jnp.iscomplexobj(values) else [values]
+    wide = jnp.float32 if parts[0].dtype.itemsize < 4 else parts[0].dtype
+    return sum((jnp.sum(jnp.square(part.astype(wide))) for part in parts), jnp.zeros((), wide))
+
+
+# -- one convolution for two -------------------------------------------------------------------
+
+
+def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[ConvSpec, jax.Array]:
+    """One convolution for two in a row: the ``(spec, kernel)`` whose matrix is ``M2 @ M1``.
+
+    Exists per axis where ``gcd(s1, l2) = 1``: with ``e1 = r1*l2``, ``e2 = r2*s1``, ``g = gcd(e1, e2)`` the
+    stride is ``s1*s2``, the input dilation ``l1*l2``, the kernel dilation ``g``, the low padding
+    ``s1*lo2 + l2*lo1``, and tap ``(p1*e1 + p2*e2)/g`` collects ``K2[p2] K1[p1]``, summed over the
+    channels between (MATHS 4). Exact if and only if every position between the two that the second reads
+    in its padding is one where the first, continued, would see no input; this is tested. Two SAME layers
+    in a row differ in a ring at the border and are refused.
+
+    Args:
+      second, first: ``(spec, kernel)`` each; the input of the second is the output of the first, in the
+        same layout. The first may have a boundary mode if the second does not pad.
+
+    Returns:
+      ``(spec, kernel)``, differentiable in both kernels. Feature groups are kept as far as both have
+      them: ``gcd(G1, G2)``.
+
+    Raises:
+      ValueError: the shapes or layouts do not chain, or no single convolution equals the product; it
+        says which output rows would differ.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> first = fc.conv_spec((1, 1, 6), (1, 1, 2), (1,), "VALID")
+    >>> second = fc.conv_spec((1, 1, 5), (1, 1, 2), (1,), "VALID")
+    >>> spec, kernel = fc.compose((second, jnp.array([[[1, 10]]])), (first, jnp.array([[[1, 2]]])))
+    >>> print(kernel)
+    [[[ 1 12 20]]]
+    """
+    (spec2, kernel2), (spec1, kernel1) = second, first
+    kernel1 = as_operand("first kernel", kernel1, spec1.rhs_shape)
+    kernel2 = as_operand("second kernel", kernel2, spec2.rhs_shape)
+    spec1, spec2 = _plain(spec1, "first"), _plain(spec2, "second")
+    order = _chained(spec2, spec1)
+    pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
+    axes = [_compose_axes(i, *pair) for i, pair in enumerate(pairs)]
+    _check_exact(spec2, spec1, pairs)
+    groups = math.gcd(spec1.groups, spec2.groups)
+    taps2 = jnp.transpose(kernel2, (*(spec2.dimension_numbers.rhs_spec[2 + j] for j in order),
+                                    *spec2.kernel_order[-2:]))  # fmt: skip
+    taps1 = jnp.transpose(kernel1, spec1.kernel_order)
+    kernel = _compose_kernels(pairs, _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups),
+                              groups)  # fmt: skip
+    spec = _composed_spec(spec2, spec1, order, axes, groups, kernel.shape)
+    return spec, jnp.transpose(kernel, np.argsort(spec.kernel_order).tolist())
+
+
+def _plain(spec: ConvSpec, name: str) -> ConvSpec:
+    plain = spec.canonical
+    if plain.batch_group_count > 1:
+        raise ValueError(
+            f"compose: the {name} convolution has batch_group_count={spec.batch_group_count} in a layout that "
+            "does not keep the batch directly before the channels. Transpose its input, or use feature groups."
+        )
+    return plain
+
+
+def _chained(spec2: ConvSpec, spec1: ConvSpec) -> list[int]:
+    """For each spatial axis of the first, the axis of the second that continues it."""
+    out, inp = spec1.out_order, spec2.in_order
+    if spec1.out_shape != spec2.in_shape or out[-1] != inp[-1]:
+        raise ValueError(
+            f"compose: the first gives arrays of shape {spec1.out_shape} with channels on axis {out[-1]}, the "
+            f"second takes {spec2.in_shape} with channels on axis {inp[-1]}. Make them the same."
+        )
+    return [inp.index(place) for place in out[:-1]]
+
+
+def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
+    """The composed relation of one axis; ValueError where there is none."""
+    if second.mode != "zeros" or (first.mode != "zeros" and (second.lo or second.hi > 0)):
+        raise ValueError(
+            f"compose: on spatial axis {i}, padding_mode={first.mode!r} then {second.mode!r} with padding "
+            f"{(second.lo, second.hi)}: only zeros mode may pad what another convolution made. Every row that "
+            "reads this padding would differ."
+        )
+    inner = first.inner
+    if math.gcd(inner.stride, second.lhs_dilation) != 1:
+        raise ValueError(
+            f"compose: on spatial axis {i} the first has stride {inner.stride} and the second lhs_dilation "
+            f"{second.lhs_dilation}, which must have no common factor: the product is no convolution."
+        )
+    e1, e2 = inner.rhs_dilation * second.lhs_dilation, second.rhs_dilation * inner.stride
+    g = math.gcd(e1, e2)
+    composed = Axis(
+        size=inner.size,
+        taps=((inner.taps - 1) * e1 + (second.taps - 1) * e2) // g + 1,
+        stride=inner.stride * second.stride,
+        lo=inner.stride * second.lo + second.lhs_dilation * inner.lo,
+        lhs_dilation=inner.lhs_dilation * second.lhs_dilation,
+        rhs_dilation=g,
+    ).ending_at(second.out_size)
+    if first.mode == "zeros":
+        return composed
+    padded = replace(composed, size=first.size, lo=first.lo, hi=first.hi, mode=first.mode)
+    if padded.out_size != second.out_size:
+        raise ValueError(
+            f"compose: on spatial axis {i} one convolution in padding_mode={first.mode!r} would make "
+            f"{padded.out_size} outputs, not {second.out_size}."
+        )
+    return padded
+
+
+def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, Axis]]) -> None:
+    """Refuse if some row reads, through the padding between the two, an input that it must not see."""
+    sees, errs = zip(*(_virtual_reads(*pair) for pair in pairs), strict=True) if pairs else ((), ())
+    wrong = 0
+    for i, err in enumerate(errs):
+        rows = [err if j == i else see for j, see in enumerate(sees)]
+        wrong = wrong | reduce(np.multiply.outer, rows)
+    count = int(np.sum(wrong)) * bool(spec1.nse and spec2.nse)
+    if count:
+        where = [np.flatnonzero(err).tolist() for err in errs]
+        raise ValueError(
+            f"compose: no single convolution equals the product. {count} of {np.size(wrong)} output positions "
+            f"would differ, those at {where} (per spatial axis), where the second reads its padding and one "
+            "convolution would see the input. Pad once, before the first."
+        )
+
+
+def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """Per output of the second: does it see any input, and does it see one through its own padding?"""
+    o, p = np.arange(second.out_size)[:, None], np.arange(second.taps)
+    at = o * second.stride + p * second.rhs_dilation - second.lo
+    u = at // second.lhs_dilation
+    on_grid = at % second.lhs_dilation == 0
+    j = u[..., None] * first.stride + np.arange(first.taps) * first.rhs_dilation - first.inner.lo
+    t = j // first.lhs_dilation
+    reads = ((j % first.lhs_dilation == 0) & (t >= 0) & (t < first.inner.size)).any(-1) & on_grid
+    outside = (u < 0) | (u >= first.out_size)
+    return reads.any(-1), (reads & outside).any(-1)
+
+
+def _regroup(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:
+    """A canonical kernel of ``groups`` groups as one of ``fewer``: zeros between the merged groups."""
+    taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    merged = groups // fewer
+    blocks = kernel.reshape(*taps, 1, inputs, fewer, merged, outputs // groups)
+    eye = jnp.eye(merged, dtype=kernel.dtype).reshape(merged, 1, 1, merged, 1)
+    eye = jnp.expand_dims(eye, range(len(taps)))
+    return jnp.where(eye != 0, blocks, jnp.zeros((), kernel.dtype)).reshape(*taps, merged * inputs, outputs)
+
+
+def _compose_kernels(
+    pairs: Sequence[tuple[Axis, Axis]], kernel2: jax.Array, kernel1: jax.Array, groups: int
+) -> jax.Array:
+    """``K[q] = sum of K1[p1] K2[p2]`` over ``p1*e1 + p2*e2 = q*g``: a full convolution of upsampled kernels.
+
+    Written as a scatter-add of all products of taps, so that any dtype works.
+    """
+    d = len(pairs)
+    mid = kernel2.shape[-2]
+    k1 = kernel1.reshape(*kernel1.shape[:-1], groups, mid)
+    k2 = kernel2.reshape(*kernel2.shape[:-1], groups, kernel2.shape[-1] // groups)
+    # (groups, taps1..., in, taps2..., out): contract the channels between, group by group
+    products = lax.dot_general(k1, k2, (([d + 2], [d]), ([d + 1], [d + 1])), precision="highest")
+    products = jnp.moveaxis(products, 0, -2)
+    indices, sizes = [], []
+    for a, (second, first) in enumerate(pairs):
+        e1, e2 = first.rhs_dilation * second.lhs_dilation, second.rhs_dilation * first.stride
+        g = math.gcd(e1, e2)
+        p1 = lax.broadcasted_iota(jnp.int32, [first.taps if i == a else 1 for i in range(2 * d)], a)
+        p2 = lax.broadcasted_iota(jnp.int32, [second.taps if i == d + a else 1 for i in range(2 * d)], d + a)
+        indices.append((p1 * (e1 // g) + p2 * (e2 // g)))
+        sizes.append(((first.taps - 1) * e1 + (second.taps - 1) * e2) // g + 1)
+    products = jnp.moveaxis(products, d, -3)  # (taps1..., taps2..., in, groups, out)
+    channels = products.shape[-3:]
+    kernel = jnp.zeros((*sizes, *channels), products.dtype)
+    kernel = kernel.at[tuple(indices)].add(products) if d else products
+    return kernel.reshape(*sizes, channels[0], channels[1] * channels[2])
+
+
+def _composed_spec(
+    spec2: ConvSpec,
+    spec1: ConvSpec,
+    order: Sequence[int],
+    axes: Sequence[Axis],
+    groups: int,
+    kernel_shape: tuple[int, ...],
+) -> ConvSpec:
+    out = spec2.dimension_numbers.out_spec
+    numbers = lax.ConvDimensionNumbers(
+        spec1.dimension_numbers.lhs_spec,
+        spec1.dimension_numbers.rhs_spec,
+        (*out[:2], *(out[2 + j] for j in order)),
+    )
+    rhs = [0] * len(kernel_shape)
+    for place, size in zip(spec1.kernel_order, kernel_shape, strict=True):
+        rhs[place] = size
+    return conv_spec(
+        spec1.lhs_shape,
+        rhs,
+        [a.stride for a in axes],
+        [(a.lo, a.hi) for a in axes],
+        [a.lhs_dilation for a in axes],
+        [a.rhs_dilation for a in axes],
+        numbers,
+        groups,
+        padding_mode=spec1.padding_mode,
+    )
+
+
+# -- the convolution in a matrix ---------------------------------------------------------------
+
+
+def detect_conv(
+    matrix: Any, in_shape: Sequence[int], out_shape: Sequence[int], *, tol: float | None = None
+) -> tuple[ConvSpec, jax.Array] | None:
+    """The zero-padded convolution that a matrix secretly is, or None.
+
+    :func:`nearest_conv`, where its distance is at most ``tol``: use that function to learn how far a
+    matrix that is none is from being one.
+
+    Args:
+      matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``.
+      in_shape, out_shape: ``(channels, spatial...)`` of an input and an output.
+      tol: largest relative distance, and largest relative difference of entries that count as equal;
+        by default a small multiple of the rounding of the dtype.
+
+    Returns:
+      ``(spec, kernel)`` with ``as_matrix(spec, kernel)`` equal to the matrix within ``tol``, or None.
+
+    Raises:
+      TypeError, ValueError: as :func:`nearest_conv`.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> matrix = jnp.array([[1., 2., 0., 0.], [0., 0., 1., 2.]])
+    >>> spec, kernel = fc.detect_conv(matrix, (1, 4), (1, 2))
+    >>> spec.window_strides, kernel
+    ((2,), Array([[[1., 2.]]], dtype=float32))
+    >>> fc.detect_conv(matrix.at[0, 3].set(5.), (1, 4), (1, 2)) is None
+    True
+    """
+    host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
+    spec, kernel, distance = _nearest(host, in_shape, out_shape, tol)
+    return (spec, kernel) if distance <= tol else None
+
+
+def nearest_conv(
+    matrix: Any, in_shape: Sequence[int], out_shape: Sequence[int], *, tol: float | None = None
+) -> tuple[ConvSpec, jax.Array, float]:
+    """``(spec, kernel, distance)``: a geometry that suits a matrix, its nearest kernel, how far off it is.
+
+    In zeros mode the entries of M depend, per axis, on ``q = t*l - o*s`` only. Of the pairs (s, l)
+    without common factor for which that holds, the one with the fewest taps is kept (the one that
+    violates it least, where it holds for none); the gaps between the values of q with nonzero entries
+    give the dilation, their range padding and taps (MATHS 3). Groups are the finest block diagonal.
+
+    What the matrix cannot tell is chosen smallest: taps that are 0 at the border of the kernel or never
+    meet an input are left off, and strides between outputs that share nothing are 1.
+
+    Args, Raises:
+      As :func:`detect_conv`. The matrix is inspected on the host: it cannot be traced.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec, kernel, distance = fc.nearest_conv(jnp.eye(4).at[0, 3].set(1.), (1, 4), (1, 4))
+    >>> round(distance, 3)
+    0.387
+    """
+    host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
+    return _nearest(host, in_shape, out_shape, tol)
+
+
+def _host_matrix(
+    matrix: Any, in_shape: Sequence[int], out_shape: Sequence[int], tol: float | None
+) -> tuple[np.ndarray, float]:
+    if len(in_shape) != len(out_shape) or not in_shape:
+        raise ValueError(
+            f"in_shape and out_shape must be (channels, spatial...) of the same rank, got {tuple(in_shape)} and "
+            f"{tuple(out_shape)}. Write a missing spatial axis as 1."
+        )
+    if isinstance(matrix, Tracer):
+        raise TypeError("matrix must be concrete: its values decide the geometry. Call outside of jit and vmap.")
+    array = as_operand("matrix", matrix, (math.prod(out_shape), math.prod(in_shape)))
+    array = _inexact(array)
+    return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
+
+
+def _nearest(
+    matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int], tol: float
+) -> tuple[ConvSpec, jax.Array, float]:
+    d = len(in_shape) - 1
+    wide = matrix.astype(np.complex128 if matrix.dtype.kind == "c" else np.float64)
+    tensor = wide.reshape(*out_shape, *in_shape)
+    axes = [_detect_axis(np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)), tol) for a in range(d)]
+    groups = _detect_groups(np.moveaxis(tensor, 1 + d, 1), tol)
+    spec = conv_spec(
+        (1, *in_shape),
+        (out_shape[0], in_shape[0] // groups, *(a.taps for a in axes)),
+        [a.stride for a in axes],
+        [(a.lo, a.hi) for a in axes],
+        [a.lhs_dilation for a in axes],
+        [a.rhs_dilation for a in axes],
+        feature_group_count=groups,
+    )
+    array = jnp.asarray(matrix)
+    return spec, kernel_from_matrix(spec, array), float(conv_distance(spec, array))
+
+
+def _detect_axis(tensor: np.ndarray, tol: float) -> Axis:
+    """The relation of one axis from M as (outputs, inputs, everything else)."""
+    m, n = tensor.shape[:2]
+    weights = np.random.default_rng(0).standard_normal((math.prod(tensor.shape[2:]), 8))
+    sketch = tensor.reshape(m, n, -1) @ weights  # equal entries have equal sketches, others surely not
+    scale = np.abs(sketch).max(initial=0)
+    used = np.abs(sketch).max(-1, initial=0) > tol * scale
+    found = []
+    for s in range(1, n + 1):
+        for l in range(1, m + 1):
+            if math.gcd(s, l) > 1:
+                continue
+            error = np.abs(sketch[l:, s:] - sketch[: max(m - l, 0), : max(n - s, 0)]).max(initial=0)
+            axis = _fitting(used, s, l)
+            # Where nothing is shared, anything is a convolution: that explains a matrix only if sparse.
+            shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps < used.size
+            found.append((not shares, max(error - 8 * tol * scale, 0), axis.taps, s + l, s, axis))
+    return min(found, key=lambda entry: entry[:-1])[-1]
+
+
+def _fitting(used: np.ndarray, s: int, l: int) -> Axis:
+    """The axis of stride s and input dilation l whose taps cover the used (output, input) pairs."""
+    m, n = used.shape
+    o, t = np.nonzero(used)
+    q = np.unique(t * l - o * s)
+    if not q.size:
+        return Axis(n, 1, s, lhs_dilation=l).ending_at(m)
+    r = max(1, int(np.gcd.reduce(np.diff(q), initial=0)))
+    return Axis(n, int(q[-1] - q[0]) // r + 1, s, -int(q[0]), lhs_dilation=l, rhs_dilation=r).ending_at(m)
+
+
+def _detect_groups(tensor: np.ndarray, tol: float) -> int:
+    """The largest number of diagonal blocks of M as (out channels, in channels, ...)."""
+    size = np.abs(tensor).max(tuple(range(2, tensor.ndim)), initial=0)
+    used = size > tol * size.max(initial=0)
+    outs, ins = (np.arange(n) for n in used.shape)
+    common = math.gcd(*used.shape)
+    for groups in (g for g in range(common, 1, -1) if common % g == 0):
+        same = (outs // (outs.size // groups))[:, None] == ins // (ins.size // groups)
+        if not (used & ~same).any():
+            return groups
+    return 1

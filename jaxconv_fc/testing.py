@@ -1,0 +1,182 @@
+"""Assertions about a convolution and its transpose, for this test suite and for yours."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.adjoint import transpose
+from jaxconv_fc.apply import apply, apply_transpose
+from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+def dot_test(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> float:
+    """The relative error of ``<M x, y> == <x, M^T y>`` on random x and y.
+
+    ``|<M x, y> - <x, M^T y>| / <|M| |x|, |y|>``, which is of the order of the dtype's rounding when
+    :func:`apply_transpose` is the transpose of :func:`apply`, and exactly 0 for integers. For complex
+    kernels both the plain transpose and M^H (the transpose with the conjugate kernel) are tested, and
+    the larger error is returned.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      key: a ``jax.random.key`` for x and y.
+
+    Returns:
+      The error, a Python float.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (2,), "VALID")
+    >>> fc.testing.dot_test(spec, jnp.array([[[1., 2.]]])) < 1e-6
+    True
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    x_key, y_key = jax.random.split(jax.random.key(0) if key is None else key)
+    x, y = (_random(k, s, kernel.dtype) for k, s in ((x_key, spec.in_shape), (y_key, spec.out_shape)))
+    forward = _wide(apply(spec, kernel, x, precision="highest"))
+    back = _wide(apply_transpose(spec, kernel, y, precision="highest"))
+    x64, y64 = _wide(x), _wide(y)
+    errors = [abs(np.sum(forward * y64) - np.sum(x64 * back))]
+    if jnp.iscomplexobj(kernel):
+        adjoint = _wide(apply_transpose(spec, kernel.conj(), y, precision="highest"))
+        errors.append(abs(np.vdot(y64, forward) - np.vdot(adjoint, x64)))
+    return float(max(errors)) / max(float(np.sum(_magnitude(spec, kernel, x) * np.abs(y64))), 1e-300)
+
+
+def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> None:
+    """Assert that every way to M^T agrees: the matrix, ``jax.linear_transpose`` and :func:`transpose`.
+
+    ``as_matrix(*transpose(spec, kernel))`` must equal ``as_matrix(spec, kernel).T`` entry for entry
+    (where M^T is a convolution: not in boundary modes), and :func:`apply_transpose` as well as
+    ``jax.linear_transpose`` of :func:`apply` must equal ``M.T @ y`` within the rounding of the dtype.
+
+    Raises:
+      AssertionError: they differ; it names the pair and the largest difference.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), [(-1, 2)], feature_group_count=2)
+    >>> fc.testing.assert_transpose(spec, jnp.arange(12.).reshape(4, 1, 3))
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    matrix = np.asarray(as_matrix(spec, kernel))
+    y = _random(jax.random.key(0) if key is None else key, spec.out_shape, kernel.dtype)
+    expected = _wide(matrix).T @ _wide(y).ravel()
+    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * (np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel())
+    _close(spec, "apply_transpose and M.T @ y", apply_transpose(spec, kernel, y, precision="highest"), expected, bound)
+    if jnp.issubdtype(kernel.dtype, jnp.inexact):  # JAX gives integers no tangents
+        like = jax.ShapeDtypeStruct(spec.in_shape, kernel.dtype)
+        (turned,) = jax.linear_transpose(partial(apply, spec, kernel, precision="highest"), like)(y)
+        _close(spec, "jax.linear_transpose(apply) and M.T @ y", turned, expected, bound)
+    if spec.padding_mode == "zeros" and spec.canonical.batch_group_count == 1:
+        turned = np.asarray(as_matrix(*transpose(spec, kernel)))
+        zero = np.zeros(turned.shape)
+        _close(spec, "as_matrix(*transpose(...)) and M.T", turned, _wide(matrix).T, zero)
+
+
+def assert_matches_lax(spec: ConvSpec, kernel: Any, x: Any = None, *, key: jax.Array | None = None) -> None:
+    """Assert that ``M @ x`` and :func:`apply` equal ``lax.conv_general_dilated`` on one example.
+
+    lax is given the input already dilated and padded (``lax.pad``, or ``jnp.pad`` for a boundary mode),
+    which is the same convolution by definition, and for which lax is right and does not abort on any
+    backend. Exact for integers, otherwise within ``2 gamma_n |M| |x|``.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      x: array of shape ``spec.in_shape``; random if None.
+      key: a ``jax.random.key`` for x.
+
+    Raises:
+      AssertionError: they differ; it names the pair and the largest difference.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), "SAME", feature_group_count=2)
+    >>> fc.testing.assert_matches_lax(spec, jnp.arange(12.).reshape(4, 1, 3))
+    """
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    if x is None:
+        x = _random(jax.random.key(0) if key is None else key, spec.in_shape, kernel.dtype)
+    x = as_operand("x", x, spec.in_shape)
+    expected = _wide(_lax(spec, kernel, x)).ravel()
+    bound = 2 * _gamma(kernel.dtype, _terms(spec)) * _magnitude(spec, kernel, x).ravel()
+    product = _wide(as_matrix(spec, kernel)) @ _wide(x).ravel()
+    _close(spec, "M @ x and lax", product, expected, bound)
+    _close(spec, "apply and lax", apply(spec, kernel, x, precision="highest"), expected, bound)
+
+
+def _lax(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """lax's convolution of one example, dilated and padded beforehand."""
+    batch, _, *spatial = spec.dimension_numbers.lhs_spec
+    lhs = x if spec.batch_group_count > 1 else jnp.expand_dims(x, batch)
+    zero = jnp.zeros((), x.dtype)
+    holes, pads = [(0, 0, 0)] * lhs.ndim, [(0, 0)] * lhs.ndim
+    for i, axis in zip(spatial, spec.axes, strict=True):
+        interior = axis.lhs_dilation - 1
+        holes[i] = (axis.lo, axis.hi, interior) if axis.mode == "zeros" else (0, 0, interior)
+        pads[i] = (0, 0) if axis.mode == "zeros" else (axis.lo, axis.hi)
+    names = {"circular": "wrap", "zeros": "constant"}
+    lhs = jnp.pad(lhs, pads, mode=names.get(spec.padding_mode, spec.padding_mode))
+    y = lax.conv_general_dilated(
+        lax.pad(lhs, zero, holes),
+        kernel,
+        spec.window_strides,
+        "VALID",
+        rhs_dilation=spec.rhs_dilation,
+        dimension_numbers=spec.dimension_numbers,
+        feature_group_count=spec.feature_group_count,
+        batch_group_count=spec.batch_group_count,
+        precision="highest",
+    )
+    return jnp.squeeze(y, spec.dimension_numbers.out_spec[0])
+
+
+def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return jax.random.normal(key, shape, dtype)
+    return jax.random.randint(key, shape, 0, 5).astype(dtype)
+
+
+def _wide(array: Any) -> np.ndarray:
+    """The same numbers in NumPy's widest type of the kind, where products and sums are nearly exact."""
+    kind = np.asarray(array).dtype.kind
+    return np.asarray(array).astype(np.complex128 if kind == "c" else np.int64 if kind in "iub" else np.float64)
+
+
+def _terms(spec: ConvSpec, *, outputs: bool = False) -> int:
+    """Summands of one entry of ``M x``, or of ``M^T y``."""
+    channels = spec.out_channels // spec.groups if outputs else spec.group_channels
+    copies = math.prod(a.copies for a in spec.axes) if outputs else 1
+    return channels * copies * math.prod(a.taps for a in spec.axes) + 2
+
+
+def _gamma(dtype: Any, terms: int) -> float:
+    """The bound ``n u / (1 - n u)`` on the relative error of a sum of n products; 0 for integers."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return 0.0
+    complexity = 4 if jnp.issubdtype(dtype, jnp.complexfloating) else 1  # products of complex numbers
+    rounding = complexity * terms * float(jnp.finfo(dtype).eps) / 2
+    return rounding / (1 - rounding) if rounding < 1 else math.inf
+
+
+def _magnitude(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> np.ndarray:
+    """``|M| |x|``, in float64: what the rounding of ``M x`` is proportional to."""
+    matrix = np.abs(_wide(as_matrix(spec, kernel)))
+    return (matrix @ np.abs(_wide(x)).ravel()).reshape(spec.out_shape)
+
+
+def _close(spec: ConvSpec, what: str, got: Any, expected: np.ndarray, bound: np.ndarray) -> None:
+    difference = np.abs(_wide(got).reshape(expected.shape) - expected)
+    if not (difference <= bound).all():
+        worst = np.unravel_index(np.argmax(difference - bound), difference.shape)
+        raise AssertionError(
+            f"{what} differ by up to {difference.max():.3g} where {bound[worst]:.3g} is allowed, at "
+            f"{tuple(map(int, worst))}, for {spec}."
+        )
