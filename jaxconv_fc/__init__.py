@@ -1,3 +1,8 @@
+"""The matrix of any convolution in JAX, its transpose, its gradients and its spectrum."""
+
+import importlib as _importlib
+from typing import Any as _Any
+
 from jaxconv_fc.adjoint import compose as compose
 from jaxconv_fc.adjoint import conv_distance as conv_distance
 from jaxconv_fc.adjoint import detect_conv as detect_conv
@@ -9,6 +14,7 @@ from jaxconv_fc.adjoint import nearest_conv as nearest_conv
 from jaxconv_fc.adjoint import transpose as transpose
 from jaxconv_fc.apply import apply as apply
 from jaxconv_fc.apply import apply_transpose as apply_transpose
+from jaxconv_fc.batched import batched_apply as batched_apply
 from jaxconv_fc.dense import as_affine as as_affine
 from jaxconv_fc.dense import as_matrix as as_matrix
 from jaxconv_fc.dense import matrix_columns as matrix_columns
@@ -26,3 +32,12 @@ from jaxconv_fc.sparse import shard_matrix as shard_matrix
 from jaxconv_fc.spec import ConvSpec as ConvSpec
 from jaxconv_fc.spec import conv_spec as conv_spec
 from jaxconv_fc.spec import memory_limit as memory_limit
+
+# Public modules whose names are general words, loaded when first touched.
+_MODULES = ("testing",)
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _MODULES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -269,13 +269,16 @@ _BLOCK = 2**20  # entries of M that are made at a time
 
 @jax.jit
 def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
-    def residual(row: jax.Array, values: jax.Array) -> jax.Array:
-        return _sum_of_squares(values - matrix_rows(spec, kernel, row[None])[0])
+    size = min(spec.out_size, max(1, _BLOCK // spec.in_size))
 
-    rows = lax.iota(spec.index_dtype, spec.out_size)
-    block = min(spec.out_size, max(1, _BLOCK // spec.in_size))
-    residuals = lax.map(lambda pair: residual(*pair), (rows, matrix), batch_size=block)
-    off, total = residuals.sum(), _sum_of_squares(matrix)
+    def residual(first: jax.Array) -> jax.Array:
+        start = jnp.minimum(first, spec.out_size - size)  # the last block overlaps the one before it
+        rows = start + lax.iota(start.dtype, size)
+        difference = lax.dynamic_slice_in_dim(matrix, start, size) - matrix_rows(spec, kernel, rows)
+        return _sum_of_squares(jnp.where((rows >= first)[:, None], difference, 0))
+
+    firsts = lax.iota(spec.index_dtype, -(-spec.out_size // size)) * size
+    off, total = lax.map(residual, firsts).sum(), _sum_of_squares(matrix)
     # The square root has no derivative at 0, where the distance is least: its gradient is 0 there.
     ratio = jnp.where(off > 0, off, 1) / jnp.where(total > 0, total, 1)
     return jnp.where(off > 0, jnp.sqrt(ratio), 0).astype(matrix.real.dtype)
@@ -329,11 +332,11 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
     axes = [_compose_axes(i, *pair) for i, pair in enumerate(pairs)]
     _check_exact(spec2, spec1, pairs)
     groups = math.gcd(spec1.groups, spec2.groups)
-    taps2 = jnp.transpose(kernel2, (*(spec2.dimension_numbers.rhs_spec[2 + j] for j in order),
-                                    *spec2.kernel_order[-2:]))  # fmt: skip
+    spatial2 = [spec2.kernel_order[j] for j in order]
+    taps2 = jnp.transpose(kernel2, (*spatial2, *spec2.kernel_order[-2:]))
     taps1 = jnp.transpose(kernel1, spec1.kernel_order)
-    kernel = _compose_kernels(pairs, _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups),
-                              groups)  # fmt: skip
+    taps2, taps1 = _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups)
+    kernel = _compose_kernels(pairs, axes, taps2, taps1, groups)
     spec = _composed_spec(spec2, spec1, order, axes, groups, kernel.shape)
     return spec, jnp.transpose(kernel, np.argsort(spec.kernel_order).tolist())
 
@@ -342,8 +345,8 @@ def _plain(spec: ConvSpec, name: str) -> ConvSpec:
     plain = spec.canonical
     if plain.batch_group_count > 1:
         raise ValueError(
-            f"compose: the {name} convolution has batch_group_count={spec.batch_group_count} in a layout that "
-            "does not keep the batch directly before the channels. Transpose its input, or use feature groups."
+            f"compose: the {name} convolution has batch_group_count={spec.batch_group_count} in a layout "
+            "that does not have the batch directly before the channels. Use feature groups instead."
         )
     return plain
 
@@ -353,8 +356,8 @@ def _chained(spec2: ConvSpec, spec1: ConvSpec) -> list[int]:
     out, inp = spec1.out_order, spec2.in_order
     if spec1.out_shape != spec2.in_shape or out[-1] != inp[-1]:
         raise ValueError(
-            f"compose: the first gives arrays of shape {spec1.out_shape} with channels on axis {out[-1]}, the "
-            f"second takes {spec2.in_shape} with channels on axis {inp[-1]}. Make them the same."
+            f"compose: the first gives arrays of shape {spec1.out_shape} with channels on axis {out[-1]}, "
+            f"the second takes {spec2.in_shape} with channels on axis {inp[-1]}. Make them the same."
         )
     return [inp.index(place) for place in out[:-1]]
 
@@ -364,8 +367,8 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
     if second.mode != "zeros" or (first.mode != "zeros" and (second.lo or second.hi > 0)):
         raise ValueError(
             f"compose: on spatial axis {i}, padding_mode={first.mode!r} then {second.mode!r} with padding "
-            f"{(second.lo, second.hi)}: only zeros mode may pad what another convolution made. Every row that "
-            "reads this padding would differ."
+            f"{(second.lo, second.hi)}: only zeros mode may pad what another convolution made. Every row "
+            "that reads this padding would differ."
         )
     inner = first.inner
     if math.gcd(inner.stride, second.lhs_dilation) != 1:
@@ -373,15 +376,14 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
             f"compose: on spatial axis {i} the first has stride {inner.stride} and the second lhs_dilation "
             f"{second.lhs_dilation}, which must have no common factor: the product is no convolution."
         )
-    e1, e2 = inner.rhs_dilation * second.lhs_dilation, second.rhs_dilation * inner.stride
-    g = math.gcd(e1, e2)
+    step1, step2, dilation = _tap_steps(second, inner)
     composed = Axis(
         size=inner.size,
-        taps=((inner.taps - 1) * e1 + (second.taps - 1) * e2) // g + 1,
+        taps=(inner.taps - 1) * step1 + (second.taps - 1) * step2 + 1,
         stride=inner.stride * second.stride,
         lo=inner.stride * second.lo + second.lhs_dilation * inner.lo,
         lhs_dilation=inner.lhs_dilation * second.lhs_dilation,
-        rhs_dilation=g,
+        rhs_dilation=dilation,
     ).ending_at(second.out_size)
     if first.mode == "zeros":
         return composed
@@ -392,6 +394,13 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
             f"{padded.out_size} outputs, not {second.out_size}."
         )
     return padded
+
+
+def _tap_steps(second: Axis, first: Axis) -> tuple[int, int, int]:
+    """``(step1, step2, g)``: taps p1, p2 meet in tap ``p1*step1 + p2*step2`` of an axis of dilation g."""
+    e1, e2 = first.rhs_dilation * second.lhs_dilation, second.rhs_dilation * first.stride
+    g = math.gcd(e1, e2)
+    return e1 // g, e2 // g, g
 
 
 def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, Axis]]) -> None:
@@ -405,9 +414,9 @@ def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, A
     if count:
         where = [np.flatnonzero(err).tolist() for err in errs]
         raise ValueError(
-            f"compose: no single convolution equals the product. {count} of {np.size(wrong)} output positions "
-            f"would differ, those at {where} (per spatial axis), where the second reads its padding and one "
-            "convolution would see the input. Pad once, before the first."
+            f"compose: no single convolution equals the product. {count} of {np.size(wrong)} output "
+            f"positions would differ, those at {where} (per spatial axis): there the second reads padding "
+            "where one convolution would see the input. Pad once, before the first."
         )
 
 
@@ -435,32 +444,34 @@ def _regroup(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:
 
 
 def _compose_kernels(
-    pairs: Sequence[tuple[Axis, Axis]], kernel2: jax.Array, kernel1: jax.Array, groups: int
+    pairs: Sequence[tuple[Axis, Axis]],
+    axes: Sequence[Axis],
+    kernel2: jax.Array,
+    kernel1: jax.Array,
+    groups: int,
 ) -> jax.Array:
-    """``K[q] = sum of K1[p1] K2[p2]`` over ``p1*e1 + p2*e2 = q*g``: a full convolution of upsampled kernels.
+    """``K[q] = sum of K1[p1] K2[p2]`` over the taps that meet in q, for canonical kernels.
 
-    Written as a scatter-add of all products of taps, so that any dtype works.
+    A scatter-add of all products of taps, so that any dtype works.
     """
     d = len(pairs)
-    mid = kernel2.shape[-2]
-    k1 = kernel1.reshape(*kernel1.shape[:-1], groups, mid)
-    k2 = kernel2.reshape(*kernel2.shape[:-1], groups, kernel2.shape[-1] // groups)
-    # (groups, taps1..., in, taps2..., out): contract the channels between, group by group
-    products = lax.dot_general(k1, k2, (([d + 2], [d]), ([d + 1], [d + 1])), precision="highest")
-    products = jnp.moveaxis(products, 0, -2)
-    indices, sizes = [], []
-    for a, (second, first) in enumerate(pairs):
-        e1, e2 = first.rhs_dilation * second.lhs_dilation, second.rhs_dilation * first.stride
-        g = math.gcd(e1, e2)
-        p1 = lax.broadcasted_iota(jnp.int32, [first.taps if i == a else 1 for i in range(2 * d)], a)
-        p2 = lax.broadcasted_iota(jnp.int32, [second.taps if i == d + a else 1 for i in range(2 * d)], d + a)
-        indices.append((p1 * (e1 // g) + p2 * (e2 // g)))
-        sizes.append(((first.taps - 1) * e1 + (second.taps - 1) * e2) // g + 1)
-    products = jnp.moveaxis(products, d, -3)  # (taps1..., taps2..., in, groups, out)
-    channels = products.shape[-3:]
-    kernel = jnp.zeros((*sizes, *channels), products.dtype)
-    kernel = kernel.at[tuple(indices)].add(products) if d else products
-    return kernel.reshape(*sizes, channels[0], channels[1] * channels[2])
+    kernel1 = kernel1.reshape(*kernel1.shape[:-1], groups, kernel1.shape[-1] // groups)
+    kernel2 = kernel2.reshape(*kernel2.shape[:-1], groups, kernel2.shape[-1] // groups)
+    between = (([d + 2], [d]), ([d + 1], [d + 1]))  # contract the channels between, group by group
+    products = lax.dot_general(kernel1, kernel2, between, precision="highest")
+    products = jnp.moveaxis(products, (1 + d, 0), (-3, -2))  # (taps1..., taps2..., in, groups, out)
+    channels = products.shape[2 * d :]
+    if d:
+        iotas = [lax.broadcasted_iota(jnp.int32, _only(i, products.shape[: 2 * d]), i) for i in range(2 * d)]
+        steps = [_tap_steps(*pair)[:2] for pair in pairs]
+        meet = tuple(iotas[a] * step1 + iotas[d + a] * step2 for a, (step1, step2) in enumerate(steps))
+        products = jnp.zeros((*(a.taps for a in axes), *channels), products.dtype).at[meet].add(products)
+    return products.reshape(*products.shape[:d], channels[0], channels[1] * channels[2])
+
+
+def _only(i: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """``shape`` with every other extent set to 1."""
+    return tuple(n if j == i else 1 for j, n in enumerate(shape))
 
 
 def _composed_spec(
@@ -559,11 +570,13 @@ def _host_matrix(
 ) -> tuple[np.ndarray, float]:
     if len(in_shape) != len(out_shape) or not in_shape:
         raise ValueError(
-            f"in_shape and out_shape must be (channels, spatial...) of the same rank, got {tuple(in_shape)} and "
-            f"{tuple(out_shape)}. Write a missing spatial axis as 1."
+            f"in_shape and out_shape must be (channels, spatial...) of the same rank, got {tuple(in_shape)} "
+            f"and {tuple(out_shape)}. Write a missing spatial axis as 1."
         )
     if isinstance(matrix, Tracer):
-        raise TypeError("matrix must be concrete: its values decide the geometry. Call outside of jit and vmap.")
+        raise TypeError(
+            "matrix must be concrete: its values decide the geometry. Call outside of jit and vmap."
+        )
     array = as_operand("matrix", matrix, (math.prod(out_shape), math.prod(in_shape)))
     array = _inexact(array)
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol

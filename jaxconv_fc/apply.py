@@ -273,7 +273,7 @@ def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
     x = _to_canonical(x, spec.in_order)
     x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)
     for i, axis in enumerate(spec.axes, start=1):
-        if axis.inner is not axis:
+        if axis.mode != "zeros" and (axis.lo or axis.hi):
             source = axis.source(lax.iota(jnp.int32, axis.padded_size))
             x = jnp.take(x, source, axis=i, mode="clip")
     return x
@@ -282,7 +282,7 @@ def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
 def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The transpose of :func:`_read`: every copy is added to the position it was made from."""
     for i, axis in enumerate(spec.axes, start=1):
-        if axis.inner is not axis:
+        if axis.mode != "zeros" and (axis.lo or axis.hi):
             source = axis.source(lax.iota(jnp.int32, axis.padded_size))
             folded = jnp.zeros((*x.shape[:i], axis.size, *x.shape[i + 1 :]), x.dtype)
             x = folded.at[(slice(None),) * i + (source,)].add(x)

@@ -87,7 +87,9 @@ def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
     """
     kernel, matrix = as_operand("kernel", kernel, spec.rhs_shape), as_operand("matrix", matrix, spec.shape)
     if kernel.dtype != matrix.dtype:
-        raise TypeError(f"kernel is {kernel.dtype}, matrix {matrix.dtype}: cast it, kernel.astype(matrix.dtype).")
+        raise TypeError(
+            f"kernel is {kernel.dtype} and matrix {matrix.dtype}: cast it, kernel.astype(matrix.dtype)."
+        )
     return _updated(spec, matrix, kernel)
 
 

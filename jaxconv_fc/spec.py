@@ -36,9 +36,7 @@ class Nbytes(NamedTuple):
         numbers = {name: f"{n:,} bytes" for name, n in self._asdict().items()}
         wide = max(map(len, numbers.values()))
         sizes = {name: _readable(n) for name, n in self._asdict().items()}
-        return "\n".join(
-            f"{name:5}  {text:>{wide}}  {sizes[name]:>{max(map(len, sizes.values()))}}" for name, text in numbers.items()
-        )
+        return "\n".join(f"{name:5}  {text:>{wide}}  {sizes[name]:>8}" for name, text in numbers.items())
 
 
 @jax.tree_util.register_static
@@ -139,9 +137,9 @@ class ConvSpec:
 
         >>> import jaxconv_fc as fc
         >>> print(fc.conv_spec((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME").nbytes("float32"))
-        dense  161,128,382,464 bytes  150 GiB
-        bcoo     1,354,432,512 bytes    1 GiB
-        bcsr       903,757,828 bytes  862 MiB
+        dense  161,128,382,464 bytes   150 GiB
+        bcoo     1,354,432,512 bytes     1 GiB
+        bcsr       903,757,828 bytes   862 MiB
         """
         entry, index = np.dtype(dtype).itemsize, 4 if self.stored_reach <= np.iinfo(np.int32).max else 8
         return Nbytes(
@@ -328,7 +326,7 @@ def _reject_traced(name: str, value: Any) -> None:
         )
 
 
-def as_int(name: str, value: Any, least: int | None) -> int:
+def as_int(name: str, value: Any, least: int | None = None) -> int:
     _reject_traced(name, value)
     try:
         number = operator.index(value)
@@ -611,6 +609,11 @@ def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str) -> None:
             f"{name}: {spec.nse:,} stored entries need {_readable(nbytes)}, beyond the limit of "
             f"{_readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
         )
+
+
+def fits_in_memory(nbytes: int) -> bool:
+    """Whether an array of this many bytes is within the memory limit."""
+    return nbytes <= _memory_limit.get()
 
 
 def index_dtype(largest: int, spec: ConvSpec) -> Any:

@@ -44,11 +44,11 @@ def dot_test(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> fl
     forward = _wide(apply(spec, kernel, x, precision="highest"))
     back = _wide(apply_transpose(spec, kernel, y, precision="highest"))
     x64, y64 = _wide(x), _wide(y)
-    errors = [abs(np.sum(forward * y64) - np.sum(x64 * back))]
+    errors = [abs(complex(np.sum(forward * y64)) - complex(np.sum(x64 * back)))]
     if jnp.iscomplexobj(kernel):
         adjoint = _wide(apply_transpose(spec, kernel.conj(), y, precision="highest"))
-        errors.append(abs(np.vdot(y64, forward) - np.vdot(adjoint, x64)))
-    return float(max(errors)) / max(float(np.sum(_magnitude(spec, kernel, x) * np.abs(y64))), 1e-300)
+        errors.append(abs(complex(np.vdot(y64, forward)) - complex(np.vdot(adjoint, x64))))
+    return max(errors) / max(float(np.sum(_magnitude(spec, kernel, x) * np.abs(y64))), 1e-300)
 
 
 def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> None:
@@ -69,8 +69,16 @@ def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = Non
     matrix = np.asarray(as_matrix(spec, kernel))
     y = _random(jax.random.key(0) if key is None else key, spec.out_shape, kernel.dtype)
     expected = _wide(matrix).T @ _wide(y).ravel()
-    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * (np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel())
-    _close(spec, "apply_transpose and M.T @ y", apply_transpose(spec, kernel, y, precision="highest"), expected, bound)
+    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * (
+        np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel()
+    )
+    _close(
+        spec,
+        "apply_transpose and M.T @ y",
+        apply_transpose(spec, kernel, y, precision="highest"),
+        expected,
+        bound,
+    )
     if jnp.issubdtype(kernel.dtype, jnp.inexact):  # JAX gives integers no tangents
         like = jax.ShapeDtypeStruct(spec.in_shape, kernel.dtype)
         (turned,) = jax.linear_transpose(partial(apply, spec, kernel, precision="highest"), like)(y)
@@ -147,7 +155,9 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def _wide(array: Any) -> np.ndarray:
     """The same numbers in NumPy's widest type of the kind, where products and sums are nearly exact."""
     kind = np.asarray(array).dtype.kind
-    return np.asarray(array).astype(np.complex128 if kind == "c" else np.int64 if kind in "iub" else np.float64)
+    return np.asarray(array).astype(
+        np.complex128 if kind == "c" else np.int64 if kind in "iub" else np.float64
+    )
 
 
 def _terms(spec: ConvSpec, *, outputs: bool = False) -> int:

@@ -52,6 +52,14 @@ every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
 some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 
 
+EMPTY = {"no rows", "no columns", "only padding", "empty beside padding"}
+
+
+def test_no_case_is_empty_by_accident():
+    """Strides and dilations can agree in such a way that every tap falls between the inputs."""
+    assert {name for name, geometry in CASES.items() if not geometry.spec().nse} == EMPTY
+
+
 # values ----------------------------------------------------------------------------------------------
 
 

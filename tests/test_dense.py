@@ -20,7 +20,7 @@ INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uin
 PLAIN = Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME")
 CASES = {
     "plain": PLAIN,
-    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (2,), (2,)),
+    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (3,), (2,)),
     "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
     "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
     "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
@@ -32,6 +32,14 @@ CASES = {
 SOME = {name: CASES[name] for name in ("strided, dilated, lopsided", "batch groups", "colliding", "no rows")}
 every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
 some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
+
+
+EMPTY = {"no rows", "no columns"}
+
+
+def test_no_case_is_empty_by_accident():
+    """Strides and dilations can agree in such a way that every tap falls between the inputs."""
+    assert {name for name, geometry in CASES.items() if not geometry.spec().nse} == EMPTY
 
 
 # values ----------------------------------------------------------------------------------------------

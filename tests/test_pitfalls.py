@@ -153,7 +153,7 @@ ABORTING = {
         (1, 4, 5, 6), (4, 2, 2, 3), (1, 1), [(-1, 2), (-2, 0)], feature_group_count=2
     ),
     "depthwise, negative padding": Geometry(
-        (1, 3, 6), (6, 1, 3), (2,), [(-2, -1)], None, (2,), feature_group_count=3
+        (1, 3, 9), (6, 1, 3), (2,), [(-2, -1)], None, (2,), feature_group_count=3
     ),
     "grouped, both dilated": Geometry(
         (1, 4, 4, 3), (2, 2, 2, 2), (1, 2), [(-1, 1), (-1, -1)], (2, 3), (2, 1), None, 2

@@ -31,7 +31,7 @@ every_device = pytest.mark.parametrize("device", devices(), ids=lambda device: d
 # 2-D: every combination of these, with the channels and layouts below in turn
 STRIDES = [(1, 1), (2, 1), (3, 2)]
 PADDINGS = ["VALID", "SAME", "SAME_LOWER", [(1, 0), (0, 2)]]
-DILATIONS = [(None, None), (None, (2, 1)), ((1, 2), None), ((2, 2), (1, 2))]
+DILATIONS = [(None, None), (None, (2, 1)), ((1, 2), None), ((2, 2), (1, 3))]
 CHANNELS = {  # (batch, C, O, I, feature groups, batch groups)
     "one": (1, 1, 1, 1, 1, 1),
     "many": (2, 3, 4, 3, 1, 1),
@@ -186,12 +186,17 @@ def test_the_oracle_itself_against_lax(geometry, rng):
     chex.assert_trees_all_equal(np.asarray(want), oracle.conv(batch, kernel, geometry))
 
 
+def test_no_geometry_here_is_empty():
+    """Strides and dilations can agree in such a way that every tap falls between the inputs."""
+    assert all(geometry.spec().nse for geometry in (*GRID, *PADDED, *EXPORTED.values()))
+
+
 # programs for platforms that are not here ------------------------------------------------------------
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 EXPORTED = {
     "plain": Geometry((1, 2, 5, 4), (4, 2, 3, 2), (1, 1), "SAME"),
-    "grouped": Geometry((1, 4, 5), (4, 2, 3), (2,), [(-1, 3)], (2,), (2,), None, 2),
+    "grouped": Geometry((1, 4, 5), (4, 2, 3), (2,), [(-1, 3)], (3,), (2,), None, 2),
     "batch groups": Geometry((2, 2, 5), (4, 2, 3), (1,), "SAME", batch_group_count=2),
     "reflect": Geometry((1, 2, 4), (2, 2, 3), (1,), [(2, 5)], padding_mode="reflect"),
 }

@@ -1,0 +1,468 @@
+"""The sparse formats, diagonals and row blocks: every entry in its place, against the oracle and lax."""
+
+import os
+import runpy
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import Geometry, integers, random_geometry
+
+import jaxconv_fc as fc
+from jaxconv_fc.batched import METHODS, fastest_method
+
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "20"))
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+CASES = {
+    "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
+    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (2,), (2,)),
+    "dilated input": Geometry((1, 1, 9, 4), (2, 1, 4, 2), (2, 1), [(2, 3), (1, 1)], (3, 2)),
+    "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
+    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
+    "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
+    "reflect": Geometry((1, 2, 5, 4), (2, 2, 3, 3), (1, 2), "SAME", padding_mode="reflect"),
+    "NHWC": Geometry((1, 4, 3, 4), (2, 2, 2, 4), (1, 2), "SAME", None, None, ("NHWC", "HWIO", "NHWC"), 2),
+    "columns before rows": Geometry(
+        (2, 5, 1, 4), (3, 2, 2, 2), (1, 1), "SAME", None, None, ("CWNH", "HOIW", "WNHC")
+    ),
+    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
+    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
+    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
+
+
+def triple(matrix):
+    """(data, columns, indptr) of a BCSR or SciPy matrix, as NumPy."""
+    return tuple(map(np.asarray, (matrix.data, matrix.indices, matrix.indptr)))
+
+
+def expected(geometry, kernel):
+    """(data, rows, columns) by the oracle: its pattern, which says which entries are stored, in order."""
+    rows, columns = np.nonzero(oracle.pattern(geometry))
+    return oracle.matrix(kernel, geometry)[rows, columns], rows, columns
+
+
+def check_host(geometry, kernel):
+    spec = geometry.spec()
+    data, rows, columns = expected(geometry, kernel)
+    matrix = fc.as_scipy(spec, kernel)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=spec.out_size))])
+    assert spec.nse == matrix.nnz == len(data)
+    assert matrix.shape == spec.shape
+    for got, want in zip(triple(matrix), (data, columns, indptr), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def check_device(geometry, kernel):
+    """BCSR and BCOO hold what SciPy holds, and their flags are true."""
+    spec = geometry.spec()
+    data, rows, columns = expected(geometry, kernel)
+    bcoo, bcsr = fc.as_bcoo(spec, kernel), fc.as_bcsr(spec, kernel)
+    for matrix in (bcoo, bcsr):
+        assert matrix.shape == spec.shape
+        assert matrix.nse == spec.nse
+        assert matrix.data.dtype == kernel.dtype
+        assert matrix.indices.dtype == jnp.int32
+        assert matrix.indices_sorted
+        assert matrix.unique_indices
+    np.testing.assert_array_equal(bcoo.indices, np.stack([rows, columns], axis=1))
+    np.testing.assert_array_equal(bcoo.data, data)
+    for got, want in zip(triple(bcsr), triple(fc.as_scipy(spec, kernel)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+# entries ---------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_every_entry_in_its_place(geometry, rng):
+    kernel = integers(rng, geometry.rhs_shape)
+    check_host(geometry, kernel)
+    check_device(geometry, kernel)
+
+
+def test_random_geometries_on_the_host(run_seed):
+    for n in range(10 * COUNT):
+        rng = np.random.default_rng([run_seed, n])
+        geometry = random_geometry(rng)
+        try:
+            check_host(geometry, integers(rng, geometry.rhs_shape))
+        except AssertionError as error:
+            raise AssertionError(f"JAXCONV_FC_SEED={run_seed}, geometry {n}: {geometry}\n{error}") from error
+
+
+def test_random_geometries_on_the_device(run_seed):
+    for n in range(COUNT):
+        rng = np.random.default_rng([run_seed, n])
+        geometry = random_geometry(rng)
+        try:
+            check_device(geometry, integers(rng, geometry.rhs_shape))
+        except AssertionError as error:
+            raise AssertionError(f"JAXCONV_FC_SEED={run_seed}, geometry {n}: {geometry}\n{error}") from error
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "float32", "float64", "complex64"])
+@pytest.mark.parametrize("name", ["dilated input", "colliding"])
+def test_every_dtype(name, dtype, rng):
+    geometry = CASES[name]
+    kernel = integers(rng, geometry.rhs_shape, dtype)
+    check_host(geometry, kernel)
+    check_device(geometry, kernel)
+    assert fc.as_scipy(geometry.spec(), kernel).dtype == kernel.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_has_no_scipy(dtype, rng):
+    geometry = CASES["plain"]
+    kernel = jnp.asarray(integers(rng, geometry.rhs_shape, np.float32)).astype(dtype)
+    assert fc.as_bcsr(geometry.spec(), kernel).dtype == kernel.dtype
+    with pytest.raises(TypeError, match=r"SciPy cannot multiply: kernel\.astype"):
+        fc.as_scipy(geometry.spec(), kernel)
+
+
+def test_scipy_keeps_float64_where_jax_does_not():
+    kernel = np.full((1, 1, 2), 1 + 2.0**-40)
+    with jax.enable_x64(False):
+        matrix = fc.as_scipy(fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), "VALID"), kernel)
+    assert matrix.dtype == np.float64
+    assert (matrix.data == kernel.ravel()[0]).all()
+
+
+def test_scipy_matrix_is_canonical_and_writable(rng):
+    geometry = CASES["reflect"]
+    matrix = fc.as_scipy(geometry.spec(), integers(rng, geometry.rhs_shape, np.float64))
+    assert matrix.has_canonical_format
+    twice = matrix.copy()
+    twice.data *= 2
+    np.testing.assert_array_equal(twice.toarray(), 2 * matrix.toarray())
+
+
+def test_one_infinite_tap_stays_in_its_own_entries(rng):
+    geometry = CASES["reflect"]
+    kernel = np.ones(geometry.rhs_shape, np.float32)
+    kernel[0, 1, 2, 0] = np.inf
+    check_host(geometry, kernel)
+    check_device(geometry, kernel)
+
+
+def test_nse_of_axes_too_long_to_enumerate():
+    """Circular 5 taps on n positions: n * 5 pairs; reflected ones meet at both ends."""
+    n = 10**12
+    spec = fc.conv_spec((1, 1, n), (1, 1, 5), (1,), "SAME")
+    assert spec.nse == 5 * n - 6
+    assert fc.conv_spec((1, 1, n), (1, 1, 5), (1,), "SAME", padding_mode="circular").nse == 5 * n
+    assert fc.conv_spec((1, 1, n), (1, 1, 5), (1,), "SAME", padding_mode="reflect").nse == 5 * n - 6
+    assert fc.conv_spec((1, 1, n), (1, 1, 5), (1,), "SAME", padding_mode="edge").nse == 5 * n - 6
+
+
+# transforms ------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr])
+def test_linear_in_the_kernel(geometry, build, rng):
+    spec = geometry.spec()
+    kernel, tangent = (integers(rng, geometry.rhs_shape, np.float64) for _ in range(2))
+    _, rows, columns = expected(geometry, kernel)
+    cotangent = integers(rng, rows.shape, np.float64)
+    weights = np.zeros(spec.shape)
+    weights[rows, columns] = cotangent
+
+    def data(kernel):
+        return build(spec, kernel).data
+
+    values, pushed = jax.jvp(data, (kernel,), (tangent,))
+    np.testing.assert_array_equal(values, expected(geometry, kernel)[0])
+    np.testing.assert_array_equal(pushed, expected(geometry, tangent)[0])
+    (pulled,) = jax.vjp(data, kernel)[1](cotangent)
+    np.testing.assert_array_equal(pulled, oracle.matrix_gradient(weights, geometry))
+
+
+@pytest.mark.parametrize("name", ["NHWC", "reflect"])
+@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr])
+def test_vmap_and_jit(name, build, rng):
+    geometry = CASES[name]
+    spec = geometry.spec()
+    kernels = integers(rng, (3, *geometry.rhs_shape), np.float64)
+    x = integers(rng, spec.in_size, np.float64)
+    want = [oracle.matrix(kernel, geometry) @ x for kernel in kernels]
+    got = jax.jit(jax.vmap(lambda kernel: build(spec, kernel) @ x))(kernels)
+    np.testing.assert_array_equal(got, want)
+    stacked = jax.vmap(partial(build, spec))(kernels)
+    np.testing.assert_array_equal(jax.vmap(lambda matrix: matrix @ x)(stacked), want)
+
+
+@pytest.mark.parametrize("name", ["plain", "reflect"])
+def test_gradient_through_a_product(name, rng):
+    geometry = CASES[name]
+    spec = geometry.spec()
+    kernel, x = (integers(rng, shape, np.float64) for shape in (geometry.rhs_shape, spec.in_shape))
+    y = integers(rng, spec.out_shape, np.float64)
+    got = jax.grad(lambda k: (fc.as_bcsr(spec, k) @ x.ravel() * y.ravel()).sum())(kernel)
+    np.testing.assert_array_equal(got, oracle.kernel_gradient(x, y, geometry))
+
+
+def test_no_table_of_entries_in_the_program():
+    """The program of a large matrix holds no constant: its index arrays are arithmetic."""
+    spec = fc.conv_spec((1, 3, 64, 64), (8, 3, 7, 7), (2, 2), "SAME")
+    jaxpr = jax.make_jaxpr(partial(fc.as_bcsr, spec))(jnp.zeros(spec.rhs_shape))
+    assert sum(np.size(c) for c in jaxpr.consts) < 100
+    text = jax.jit(partial(fc.as_bcsr, spec)).lower(jnp.zeros(spec.rhs_shape)).as_text()
+    assert len(text) < 50_000
+
+
+# sizes and errors ------------------------------------------------------------------------------------
+
+
+def test_nbytes_are_those_of_the_arrays(rng):
+    geometry = CASES["NHWC"]
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float32)
+    sizes, bcoo, bcsr = spec.nbytes("float32"), fc.as_bcoo(spec, kernel), fc.as_bcsr(spec, kernel)
+    assert sizes.dense == fc.as_matrix(spec, kernel).nbytes
+    assert sizes.bcoo == bcoo.data.nbytes + bcoo.indices.nbytes
+    for matrix in (bcsr, fc.as_scipy(spec, kernel)):
+        assert sizes.bcsr == sum(v.nbytes for v in triple(matrix))
+    assert fc.conv_spec((1, 64, 4096, 4096), (64, 64, 3, 3), (1, 1), "SAME").nbytes().bcsr > 12 * 2**38
+
+
+@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr, fc.as_scipy])
+def test_guard_before_allocating(build):
+    spec = fc.conv_spec((1, 64, 224, 224), (64, 64, 3, 3), (1, 1), "SAME")
+    kernel = np.zeros(spec.rhs_shape, np.float32)
+    with pytest.raises(ValueError, match=r"1,8\d\d,.* stored entries need .* GiB.*use row_blocks or apply"):
+        build(spec, kernel)
+
+
+def test_indices_beyond_int32():
+    spec = fc.conv_spec((1, 64, 512, 512), (64, 64, 3, 3), (1, 1), "SAME")
+    kernel = np.zeros(spec.rhs_shape, np.float32)
+    with (
+        jax.enable_x64(False),
+        fc.memory_limit(2**50),
+        pytest.raises(ValueError, match="jax_enable_x64"),
+    ):
+        jax.eval_shape(partial(fc.as_bcsr, spec), kernel)
+    with fc.memory_limit(2**50):
+        assert jax.eval_shape(partial(fc.as_bcsr, spec), kernel).indices.dtype == jnp.int64
+
+
+@pytest.mark.parametrize("verb", [fc.as_bcoo, fc.as_bcsr, fc.as_scipy, fc.diagonals, fc.row_blocks])
+def test_bad_kernels(verb):
+    spec = CASES["plain"].spec()
+    with pytest.raises(ValueError, match=r"kernel must have the spec's shape \(3, 2, 2, 2\), got \(3, 2, 2\)"):
+        verb(spec, np.ones((3, 2, 2)))
+    with pytest.raises(TypeError, match="kernel must be a jax or NumPy array, got list"):
+        verb(spec, [1.0])
+
+
+def test_scipy_under_a_trace():
+    spec = CASES["plain"].spec()
+    with pytest.raises(TypeError, match="as_scipy makes NumPy arrays: use as_bcsr"):
+        jax.jit(lambda kernel: fc.as_scipy(spec, kernel).data)(np.ones(spec.rhs_shape))
+
+
+# diagonals -------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_diagonals(geometry, rng):
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+    matrix, pattern = oracle.matrix(kernel, geometry), oracle.pattern(geometry)
+    found = fc.diagonals(spec, kernel)
+    rows = np.arange(spec.out_size)
+    wanted = {k for k in range(spec.in_size) if pattern[rows, (rows + k) % spec.in_size].any()}
+    assert list(found) == sorted(wanted)
+    for k, diagonal in found.items():
+        np.testing.assert_array_equal(diagonal, matrix[rows, (rows + k) % spec.in_size])
+
+
+def test_diagonals_are_few_and_differentiable(rng):
+    spec = CASES["reflect"].spec()
+    kernel = integers(rng, spec.rhs_shape, np.float64)
+    same = fc.conv_spec((1, 1, 32, 32), (1, 1, 3, 3), (1, 1), "SAME")
+    assert len(fc.diagonals(same, np.ones((1, 1, 3, 3)))) == 9
+    gradient = jax.grad(lambda k: sum((v**2).sum() for v in fc.diagonals(spec, k).values()))(kernel)
+    want = jax.grad(lambda k: (fc.as_matrix(spec, k) ** 2).sum())(kernel)
+    np.testing.assert_array_equal(gradient, want)
+
+
+# row blocks ------------------------------------------------------------------------------------------
+
+
+def check_block(geometry, start, stop, kernel):
+    spec = geometry.spec()
+    block, in_slice, out_slice = fc.row_block(spec, start, stop)
+    whole = oracle.matrix(kernel, geometry).reshape(*spec.out_shape, *spec.in_shape)
+    rows, rest = whole[out_slice], whole[out_slice].copy()
+    read = (slice(None),) * len(spec.out_shape) + in_slice
+    rest[read] = 0
+    assert not rest.any(), "the block does not read all of its rows' inputs"
+    assert block.out_shape == rows.shape[: len(spec.out_shape)]
+    np.testing.assert_array_equal(fc.as_scipy(block, kernel).toarray(), rows[read].reshape(block.shape))
+
+
+def test_row_blocks_of_random_geometries(run_seed):
+    cut = 0
+    for n in range(10 * COUNT):
+        rng = np.random.default_rng([run_seed, n])
+        geometry = random_geometry(rng)
+        spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+        if not spec.axes or not spec.axes[0].out_size:
+            continue
+        start, stop = sorted(rng.choice(spec.axes[0].out_size + 1, 2, replace=False).tolist())
+        whole = stop - start == spec.axes[0].out_size
+        if spec.padding_mode != "zeros" and spec.lhs_dilation[0] > 1 and not whole:
+            with pytest.raises(ValueError, match="pads before it dilates"):
+                fc.row_block(spec, start, stop)
+            continue
+        check_block(geometry, start, stop, kernel)
+        cut += 1
+    assert cut > COUNT
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
+    """Its padding may be negative, which crops after folding: dense, the products and BCSR agree on it."""
+    geometry = Geometry((1, 2, 9, 3), (2, 2, 4, 2), (1, 1), [(3, 4), (1, 1)], padding_mode=mode)
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
+    x = integers(rng, spec.in_shape, np.float64)
+    y = oracle.product(x, kernel, geometry)
+    for start, stop in ((0, 4), (3, 6), (5, spec.axes[0].out_size)):
+        block, in_slice, out_slice = fc.row_block(spec, start, stop)
+        matrix = fc.as_scipy(block, kernel).toarray()
+        np.testing.assert_array_equal(fc.as_matrix(block, kernel), matrix)
+        np.testing.assert_array_equal(fc.as_bcsr(block, kernel).todense(), matrix)
+        np.testing.assert_array_equal(fc.apply(block, kernel, x[in_slice]), y[out_slice])
+        back = fc.apply_transpose(block, kernel, y[out_slice])
+        np.testing.assert_array_equal(back.ravel(), matrix.T @ y[out_slice].ravel())
+
+
+@every_case
+def test_streaming(geometry, rng):
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+    x, y = integers(rng, spec.in_shape), np.full(spec.out_shape, -99)
+    done = []
+    limit = max(400, spec.nbytes(kernel.dtype).bcsr // 2)
+    for block in fc.row_blocks(spec, kernel, limit, progress=lambda *at: done.append(at)):
+        assert sum(v.nbytes for v in triple(block.matrix)) <= limit
+        y[block.out_slice] = (block.matrix @ x[block.in_slice].ravel()).reshape(block.spec.out_shape)
+    np.testing.assert_array_equal(y, oracle.product(x, kernel, geometry))
+    if spec.out_size:
+        assert done[-1][0] == done[-1][1]
+        assert [at for at, _ in done] == sorted({at for at, _ in done})
+
+
+def test_bad_blocks():
+    spec = CASES["plain"].spec()
+    for start, stop in ((2, 2), (-1, 2), (0, 5), (3, 1)):
+        with pytest.raises(ValueError, match="0 <= start < stop <= 4"):
+            fc.row_block(spec, start, stop)
+    with pytest.raises(TypeError, match="start must be an int"):
+        fc.row_block(spec, 0.0, 2)
+    with pytest.raises(ValueError, match="has none"):
+        fc.row_block(CASES["no spatial axes"].spec(), 0, 1)
+    with pytest.raises(ValueError, match=r"nbytes=100 holds no block.*Write nbytes=\d+ or more"):
+        fc.row_blocks(spec, np.ones(spec.rhs_shape), 100)
+
+
+# rewriting the nonzeros of an earlier M --------------------------------------------------------------
+
+
+@every_case
+def test_update_matrix(geometry, rng):
+    spec = geometry.spec()
+    first, second = (integers(rng, geometry.rhs_shape, np.float32) for _ in range(2))
+    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+    matrix = fc.as_matrix(spec, first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers")  # empty ones
+        np.testing.assert_array_equal(update(matrix, second), oracle.matrix(second, geometry))
+
+
+def test_update_matrix_uses_the_donated_buffer():
+    spec = CASES["plain"].spec()
+    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+    matrix = fc.as_matrix(spec, np.ones(spec.rhs_shape, np.float32))
+    compiled = update.lower(matrix, np.ones(spec.rhs_shape, np.float32)).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == matrix.nbytes
+
+
+def test_update_matrix_with_bad_operands():
+    spec = CASES["plain"].spec()
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    matrix = fc.as_matrix(spec, kernel)
+    with pytest.raises(TypeError, match=r"kernel\.astype\(matrix\.dtype\)"):
+        fc.update_matrix(spec, matrix, kernel.astype(np.float64))
+    with pytest.raises(ValueError, match="matrix must have the spec's shape"):
+        fc.update_matrix(spec, matrix[1:], kernel)
+
+
+# stacks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [*METHODS, None])
+@pytest.mark.parametrize("name", ["plain", "reflect", "NHWC", "batch groups", "no rows", "no columns"])
+def test_batched_apply(name, method, rng):
+    geometry = CASES[name]
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
+    xs = integers(rng, (20, *spec.in_shape), np.float64)
+    want = np.stack([oracle.product(x, kernel, geometry) for x in xs])
+    build = partial(fc.batched_apply, spec, method=method)
+    np.testing.assert_array_equal(build(kernel, xs), want)
+    np.testing.assert_array_equal(jax.jit(build)(kernel, xs), want)
+    ys = integers(rng, want.shape, np.float64)
+    gradient = jax.grad(lambda k: (build(k, xs) * ys).sum())(kernel)
+    each = [oracle.kernel_gradient(x, y, geometry) for x, y in zip(xs, ys, strict=True)]
+    np.testing.assert_array_equal(gradient, np.sum(each, axis=0))
+
+
+def test_the_rule_for_stacks():
+    def of(lhs, rhs, count, dtype, backend="cpu", groups=1):
+        spec = fc.conv_spec(lhs, rhs, (1,) * (len(lhs) - 2), "SAME", feature_group_count=groups)
+        return fastest_method(spec, count, np.dtype(dtype), backend)
+
+    depthwise = ((1, 32, 28, 28), (32, 1, 3, 3))
+    assert of(*depthwise, 64, "float32", groups=32) == "sparse"
+    assert of(*depthwise, 64, "float32", "gpu", groups=32) == "convolution"
+    assert of(*depthwise, 1, "float32", groups=32) == "convolution"
+    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float32") == "convolution"
+    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float64") == "sparse"
+    assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "dense"
+    with fc.memory_limit(1000):
+        assert of(*depthwise, 64, "float32", groups=32) == "convolution"
+
+
+def test_batched_apply_with_bad_operands():
+    spec = CASES["plain"].spec()
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    with pytest.raises(ValueError, match=r"xs must have shape \(count, .*xs\[None\]"):
+        fc.batched_apply(spec, kernel, np.ones(spec.in_shape, np.float32))
+    with pytest.raises(TypeError, match=r"xs\.astype\(kernel\.dtype\)"):
+        fc.batched_apply(spec, kernel, np.ones((2, *spec.in_shape)))
+    with pytest.raises(TypeError, match="bool"):
+        fc.batched_apply(spec, kernel.astype(bool), np.ones((2, *spec.in_shape), bool))
+    with pytest.raises(ValueError, match="method must be one of"):
+        fc.batched_apply(spec, kernel, np.ones((2, *spec.in_shape), np.float32), method="fft")
+
+
+# examples --------------------------------------------------------------------------------------------
+
+
+def test_matrix_market_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["matrix_market.py", str(tmp_path / "conv.mtx")])
+    runpy.run_path(str(EXAMPLES / "matrix_market.py"), run_name="__main__")
+    assert "read back equal" in capsys.readouterr().out
+
+
+def test_streaming_example(monkeypatch, capsys):
+    arguments = ["--size", "16", "--channels", "4", "--megabytes", "0.05"]
+    monkeypatch.setattr("sys.argv", ["streaming.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "streaming.py"), run_name="__main__")
+    assert "equal to the convolution" in capsys.readouterr().out
