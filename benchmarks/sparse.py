@@ -41,7 +41,8 @@ def layer(lhs, rhs, strides, padding, groups):
 
 def full(spec):
     """Write data, columns and row starts of the right sizes: three numbers that XLA cannot know."""
-    write = jax.jit(lambda a, i: (jnp.full(spec.nse, a), jnp.full(spec.nse, i), jnp.full(spec.out_size + 1, i)))
+    sizes = (spec.nse, spec.nse, spec.out_size + 1)
+    write = jax.jit(lambda a, i: [jnp.full(n, v) for n, v in zip(sizes, (a, i, i), strict=True)])
     return partial(write, jnp.float32(1), jnp.int32(1))
 
 
@@ -86,7 +87,8 @@ def growth(rounds):
         entries[str(n)] = spec.nse
     times = interleaved(contestants, rounds)
     for n, nse in entries.items():
-        print(f"  {nse:12,} entries {times.median(n) * 1e3:9.2f} ms {times.median(n) / nse * 1e9:8.2f} ns each")
+        seconds = times.median(n)
+        print(f"  {nse:12,} entries {seconds * 1e3:9.2f} ms {seconds / nse * 1e9:8.2f} ns each")
 
 
 def products(rounds):

@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.dense import entries, matrix_rows
+from jaxconv_fc.dense import entries, flat_index, matrix_rows
 from jaxconv_fc.spec import ConvSpec, as_operand, check_dense, conv_spec
 
 
@@ -184,8 +184,8 @@ def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
     kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
     if not matrix_bar.size or 0 in dims:
         return jnp.zeros(spec.rhs_shape, matrix_bar.dtype)
-    rows, columns = jnp.broadcast_arrays(rows, columns)
-    read = matrix_bar.at[rows, columns].get(mode="fill", fill_value=0)
+    places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
+    read = matrix_bar.ravel().at[places].get(mode="fill", fill_value=0)
     kernel = read.sum(tuple(range(2, 2 + len(spec.axes))), dtype=matrix_bar.dtype).reshape(kernel_dims)
     return jnp.transpose(kernel, np.argsort(spec.dimension_numbers.rhs_spec).tolist())
 

@@ -12,10 +12,10 @@ call, which obeys its rule, and rewrite what that transformation computes.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
+from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.apply import product_p
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.spec import ConvSpec, conv_spec
@@ -138,19 +139,18 @@ class _Walk:
         env = Environment(jaxpr, arguments)
         for eqn in env.equations:
             values = env.read(eqn.invars)
-            name = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
             if eqn.primitive in (conv_general_dilated_p, product_p):
-                self.sites.append(_site(eqn, values, name, times))
+                self.sites.append(_site(eqn, values, place_of(eqn, scope), times))
                 results = self.result(eqn, values)
             elif not holds_conv(eqn):
                 results = self.result(eqn, values)
             elif eqn.primitive.name in CALLS:
-                results = self(*_inner(eqn), values, name, times)
+                results = self(inner_jaxprs(eqn)[0], values, _nested(scope, eqn), times)
             else:
                 for inner, inner_values, count, evaluate in _bodies(eqn, values):
                     walk = self if evaluate else _Walk(self.sites, evaluate=False)
                     repeated = None if times is None or count is None else times * count
-                    walk(inner, inner_values, name, repeated)
+                    walk(inner, inner_values, _nested(scope, eqn), repeated)
                 results = self.result(eqn, values)
             env.write(eqn.outvars, results)
         return env.read(env.outvars)
@@ -163,7 +163,7 @@ class _Walk:
 
 def _bodies(eqn: JaxprEqn, values: Sequence[Any]) -> Iterator[tuple[Any, list[Any], int | None, bool]]:
     """(jaxpr, what is known of its operands, times it runs, whether it can be evaluated outside)."""
-    inner = _inner(eqn)
+    inner = inner_jaxprs(eqn)
     name = eqn.primitive.name
     if name == "scan":
         (body,) = inner
@@ -187,17 +187,10 @@ def _bodies(eqn: JaxprEqn, values: Sequence[Any]) -> Iterator[tuple[Any, list[An
 
 
 def _scan_operands(eqn: JaxprEqn, body: Any, values: Sequence[Any]) -> list[Any]:
-    """Constants are known, a carry where the body hands it on, a slice of xs never.
-
-    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
-    """
-    inner = opened(body)[0]
-    scanned = [len(a.aval.shape) > len(b.aval.shape) for a, b in zip(eqn.invars, inner.invars, strict=True)]
-    stacked = [len(a.aval.shape) > len(b.aval.shape) for a, b in zip(eqn.outvars, inner.outvars, strict=True)]
-    fixed = scanned.count(False) - stacked.count(False)
-    carry = _unchanged(body, values, fixed)
-    rest = [_abstract(v) for v in inner.invars[fixed + len(carry) :]]
-    return [*values[:fixed], *carry, *rest]
+    """Constants are known, a carry where the body hands it on, a slice of xs never."""
+    fixed, carried = scan_counts(eqn, body)
+    carry = _unchanged(body, values[: fixed + carried], fixed)
+    return [*values[:fixed], *carry, *map(_abstract, opened(body)[0].invars[fixed + carried :])]
 
 
 def _unchanged(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
@@ -208,7 +201,6 @@ def _unchanged(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
 
 
 def _site(eqn: JaxprEqn, values: Sequence[Any], name: str, times: int | None) -> ConvSite:
-    name = name or source_line(eqn)
     if eqn.primitive is conv_general_dilated_p:
         x, kernel = values
         return ConvSite(spec_of(eqn), kernel, x, name, times)
@@ -357,8 +349,8 @@ class _Exchange:
         spec, out, precision = eqn.params["spec"], eqn.params["out"], eqn.params["precision"]
 
         def compute(a: Any, b: Any) -> Any:
-            if out == "k":
-                return self.kernel_gradient(spec, a, b, precision)
+            if out == "k":  # linear in the kernel: the matrix of that map is X
+                return _matmul(kernel_matrix(spec, a).T, b.ravel(), precision).reshape(spec.rhs_shape)
             matrix = self.builder(spec, a)
             if out == "x":
                 return _matmul(matrix.T, b.ravel(), precision).reshape(spec.in_shape)
@@ -369,12 +361,6 @@ class _Exchange:
             compute = _mapped(compute, axes, summed=out not in label)
         return compute(a, b)
 
-    def kernel_gradient(self, spec: ConvSpec, x: Any, y: Any, precision: Any) -> Any:
-        """The transpose of ``kernel -> M x``, through the matrix."""
-        kernel = jax.ShapeDtypeStruct(spec.rhs_shape, x.dtype)
-        product = lambda k: _matmul(self.builder(spec, k), x.ravel(), precision)  # noqa: E731
-        return jax.linear_transpose(product, kernel)(y.ravel())[0]
-
     # -- calls that hold convolutions ----------------------------------------------------------
 
     def call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -383,9 +369,9 @@ class _Exchange:
             return getattr(self, name)(eqn, values)
         if name in ("remat2", "checkpoint"):
             keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-            return jax.checkpoint(lambda *a: self(*_inner(eqn), a), **keep)(*values)
+            return jax.checkpoint(lambda *a: self(inner_jaxprs(eqn)[0], a), **keep)(*values)
         if name in CALLS:  # a boundary of compilation is none of evaluation
-            return self(*_inner(eqn), values)
+            return self(inner_jaxprs(eqn)[0], values)
         if name == "shard_map":
             return self.shard_map(eqn, values)
         return bind(eqn, values, {key: self.rewritten(value) for key, value in eqn.params.items()})
@@ -432,14 +418,14 @@ class _Exchange:
         count = eqn.params.get("num_consts", 0)  # the rule has no say over these
         constants, operands = values[:count], values[count:]
         return (
-            lambda *a: self(*_inner(eqn), [*constants, *a]),
+            lambda *a: self(inner_jaxprs(eqn)[0], [*constants, *a]),
             lambda *a: bind(eqn, [*constants, *a]),
             operands,
         )
 
     def shard_map(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         mapped = jax.shard_map(
-            lambda *a: tuple(self(*_inner(eqn), a)),
+            lambda *a: tuple(self(inner_jaxprs(eqn)[0], a)),
             mesh=eqn.params["mesh"],
             in_specs=tuple(eqn.params["in_specs"]),
             out_specs=tuple(eqn.params["out_specs"]),
@@ -569,7 +555,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = N
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _inner(eqn: JaxprEqn) -> list[Any]:
+def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
     """The jaxprs that an equation holds, in the order of its parameters."""
     found = []
     for value in eqn.params.values():
@@ -578,20 +564,53 @@ def _inner(eqn: JaxprEqn) -> list[Any]:
     return found
 
 
+def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
+    """
+    inner = opened(body)[0]
+    operands, results = (
+        [len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True)].count(True)
+        for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
+    )
+    return operands - results, results
+
+
 def holds_conv(eqn: JaxprEqn) -> bool:
     """Whether a convolution is performed somewhere inside an equation."""
     return any(
         inner.primitive in (conv_general_dilated_p, product_p) or holds_conv(inner)
-        for jaxpr in _inner(eqn)
+        for jaxpr in inner_jaxprs(eqn)
         for inner in opened(jaxpr)[0].eqns
     )
 
 
-def source_line(eqn: JaxprEqn) -> str:
-    """``file.py:line`` of the user's call: the innermost one outside of JAX and of installed libraries."""
+def place_of(eqn: JaxprEqn, outer: str = "") -> str:
+    """Where an equation comes from: its name stack, as far as it has names, else the line of the source.
+
+    Stacks of transformations alone, ``transpose(jvp())``, get the line put inside.
+    """
+    stack = _nested(outer, eqn)
+    if re.sub(r"\w+\(|[()/]", "", stack):
+        return stack
+    line = _source_line(eqn)
+    return stack.replace("()", f"({line})") if stack and line else line
+
+
+def _nested(outer: str, eqn: JaxprEqn) -> str:
+    """The name stack inside of a call begins anew: put the stack of the call in front."""
+    return "/".join(filter(None, (outer, str(eqn.source_info.name_stack))))
+
+
+def _source_line(eqn: JaxprEqn) -> str:
+    """``file.py:line`` of the user's call: the innermost one outside of JAX and of installed libraries.
+
+    Empty where JAX has kept none (the jaxpr of a jitted library function was traced for another call).
+    """
     traceback = eqn.source_info.traceback
     frames = traceback.frames if traceback else []
-    ours = (os.path.dirname(jax.__file__), os.path.dirname(__file__))
+    ours = tuple(os.path.dirname(str(file)) for file in (jax.__file__, __file__))
     frames = [f for f in frames if not f.file_name.startswith(ours)]
     frame = next((f for f in frames if "site-packages" not in f.file_name), next(iter(frames), None))
-    return f"{os.path.basename(frame.file_name)}:{frame.line_num}" if frame else "unknown line"
+    return f"{os.path.basename(frame.file_name)}:{frame.line_num}" if frame else ""

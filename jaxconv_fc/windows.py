@@ -228,8 +228,8 @@ def contracted(frame: Frame, array: Any, axes: tuple[int, ...], known: Any) -> t
 
 @partial(jax.jit, static_argnums=(0, 2))
 def _contract(frame: Frame, array: Any, axes: tuple[int, ...], known: Any) -> Any:
-    """One matrix product per position on the first tied axis; the windows on all others are made whole."""
-    tied = [a for a in axes if frame.tied(a)]
+    """One matrix product per position on the longest tied axis; the windows on all others are made whole."""
+    tied = sorted((a for a in axes if frame.tied(a)), key=lambda a: -frame.shape[a])
     for axis in tied[1:]:
         (j,) = frame.tied(axis)
         array = _unfold(array, axis, frame.rank + j, frame.ties[j], frame.in_shape[j])
@@ -242,6 +242,7 @@ def _contract(frame: Frame, array: Any, axes: tuple[int, ...], known: Any) -> An
     array = jnp.moveaxis(array, (axis, *rest, frame.rank + j), (0, *range(1, 1 + len(rest)), 1 + len(rest)))
     free = array.shape[2 + len(rest) :]
     array = array.reshape(frame.shape[axis], math.prod(shape), array.shape[1 + len(rest)] * math.prod(free))
+    known, array = lax.optimization_barrier((known, array))  # else every product writes its operands anew
     terms = [(known[o] @ array[o]).reshape(known.shape[1], -1, math.prod(free)) for o in range(array.shape[0])]
     total = _fold(terms, frame.ties[j], frame.in_shape[j]).reshape(known.shape[1], -1, *free)
     return jnp.moveaxis(total, 1, total.ndim - len(frame.ties) + j)
@@ -299,7 +300,7 @@ def with_shape(frame: Frame, shape: tuple[int, ...]) -> Frame | None:
     if [frame.shape[i] for i in kept] != [shape[i] for i in there]:
         return None
     ties = []
-    for tie, n in zip(frame.ties, frame.in_shape, strict=True):
+    for tie in frame.ties:
         if tie.axis is None or tie.axis in kept:
             ties.append(tie if tie.axis is None else tie._replace(axis=there[kept.index(tie.axis)]))
         else:  # one position only: read from there

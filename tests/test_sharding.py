@@ -77,7 +77,7 @@ def check(mesh):
         assert {len(data) for data in local(sparse.data).values()} == {most}, name
 
         # One program from kernel to result: the matrix is made, used and dropped on the devices.
-        def products(build, kernel, x, y):
+        def products(build, kernel, x, y, spec=spec):
             matrix = build(spec, kernel, mesh)
             y = jnp.pad(y, (0, matrix.shape[0] - len(y)))
             return (matrix @ x)[: spec.out_size], matrix.T @ y

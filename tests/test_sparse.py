@@ -16,7 +16,7 @@ from geometries import Geometry, integers, random_geometry
 import jaxconv_fc as fc
 from jaxconv_fc.batched import METHODS, fastest_method
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "20"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "10"))
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 CASES = {
@@ -236,7 +236,7 @@ def test_nbytes_are_those_of_the_arrays(rng):
 def test_guard_before_allocating(build):
     spec = fc.conv_spec((1, 64, 224, 224), (64, 64, 3, 3), (1, 1), "SAME")
     kernel = np.zeros(spec.rhs_shape, np.float32)
-    with pytest.raises(ValueError, match=r"1,8\d\d,.* stored entries need .* GiB.*use row_blocks or apply"):
+    with pytest.raises(ValueError, match=r"1,838,694,400 stored entries need .* GiB.*use row_blocks"):
         build(spec, kernel)
 
 
@@ -256,7 +256,7 @@ def test_indices_beyond_int32():
 @pytest.mark.parametrize("verb", [fc.as_bcoo, fc.as_bcsr, fc.as_scipy, fc.diagonals, fc.row_blocks])
 def test_bad_kernels(verb):
     spec = CASES["plain"].spec()
-    with pytest.raises(ValueError, match=r"kernel must have the spec's shape \(3, 2, 2, 2\), got \(3, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"kernel must have the spec's shape .*got \(3, 2, 2\)"):
         verb(spec, np.ones((3, 2, 2)))
     with pytest.raises(TypeError, match="kernel must be a jax or NumPy array, got list"):
         verb(spec, [1.0])
