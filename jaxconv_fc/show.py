@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -81,7 +82,8 @@ def _names(spec: ConvSpec) -> Any:
 
 def _values(kernel: jax.Array) -> Any:
     flat = np.asarray(kernel).ravel()
-    return lambda taps: f"{np.add.reduce(flat[taps], dtype=flat.dtype) + 0:g}" if taps else "0"
+    code = "g" if jnp.issubdtype(flat.dtype, jnp.inexact) else "d"
+    return lambda taps: f"{np.add.reduce(flat[taps], dtype=flat.dtype):{code}}" if taps else "0"
 
 
 def _ends(size: int, most: int) -> list[int | None]:

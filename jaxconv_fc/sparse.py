@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -107,10 +108,10 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
     values = _host_kernel("as_scipy", spec, kernel)
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr, "row_blocks or apply")
     index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    data, columns = np.empty(spec.nse, values.dtype), np.empty(spec.nse, index)
-    for runs in itertools.product(*(axis.runs for axis in spec.axes)):
-        _write(spec, runs, _out_first(spec, values), data, columns)
-    matrix = csr_array((data, columns, _indptr(spec, index)), shape=spec.shape)
+    with ThreadPoolExecutor(1) as other:  # two large arrays of fresh memory, one per core
+        columns = other.submit(_host_columns, spec, np.empty(spec.nse, index))
+        data = _host_data(spec, _out_first(spec, values), np.empty(spec.nse, values.dtype))
+    matrix = csr_array((data, columns.result(), _indptr(spec, index)), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would go through all entries to see it
     return matrix
 
@@ -328,52 +329,62 @@ def _spread(table: Any, dims: Sequence[int], *axes: int) -> Any:
 # -- on the host: by classes of outputs --------------------------------------------------------
 
 
-def _write(
-    spec: ConvSpec, runs: Sequence[Run], kernel: np.ndarray, data: np.ndarray, columns: np.ndarray
-) -> None:
-    """Write the entries of one product of classes, given the kernel with out channels first.
+def _host_data(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """``data`` filled with the entries, given the kernel with out channels first.
 
-    In both arrays they are a regular part of shape (outputs..., entries of a row), its outputs in the
-    layout of ``out_shape``: a value depends on the out channel and the entry, a column is a sum of what
-    depends on the output and what depends on the entry.
+    In one product of classes a value depends on the out channel and on the entry of the row.
     """
-    n, index = len(runs), columns.dtype
-    counts = [*(len(run.outputs) for run in runs), spec.out_channels]
-    first, shape, strides = _part(spec, runs, counts)
-    widths = (*(run.width for run in runs), spec.group_channels)
-    # Entries of a row, in the order of in_shape; a row reads one batch entry only.
-    entry_order = [min(a, n) for a in _inverse(spec.in_order) if a < n or a == len(spec.in_order) - 1]
-
-    def part(flat: np.ndarray) -> np.ndarray:
-        return np.lib.stride_tricks.as_strided(flat[first:], shape, [s * flat.itemsize for s in strides])
-
-    for a, run in enumerate(runs):
-        kernel = _fold(kernel, 2 + a, run)
-    values = np.moveaxis(kernel, 1, -1).transpose(0, *(1 + a for a in entry_order))
-    channel_axis = spec.out_order[-1]
-    part(data)[...] = _spread(values.reshape(spec.out_channels, -1), shape, channel_axis, len(shape) - 1)
-
-    reads = [_spread(run.reads.astype(index), widths, a) for a, run in enumerate(runs)]
-    inside = spec.column(reads, _spread(np.arange(spec.group_channels, dtype=index), widths, n))
-    inside = np.broadcast_to(inside, widths).transpose(entry_order).reshape(-1)
-    moved = [np.arange(len(run.outputs), dtype=index) * run.advance for run in runs]
-    moved = [_spread(v, shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
-    group = _group_column(spec, np.arange(spec.out_channels, dtype=index))
-    np.add(spec.column(moved, 0) + _spread(group, shape, channel_axis), inside, out=part(columns))
+    order = _entry_order(spec)
+    for runs in _classes(spec):
+        block = kernel
+        for a, run in enumerate(runs):
+            block = _fold(block, 2 + a, run)
+        block = np.moveaxis(block, 1, -1).transpose(0, *(1 + a for a in order))
+        part = _part(spec, runs, data)
+        part[...] = _spread(block.reshape(spec.out_channels, -1), part.shape, spec.out_order[-1], part.ndim - 1)
+    return data
 
 
-def _part(
-    spec: ConvSpec, runs: Sequence[Run], counts: Sequence[int]
-) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """``(first, shape, strides)`` of a product of classes among the entries."""
+def _host_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
+    """``columns`` filled: what depends on the output plus what depends on the entry of the row."""
+    n, dtype = len(spec.axes), columns.dtype
+    channels = np.arange(spec.group_channels, dtype=dtype)
+    group = _group_column(spec, np.arange(spec.out_channels, dtype=dtype))
+    for runs in _classes(spec):
+        part = _part(spec, runs, columns)
+        widths = (*(run.width for run in runs), spec.group_channels)
+        reads = [_spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
+        inside = np.broadcast_to(spec.column(reads, _spread(channels, widths, n)), widths)
+        moved = [np.arange(len(run.outputs), dtype=dtype) * run.advance for run in runs]
+        moved = [_spread(v, part.shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
+        outside = spec.column(moved, 0) + _spread(group, part.shape, spec.out_order[-1])
+        np.add(outside, inside.transpose(_entry_order(spec)).reshape(-1), out=part)
+    return columns
+
+
+def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
+    """All products of classes of outputs; none where nothing is stored."""
+    return itertools.product(*(axis.runs for axis in spec.axes)) if spec.nse else iter(())
+
+
+def _entry_order(spec: ConvSpec) -> list[int]:
+    """Spatial axes (their numbers) and channels (the next) as ``in_shape`` has them, batch groups left out."""
+    n = len(spec.axes)
+    return [min(a, n) for a in _inverse(spec.in_order) if a < n or a == len(spec.in_order) - 1]
+
+
+def _part(spec: ConvSpec, runs: Sequence[Run], flat: np.ndarray) -> np.ndarray:
+    """The entries of a product of classes: a view of shape (outputs as in ``out_shape``..., entries of a row)."""
     widths = [run.width for run in runs]
+    counts = [*(len(run.outputs) for run in runs), spec.out_channels]
     first, size = _starts(spec, widths, [run.start for run in runs], 0)
     steps, strides = [*(run.stride for run in runs), 1], []
     order = _inverse(spec.out_order)
     for a in order:  # the start of a row is linear in the starts of its axes
         *unit, channel = (step if a == b else 0 for b, step in enumerate(steps))
-        strides.append(_starts(spec, widths, unit, channel)[0])
-    return first, (*(counts[a] for a in order), size), (*strides, 1)
+        strides.append(_starts(spec, widths, unit, channel)[0] * flat.itemsize)
+    shape = (*(counts[a] for a in order), size)
+    return np.lib.stride_tricks.as_strided(flat[first:], shape, (*strides, flat.itemsize))
 
 
 def _fold(kernel: np.ndarray, axis: int, run: Run) -> np.ndarray:

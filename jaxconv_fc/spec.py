@@ -311,7 +311,7 @@ def conv_spec(
     pads = _resolve_padding(padding, unpadded)
     spec = ConvSpec(lhs, rhs, strides, pads, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
     for i, axis in enumerate(spec.axes):
-        _check_axis(i, axis)
+        _check_axis(i, axis, rhs)
     return spec
 
 
@@ -461,7 +461,7 @@ def _resolve_padding(padding: Any, axes: list[Axis]) -> tuple[tuple[int, int], .
     _reject_traced("padding", padding)
     if isinstance(padding, str):
         return _named_padding(padding, axes)
-    example = f"Write a list with a pair (lo, hi) per spatial axis: {[(1, 1)] * len(axes)}, or 'SAME'."
+    example = f"Write [(lo, hi), ...], a pair per spatial axis, such as {[(1, 1)] * len(axes)}, or 'SAME'."
     if isinstance(padding, float) or not isinstance(padding, int | np.integer | Sequence | np.ndarray):
         raise TypeError(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
     if isinstance(padding, int | np.integer):
@@ -512,10 +512,10 @@ def _named_padding(padding: str, axes: list[Axis]) -> tuple[tuple[int, int], ...
     return tuple(pads)
 
 
-def _check_axis(i: int, axis: Axis) -> None:
+def _check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
     pads = (axis.lo, axis.hi)
     if axis.taps == 0:
-        raise ValueError(f"rhs_shape must have at least 1 tap on spatial axis {i}, got 0.")
+        raise ValueError(f"rhs_shape {rhs} must have at least 1 tap on spatial axis {i}, got 0.")
     if axis.mode == "zeros":
         if axis.span < 0:
             size = dilated(axis.size, axis.lhs_dilation)
@@ -546,6 +546,8 @@ def as_array(name: str, value: Any) -> jax.Array:
             f"{name} must be a jax or NumPy array, got {type(value).__name__}: {value!r}. "
             "Write jnp.asarray(...)."
         )
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm":
+        raise TypeError(f"{name} must hold numbers, got dtype {value.dtype}. Cast it: {name}.astype(float).")
     return jnp.asarray(value)
 
 
@@ -574,10 +576,10 @@ def memory_limit(nbytes: int) -> Iterator[None]:
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 8, 8), (1, 1, 3, 3), (1, 1), "SAME")
     >>> with fc.memory_limit(1000):
-    ...     fc.as_matrix(spec, jnp.ones((1, 1, 3, 3), jnp.float32))
+    ...     fc.as_matrix(spec, jnp.ones((1, 1, 3, 3), jnp.int8))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: as_matrix: 64 x 64 float32 = 16 KiB dense, ...
+    ValueError: as_matrix: 64 x 64 int8 = 4 KiB dense; 484 stored entries: use ...
     """
     token = _memory_limit.set(as_int("nbytes", nbytes, least=0))
     try:
@@ -593,8 +595,8 @@ def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, i
     sizes = " x ".join(f"{n:,}" for n in shape)
     if nbytes > limit:
         raise ValueError(
-            f"{name}: {sizes} {jnp.dtype(dtype).name} = {_readable(nbytes)} dense, beyond the limit of "
-            f"{_readable(limit)}; {spec.nse:,} stored entries: use {instead}, or raise the limit with "
+            f"{name}: {sizes} {jnp.dtype(dtype).name} = {_readable(nbytes)} dense; {spec.nse:,} stored "
+            f"entries: use {instead}, or raise the limit of {_readable(limit)} with "
             f"jaxconv_fc.memory_limit({nbytes})."
         )
     if entries > np.iinfo(np.int32).max:

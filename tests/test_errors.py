@@ -149,7 +149,6 @@ TABLE = [
     ("28: None y", verb("apply_transpose", KERNEL, None), TypeError, ["y", "None"]),
     ("28: strings", verb("as_matrix", KERNEL.astype(str)), TypeError, ["kernel", "U"]),
     ("28: objects", verb("as_matrix", KERNEL.astype(object)), TypeError, ["kernel", "object"]),
-    ("28: no spec", partial(fc.as_matrix, SPEC, KERNEL), TypeError, ["spec", "conv_spec", "dict"]),
     ("28: order", partial(fc.apply, PLAIN.spec(), X, KERNEL), ValueError, ["kernel", "(6, 4, 3, 3)"]),
     ("28: arrays for shapes", partial(spec, lhs_shape=X), (TypeError, ValueError), ["lhs_shape"]),
     (
