@@ -341,7 +341,8 @@ def _host_data(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndarr
             block = _fold(block, 2 + a, run)
         block = np.moveaxis(block, 1, -1).transpose(0, *(1 + a for a in order))
         part = _part(spec, runs, data)
-        part[...] = _spread(block.reshape(spec.out_channels, -1), part.shape, spec.out_order[-1], part.ndim - 1)
+        block = block.reshape(spec.out_channels, -1)
+        part[...] = _spread(block, part.shape, spec.out_order[-1], part.ndim - 1)
     return data
 
 
@@ -368,13 +369,13 @@ def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
 
 
 def _entry_order(spec: ConvSpec) -> list[int]:
-    """Spatial axes (their numbers) and channels (the next) as ``in_shape`` has them, batch groups left out."""
+    """Spatial axes (by number) and channels (the next number) as ``in_shape`` has them, no batch groups."""
     n = len(spec.axes)
     return [min(a, n) for a in _inverse(spec.in_order) if a < n or a == len(spec.in_order) - 1]
 
 
 def _part(spec: ConvSpec, runs: Sequence[Run], flat: np.ndarray) -> np.ndarray:
-    """The entries of a product of classes: a view of shape (outputs as in ``out_shape``..., entries of a row)."""
+    """The entries of a product of classes: a view, (outputs as in ``out_shape``..., entries of a row)."""
     widths = [run.width for run in runs]
     counts = [*(len(run.outputs) for run in runs), spec.out_channels]
     first, size = _starts(spec, widths, [run.start for run in runs], 0)
@@ -697,7 +698,7 @@ def _on_mesh(
     kernel = as_operand("kernel", kernel, spec.rhs_shape)
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a Mesh, got {mesh!r}. Write jax.make_mesh((8,), ('rows',)).")
-    axis_name = mesh.axis_names[0] if axis_name is None else axis_name
+    axis_name = str(mesh.axis_names[0]) if axis_name is None else axis_name
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be one of the mesh's {mesh.axis_names}, got {axis_name!r}.")
     # Explicit axes (jax.make_mesh) would put the sharding into types, which BCOO's products refuse.
