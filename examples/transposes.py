@@ -35,7 +35,8 @@ def lax_transpose_kernel(y, kernel, spec, padding):
 def flax_layer(y, kernel, spec, padding):
     from flax import linen
 
-    layer = linen.ConvTranspose(IN, (TAPS,), spec.window_strides, padding, transpose_kernel=True, use_bias=False)
+    strides = spec.window_strides
+    layer = linen.ConvTranspose(IN, (TAPS,), strides, padding, transpose_kernel=True, use_bias=False)
     return layer.apply({"params": {"kernel": kernel}}, y)
 
 
@@ -71,7 +72,10 @@ LAYERS = {
     "torch conv_transpose": torch_layer,
 }
 NEEDS = {flax_layer: "flax", equinox_layer: "equinox", torch_layer: "torch"}
-GEOMETRIES = [(6, 1, "VALID"), (6, 1, "SAME"), (7, 2, "VALID"), (8, 2, "VALID"), (7, 2, "SAME"), (8, 2, "SAME")]
+GEOMETRIES = [  # (input size, stride, padding) of the forward convolution
+    *((6, 1, padding) for padding in ("VALID", "SAME")),
+    *((n, 2, padding) for padding in ("VALID", "SAME") for n in (7, 8)),
+]
 
 
 def verdict(layer, n, stride, padding):

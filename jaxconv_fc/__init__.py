@@ -1,4 +1,4 @@
-"""The matrix of any convolution in JAX, its transpose, its gradients and its spectrum."""
+"""The matrix of any convolution in JAX, its transpose and its gradients."""
 
 import importlib as _importlib
 from typing import Any as _Any
@@ -12,8 +12,6 @@ from jaxconv_fc.adjoint import kernel_vjp as kernel_vjp
 from jaxconv_fc.adjoint import matrix_vjp as matrix_vjp
 from jaxconv_fc.adjoint import nearest_conv as nearest_conv
 from jaxconv_fc.adjoint import transpose as transpose
-from jaxconv_fc.affine import local_affine as local_affine
-from jaxconv_fc.affine import matrix_of as matrix_of
 from jaxconv_fc.apply import apply as apply
 from jaxconv_fc.apply import apply_transpose as apply_transpose
 from jaxconv_fc.batched import batched_apply as batched_apply
@@ -34,9 +32,6 @@ from jaxconv_fc.sparse import shard_matrix as shard_matrix
 from jaxconv_fc.spec import ConvSpec as ConvSpec
 from jaxconv_fc.spec import conv_spec as conv_spec
 from jaxconv_fc.spec import memory_limit as memory_limit
-from jaxconv_fc.tracing import ConvSite as ConvSite
-from jaxconv_fc.tracing import find_convs as find_convs
-from jaxconv_fc.tracing import fully_connected as fully_connected
 
 # Public modules whose names are general words, loaded when first touched.
 _MODULES = ("testing",)

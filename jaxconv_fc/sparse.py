@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.experimental.sparse import BCOO, BCSR
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy.sparse import csr_array
@@ -117,7 +118,7 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
 
 
 def _host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
-    if isinstance(kernel, jax.core.Tracer):
+    if isinstance(kernel, Tracer):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
     as_operand("kernel", kernel, spec.rhs_shape)
     values = np.asarray(kernel)
@@ -703,7 +704,7 @@ def _on_mesh(
         raise ValueError(f"axis_name must be one of the mesh's {mesh.axis_names}, got {axis_name!r}.")
     # Explicit axes (jax.make_mesh) would put the sharding into types, which BCOO's products refuse.
     mesh = Mesh(mesh.devices, mesh.axis_names)
-    if not isinstance(kernel, jax.core.Tracer):
+    if not isinstance(kernel, Tracer):
         kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
     return kernel, mesh, axis_name
 

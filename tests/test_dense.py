@@ -1,5 +1,6 @@
 """The dense matrix, its rows and columns: every dtype, every transform, and never too much memory."""
 
+import re
 from functools import partial
 
 import jax
@@ -363,6 +364,15 @@ def test_no_index_array_is_baked_into_the_program():
         text = jax.jit(fc.as_matrix).lower(LAYER.spec(), kernel).as_text()
     assert len(text) < 50_000
     assert "scatter" in text
+
+
+@pytest.mark.parametrize("name", ["plain", "colliding"])
+def test_indices_are_called_unique_where_they_are(name):
+    """True keeps a GPU fast; false where taps add up, or a GPU may lose some of them."""
+    spec = CASES[name].spec()
+    text = jax.jit(fc.as_matrix).lower(spec, jax.ShapeDtypeStruct(spec.rhs_shape, np.float32)).as_text()
+    said = re.findall(r"unique_indices = (true|false)", text)
+    assert set(said) == {"false" if name == "colliding" else "true"}
 
 
 def test_the_text_does_not_grow_with_the_geometry():

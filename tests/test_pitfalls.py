@@ -152,12 +152,13 @@ def test_the_matrix_transposed_is_the_transposed_product(rng):
 
 # geometries that end the process ---------------------------------------------------------------------
 
+# The first four end jaxlib 0.10.2 by themselves: the convolution of lax, or (the second) its transpose.
 ABORTING = {
     "lhs_dilation beside padding": Geometry((1, 1, 2, 5), (1, 1, 4, 2), (1, 1), [(1, 1), (0, 0)], (1, 2)),
     "its transpose": Geometry((1, 1, 1, 8), (1, 1, 4, 2), (1, 2), [(2, 2), (1, 1)]),
-    "3-D": Geometry((1, 1, 2, 5, 3), (1, 1, 4, 2, 1), (1, 1, 1), [(1, 1), (0, 0), (0, 0)], (1, 2, 1)),
-    "grouped": Geometry((1, 2, 2, 5), (2, 1, 4, 2), (1, 1), [(1, 1), (0, 0)], (1, 2), None, None, 2),
+    "3-D": Geometry((1, 1, 2, 5, 1), (1, 1, 4, 2, 1), (1, 1, 1), [(1, 1), (0, 0), (0, 0)], (1, 2, 1)),
     "batch groups": Geometry((2, 1, 2, 5), (2, 1, 4, 2), (1, 1), [(1, 1), (0, 0)], (1, 2), None, None, 1, 2),
+    "grouped": Geometry((1, 2, 2, 5), (2, 1, 4, 2), (1, 1), [(1, 1), (0, 0)], (1, 2), None, None, 2),
     "grouped, negative padding": Geometry(
         (1, 4, 5, 6), (4, 2, 2, 3), (1, 1), [(-1, 2), (-2, 0)], feature_group_count=2
     ),

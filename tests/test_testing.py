@@ -62,5 +62,6 @@ def test_a_wrong_matrix_is_caught(spec, monkeypatch):
 
 def test_a_hermitian_error_is_caught(spec, monkeypatch):
     right = fc.apply_transpose
-    monkeypatch.setattr(testing, "apply_transpose", lambda s, k, y, **kw: right(s, k.real.astype(k.dtype), y, **kw))
+    unconjugated = lambda s, k, y, **kw: right(s, k.real.astype(k.dtype), y, **kw)  # noqa: E731
+    monkeypatch.setattr(testing, "apply_transpose", unconjugated)
     assert testing.dot_test(spec, KERNEL + 1j) > 1e-3
