@@ -35,6 +35,13 @@ def pytest_report_header():
     return f"random geometries: JAXCONV_FC_SEED={os.environ['JAXCONV_FC_SEED']}, jax {jax.__version__}"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every geometry compiles programs of its own: kept to the end, they would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def run_seed():
     """The seed of this run; a test that uses it names it in its failures."""

@@ -388,22 +388,20 @@ IMAGENET = Geometry((1, 3, 224, 224), (64, 3, 3, 3), (1, 1), "SAME")
 
 
 def test_too_large_a_matrix_is_refused_with_its_size():
-    """Before anything is allocated, traced or not."""
+    """Asked of the trace: without the check the eager call would take the whole process down."""
     message = r"3,211,264 x 150,528 float32 = 1,801 GiB dense; 86,188,800 stored entries: use .*apply"
-    kernel = np.ones(IMAGENET.rhs_shape, np.float32)
-    with pytest.raises(ValueError, match=message):
-        fc.as_matrix(IMAGENET.spec(), kernel)
+    kernel, bias = np.ones(IMAGENET.rhs_shape, np.float32), np.ones(64, np.float32)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(fc.as_matrix, IMAGENET.spec()), kernel)
     with pytest.raises(ValueError, match=message):
-        fc.as_affine(IMAGENET.spec(), kernel, np.ones(64, np.float32))
+        jax.eval_shape(partial(fc.as_affine, IMAGENET.spec()), kernel, bias)
 
 
 @both_parts
 def test_too_many_rows_are_refused(part):
-    spec = IMAGENET.spec()
+    spec, indices = IMAGENET.spec(), np.zeros(50_000, int)
     with pytest.raises(ValueError, match="float32"):
-        PARTS[part][0](spec, np.ones(spec.rhs_shape, np.float32), np.zeros(50_000, int))
+        jax.eval_shape(partial(PARTS[part][0], spec), np.ones(spec.rhs_shape, np.float32), indices)
 
 
 def test_the_default_budget_is_eight_gib():

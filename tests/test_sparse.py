@@ -349,7 +349,7 @@ def test_streaming(geometry, rng):
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
     x, y = integers(rng, spec.in_shape), np.full(spec.out_shape, -99)
     done = []
-    limit = max(400, spec.nbytes(kernel.dtype).bcsr // 2)
+    limit = max(1200, spec.nbytes(kernel.dtype).bcsr // 2)
     for block in fc.row_blocks(spec, kernel, limit, progress=lambda *at: done.append(at)):
         assert sum(v.nbytes for v in triple(block.matrix)) <= limit
         y[block.out_slice] = (block.matrix @ x[block.in_slice].ravel()).reshape(block.spec.out_shape)
