@@ -530,9 +530,9 @@ def detect_conv(
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> matrix = jnp.array([[1., 2., 0., 0.], [0., 0., 1., 2.]])
     >>> spec, kernel = fc.detect_conv(matrix, (1, 4), (1, 2))
-    >>> spec.window_strides, kernel
-    ((2,), Array([[[1., 2.]]], dtype=float32))
-    >>> fc.detect_conv(matrix.at[0, 3].set(5.), (1, 4), (1, 2)) is None
+    >>> print(spec.window_strides, kernel)
+    (2,) [[[1. 2.]]]
+    >>> fc.detect_conv(jnp.ones((3, 4)).at[0, 0].set(2.), (1, 4), (1, 3)) is None
     True
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
@@ -551,15 +551,16 @@ def nearest_conv(
     give the dilation, their range padding and taps (MATHS 3). Groups are the finest block diagonal.
 
     What the matrix cannot tell is chosen smallest: taps that are 0 at the border of the kernel or never
-    meet an input are left off, and strides between outputs that share nothing are 1.
+    meet an input are left off. A sparse matrix can be a convolution in which no two outputs share a tap (a
+    diagonal one is, of stride n): the size of the kernel tells.
 
     Args, Raises:
       As :func:`detect_conv`. The matrix is inspected on the host: it cannot be traced.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
-    >>> spec, kernel, distance = fc.nearest_conv(jnp.eye(4).at[0, 3].set(1.), (1, 4), (1, 4))
+    >>> spec, kernel, distance = fc.nearest_conv(jnp.ones((3, 4)).at[0, 0].set(2.), (1, 4), (1, 3))
     >>> round(distance, 3)
-    0.387
+    0.211
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
     return _nearest(host, in_shape, out_shape, tol)
@@ -617,8 +618,8 @@ def _detect_axis(tensor: np.ndarray, tol: float) -> Axis:
                 continue
             error = np.abs(sketch[l:, s:] - sketch[: max(m - l, 0), : max(n - s, 0)]).max(initial=0)
             axis = _fitting(used, s, l)
-            # Where nothing is shared, anything is a convolution: that explains a matrix only if sparse.
-            shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps < used.size
+            # Where no tap is shared, anything is a convolution: accept it only without an unused tap.
+            shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps <= used.sum() < used.size
             found.append((not shares, max(error - 8 * tol * scale, 0), axis.taps, s + l, s, axis))
     return min(found, key=lambda entry: entry[:-1])[-1]
 

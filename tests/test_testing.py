@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from geometries import Geometry, integers, normals, random_geometry
+from jax import lax
 
 import jaxconv_fc as fc
 from jaxconv_fc import testing
@@ -64,4 +65,4 @@ def test_a_hermitian_error_is_caught(spec, monkeypatch):
     right = fc.apply_transpose
     unconjugated = lambda s, k, y, **kw: right(s, k.real.astype(k.dtype), y, **kw)  # noqa: E731
     monkeypatch.setattr(testing, "apply_transpose", unconjugated)
-    assert testing.dot_test(spec, KERNEL + 1j) > 1e-3
+    assert testing.dot_test(spec, lax.complex(KERNEL, KERNEL)) > 1e-3
