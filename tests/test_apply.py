@@ -270,6 +270,29 @@ def test_grad_of_vmap_and_vmap_of_grad(geometry, name, rng):
     np.testing.assert_array_equal(per_example[1], back)
 
 
+@both
+@some_cases
+def test_gradient_of_the_operand_that_a_vmap_shares(geometry, name, rng):
+    """One vector under many kernels, or one kernel on many vectors: the examples' gradients add up."""
+    function, _, adjoint = pair(geometry)[name]
+    sets = [setting(geometry, name, rng) for _ in range(3)]
+    kernels, vectors, cotangents = (np.stack([one[i] for one in sets]) for i in (1, 2, 3))
+
+    def of_vector(v):
+        return (jax.vmap(function, (0, None))(kernels, v) * cotangents).sum()
+
+    def of_kernel(k):
+        return (jax.vmap(function, (None, 0))(k, vectors) * cotangents).sum()
+
+    def kernel_gradient(v, c):
+        return oracle.kernel_gradient(*((v, c) if name == "apply" else (c, v)), geometry)
+
+    shared_vector = sum(adjoint(c, k, geometry) for k, c in zip(kernels, cotangents, strict=True))
+    np.testing.assert_array_equal(jax.grad(of_vector)(jnp.asarray(vectors[0])), shared_vector)
+    shared_kernel = sum(kernel_gradient(v, c) for v, c in zip(vectors, cotangents, strict=True))
+    np.testing.assert_array_equal(jax.grad(of_kernel)(jnp.asarray(kernels[0])), shared_kernel)
+
+
 def test_vmap_over_an_empty_batch():
     geometry = CASES["plain"]
     xs = np.zeros((0, *geometry.spec().in_shape), np.float32)
