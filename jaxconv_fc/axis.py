@@ -208,27 +208,40 @@ class Axis:
         """The axis that makes outputs ``start`` to ``stop`` alone, and the inputs that it reads (MATHS 7).
 
         A boundary mode keeps the inputs that its padding is copied from. What it pads beyond the
-        block it crops again: its ``lo`` and ``hi`` may be negative. Where it meets ``lhs_dilation``,
-        padding is counted in undilated positions, too coarse to cut such an axis: ValueError.
+        block it crops again: its ``lo`` and ``hi`` may be negative. It can be cut at multiples of
+        :attr:`grain` only: ValueError elsewhere.
         """
         s, l, n, count = self.stride, self.lhs_dilation, self.size, stop - start
-        first, last = start * s - self.inner.lo, (stop - 1) * s - self.inner.lo + self.dilated_taps - 1
+        read = (count - 1) * s + self.dilated_taps  # dilated positions from the block's first on
         if self.mode == "zeros":
-            t0, t1 = max(0, -(-first // l)), min(n, last // l + 1)
+            first = start * s - self.lo
+            t0, t1 = max(0, -(-first // l)), min(n, (first + read - 1) // l + 1)
             if t0 >= t1:  # nothing but padding
                 return replace(self, size=0, lo=0).ending_at(count), range(0)
             return replace(self, size=t1 - t0, lo=l * t0 - first).ending_at(count), range(t0, t1)
-        if count == self.out_size:
-            return self, range(n)
-        if l > 1:
+        if start % self.grain or (stop % self.grain and stop != self.out_size):
             raise ValueError(
                 f"rows {start} to {stop} of {self.out_size}: padding_mode={self.mode!r} with "
-                f"lhs_dilation={l} pads before it dilates, and no smaller convolution makes a part of its "
-                "rows. Take all rows."
+                f"lhs_dilation={l} pads before it dilates, and no smaller convolution makes these rows. "
+                f"Cut at multiples of {self.grain}."
             )
-        i0, i1 = first - self.lo, last + 1 - self.lo  # padded positions, counted from the first input
+        i0 = start * s // l - self.lo  # padded positions, counted from the first input
+        i1 = i0 + -(-(read - 1) // l) + 1 if read > 0 else i0
         t0, t1 = self._sources(i0, i1)
         return replace(self, size=t1 - t0, lo=t0 - i0, hi=i1 - t1), range(t0, t1)
+
+    @property
+    def grain(self) -> int:
+        """Outputs can be cut at multiples of it, each part made by a smaller axis (:meth:`rows`).
+
+        1, save where a boundary mode pads before it dilates. A part then begins at a padded position,
+        ``l | o s``, and must end there: a dilated size ``l(N-1)+1`` has to fall within the ``s`` sizes
+        that make the right number of outputs.
+        """
+        s, l = self.stride, self.lhs_dilation
+        if self.mode == "zeros" or l == 1:
+            return 1
+        return l // math.gcd(l, s) if (self.dilated_taps - 2) % l < s else max(1, self.out_size)
 
     def _sources(self, i0: int, i1: int) -> tuple[int, int]:
         """Inputs that make padded positions ``i0`` to ``i1``, folded as the whole axis folds them."""

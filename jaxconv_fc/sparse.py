@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,11 +111,21 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr, "row_blocks or apply")
     index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
     with ThreadPoolExecutor(1) as other:  # two large arrays of fresh memory, one per core
-        columns = other.submit(_host_columns, spec, np.empty(spec.nse, index))
-        data = _host_data(spec, _out_first(spec, values), np.empty(spec.nse, values.dtype))
+        columns = other.submit(_host_columns, spec, _fresh(spec.nse, index))
+        data = _host_data(spec, _out_first(spec, values), _fresh(spec.nse, values.dtype))
     matrix = csr_array((data, columns.result(), _indptr(spec, index)), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would go through all entries to see it
     return matrix
+
+
+def _fresh(size: int, dtype: Any) -> np.ndarray:
+    """Memory to be written, in ordinary pages where there is much of it.
+
+    ``np.empty`` asks Linux for huge pages, and where those must first be freed up, writing to them has
+    been seen to take ten times as long.
+    """
+    nbytes = size * np.dtype(dtype).itemsize
+    return np.empty(size, dtype) if nbytes < 2**28 else np.frombuffer(mmap.mmap(-1, nbytes), dtype)
 
 
 def _host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
@@ -515,8 +526,8 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
 
     Raises:
       TypeError: start or stop is not an int.
-      ValueError: the range is empty or outside; or it is not the whole where a boundary mode meets
-        ``lhs_dilation`` on this axis (no smaller convolution makes those rows).
+      ValueError: the range is empty or outside; or where a boundary mode meets ``lhs_dilation`` on this
+        axis, no smaller convolution makes those rows (the message says at which multiples one does).
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 3, 8, 8), (4, 3, 3, 3), (1, 1), "SAME")
@@ -604,28 +615,26 @@ def _stream(spec: ConvSpec, kernel: Any, cuts: Sequence[int], progress: Any) -> 
 def _cuts(spec: ConvSpec, nbytes: int, itemsize: int) -> list[int]:
     """Where to cut the first spatial axis so that no block takes more than ``nbytes``, greedily."""
     index = 4 if max(spec.in_size, spec.out_size, nbytes) <= np.iinfo(np.int32).max else 8
-    first = spec.axes[0] if spec.axes else None
-    whole = first is None or (first.mode != "zeros" and first.lhs_dilation > 1)  # cannot be cut
-    widths = np.ones(1, np.int64) if first is None else _widths(first)
-    if whole:
-        widths = widths.sum(keepdims=True)
-    count = len(widths)
+    first = spec.axes[0] if spec.axes else Axis(size=1, taps=1)
     if not spec.out_size:
         return [0]
-    entries = widths * (spec.nse // max(1, int(widths.sum())))
-    costs = (entries * (itemsize + index) + spec.out_size // count * index).tolist()
+    grains = range(0, first.out_size, first.grain)
+    widths = _widths(first)
+    entries = np.add.reduceat(widths, grains) * (spec.nse // max(1, int(widths.sum())))
+    outputs = np.diff([*grains, first.out_size])
+    costs = (entries * (itemsize + index) + outputs * (spec.out_size // first.out_size) * index).tolist()
     if max(costs) + index > nbytes:
         raise ValueError(
-            f"nbytes={nbytes} holds no block: one output of the first spatial axis needs "
+            f"nbytes={nbytes} holds no block: {outputs.max()} output(s) of the first spatial axis need "
             f"{max(costs) + index}. Write nbytes={max(costs) + index} or more."
         )
     cuts, used = [0], index
-    for o, cost in enumerate(costs):
+    for start, cost in zip(grains, costs, strict=True):
         if used + cost > nbytes:
-            cuts.append(o)
+            cuts.append(start)
             used = index
         used += cost
-    return [*cuts, count if not whole or first is None else first.out_size]
+    return [*cuts, first.out_size]
 
 
 # -- shards of rows ----------------------------------------------------------------------------

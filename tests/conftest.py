@@ -42,6 +42,14 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _forget_programs_of_a_chunk(request):
+    """Thousands at once are more mappings than Linux grants a process: LLVM ends in a segmentation fault."""
+    yield
+    if "chunk" in request.fixturenames:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def run_seed():
     """The seed of this run; a test that uses it names it in its failures."""

@@ -19,7 +19,7 @@ import jaxconv_fc as fc
 
 seeds = st.integers(0, 2**32 - 1)
 COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "100"))
-CHUNKS = 4  # so that the workers of pytest-xdist share the work
+CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 PLAIN = Geometry((1, 2, 5, 6), (4, 2, 3, 2), (2, 1), [(1, 0), (-1, 2)], rhs_dilation=(1, 2))
 GROUPED = Geometry((1, 4, 5), (6, 2, 3), (2,), [(3, 1)], lhs_dilation=(2,), feature_group_count=2)

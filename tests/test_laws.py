@@ -26,7 +26,7 @@ seeds = st.integers(0, 2**32 - 1)
 # 1. the products agree -------------------------------------------------------------------------------
 
 COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "160"))
-CHUNKS = 8  # so that the workers of pytest-xdist share the work
+CHUNKS = max(8, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 
 @jax.jit

@@ -76,7 +76,7 @@ def poison():
 
 
 def products(spec, kernel, x, y):
-    """M, both products and all four gradients, as one program."""
+    """M, both products, the kernel gradient and all four gradients of the products, as one program."""
     ahead, pull_ahead = jax.vjp(partial(fc.apply, spec), kernel, x)
     back, pull_back = jax.vjp(partial(fc.apply_transpose, spec), kernel, y)
     return {
@@ -85,6 +85,7 @@ def products(spec, kernel, x, y):
         "grad of apply": pull_ahead(jnp.asarray(y)),
         "apply_transpose": back,
         "grad of apply_transpose": pull_back(jnp.asarray(x)),
+        "kernel_vjp": fc.kernel_vjp(spec, x, y),
     }
 
 
@@ -101,6 +102,7 @@ def truth(geometry, kernel, x, y):
         "grad of apply": (kernel_bar, back),
         "apply_transpose": back,
         "grad of apply_transpose": (kernel_bar, ahead),
+        "kernel_vjp": kernel_bar,
     }
 
 
