@@ -59,9 +59,7 @@ def dense_geometries(quick):
         "16->16, 3x3 SAME": fc.conv_spec(square, (16, 16, 3, 3), (1, 1), "SAME"),
         "16->32, 3x3 stride 2": fc.conv_spec(square, (32, 16, 3, 3), (2, 2), "SAME"),
         "16->16, 3x3 dilation 2": fc.conv_spec(square, (16, 16, 3, 3), (1, 1), "VALID", rhs_dilation=(2, 2)),
-        "depthwise 16, 3x3 SAME": fc.conv_spec(
-            square, (16, 1, 3, 3), (1, 1), "SAME", feature_group_count=16
-        ),
+        "depthwise 16, 3x3 SAME": fc.conv_spec(square, (16, 1, 3, 3), (1, 1), "SAME", feature_group_count=16),
         "1-D 16->16, 5 SAME": fc.conv_spec((1, 16, line), (16, 16, 5), (1,), "SAME"),
         "3-D 8->8, 3x3x3 SAME": fc.conv_spec((1, 8, *[cube] * 3), (8, 8, 3, 3, 3), (1, 1, 1), "SAME"),
     }

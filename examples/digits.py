@@ -1,9 +1,9 @@
-"""A trained convolutional network, rewritten as fully connected layers.
+"""A trained convolutional network, run as a fully connected one.
 
-A small CNN learns scikit-learn's handwritten digits (8x8 images, 10 classes).  Every convolution in it is
-then replaced by its matrix: flattened image in, matrix products and ReLUs only, class scores out.  Both
-networks see all 1,797 images.  Every layer has to agree to within float32 rounding, and both networks have
-to name the same digits; otherwise the exit status is 1.
+A small CNN learns scikit-learn's handwritten digits (8x8 images, 10 classes).  fc.find_convs then lists the
+convolutions it performs, and fc.fully_connected turns it into a function that has none: matrix products,
+biases and ReLUs only.  Both networks see all 1,797 images.  Every layer has to agree with its matrix to
+within float32 rounding, and both networks have to name the same digits; otherwise the exit status is 1.
 
     python examples/digits.py [digits.png]
 
@@ -12,6 +12,7 @@ The argument is where the picture of the matrices is written.
 
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,41 +45,26 @@ HELD_OUT = 360  # images at the end of the data set that training never sees
 EPOCHS, BATCH_SIZE, LEARNING_RATE, MOMENTUM = 12, 64, 0.1, 0.9
 
 
-# The network: affine map, ReLU, affine map, ... ------------------------------------------------------------
+# The network, as one usually writes it ---------------------------------------------------------------------
 
 
-def run_network(affine_maps, x):
-    """The outputs of every affine map, before its ReLU; the last ones are the class scores."""
-    outputs = []
-    for affine_map in affine_maps:
-        outputs.append(affine_map(x))
-        x = jax.nn.relu(outputs[-1])
-    return outputs
-
-
-def convolution_layers(params):
-    """The network as one usually writes it: images in, each layer a convolution and a bias per channel."""
-
-    def layer(name):
-        _, options = LAYERS[name]
+def class_scores(params, images):
+    """Five times convolution, bias and ReLU, without the last ReLU.  Scopes give the layers their names."""
+    x = images
+    for name, (_, options) in LAYERS.items():
         kernel, bias = params[name]
-        return lambda x: lax.conv_general_dilated(x, kernel, **options) + bias[:, None, None]
-
-    return [layer(name) for name in LAYERS]
-
-
-def fully_connected_layers(matrices):
-    """The same network without a convolution: flat vectors in, each layer a matrix and a vector."""
-    return [lambda x, m=matrix, b=offset: x @ m.T + b for matrix, offset in matrices.values()]
+        with jax.named_scope(name):
+            x = lax.conv_general_dilated(x, kernel, **options) + bias[:, None, None]
+        if name != "head":
+            x = jax.nn.relu(x)
+    return x.reshape(len(images), -1)
 
 
 def all_specs(image_shape):
-    """The geometry of each layer.  conv_spec takes what lax takes, with shapes in place of arrays."""
-    specs = {}
-    for name, (kernel_shape, options) in LAYERS.items():
-        specs[name] = fc.conv_spec((1, *image_shape), kernel_shape, **options)
-        image_shape = specs[name].out_shape
-    return specs
+    """The geometry of each layer, read off the network; with shapes for arrays nothing is computed."""
+    params = jax.eval_shape(initial_params, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return {site.name: site.spec for site in fc.find_convs(class_scores, params, images)}
 
 
 # Training, in plain JAX ------------------------------------------------------------------------------------
@@ -92,10 +78,6 @@ def initial_params(key):
         scale = (2 / np.prod(shape[1:])) ** 0.5
         params[name] = (scale * jax.random.normal(subkey, shape), jnp.zeros(shape[0]))
     return params
-
-
-def class_scores(params, images):
-    return run_network(convolution_layers(params), images)[-1].reshape(len(images), -1)
 
 
 @jax.jit
@@ -144,31 +126,26 @@ def train(images, labels):
 # Comparing the two networks --------------------------------------------------------------------------------
 
 
-def rounding_bound(spec, matrix, offset, x):
-    """How far apart rounding alone can drive two ways to compute M x + b in float32.
+def rounding_bound(spec, matrix, x):
+    """How far apart rounding alone can drive two ways to compute M x in float32.
 
     A sum of n products, in any order, is within gamma_n |M| |x| of its exact value; each of the two ways is
     allowed that much.
     """
-    n = np.prod(spec.rhs_shape[1:]) + 2  # the products of one output, the bias, and one to spare
+    n = np.prod(spec.rhs_shape[1:]) + 1  # the products of one output, and one to spare
     unit = np.finfo(np.float32).eps / 2
     gamma = n * unit / (1 - n * unit)
-    matrix, offset, x = (np.abs(np.asarray(v, np.float64)) for v in (matrix, offset, x))
-    return 2 * gamma * (x @ matrix.T + offset)
+    matrix, x = (np.abs(np.asarray(v, np.float64)) for v in (matrix, x))
+    return 2 * gamma * (x @ matrix.T)
 
 
-def compare_layers(specs, matrices, images, conv_outputs):
-    """Every layer as a matrix, on the inputs it has in the convolutional network.
-
-    Returns per layer the differences of its outputs from the convolution's, and their bounds.
-    """
-    inputs = [images, *map(jax.nn.relu, conv_outputs[:-1])]
-    differences, bounds = [], []
-    layers = zip(specs.values(), matrices.values(), inputs, conv_outputs, strict=True)
-    for spec, (matrix, offset), x, y in layers:
-        differences.append(np.abs(x @ matrix.T + offset - y))
-        bounds.append(rounding_bound(spec, matrix, offset, x))
-    return differences, bounds
+def compare_layer(site, matrix):
+    """A layer as matrix and as convolution, on its inputs in the network: differences, and their bounds."""
+    _, options = LAYERS[site.name]
+    y = lax.conv_general_dilated(site.x, site.kernel, **options)
+    x = site.x.reshape(len(site.x), -1)
+    difference = np.abs(x @ matrix.T - y.reshape(len(y), -1))
+    return difference, rounding_bound(site.spec, matrix, x)
 
 
 # Reporting -------------------------------------------------------------------------------------------------
@@ -178,36 +155,11 @@ def by(shape):
     return "x".join(map(str, shape))
 
 
-def geometry(spec):
-    """One line that says what kind of convolution this is; only the options that are not the default."""
-    words = [f"{by(spec.in_shape)} -> {by(spec.out_shape)}, kernel {by(spec.rhs_shape)}"]
-    if any(s != 1 for s in spec.window_strides):
-        words.append(f"stride {by(spec.window_strides)}")
-    if any(lo or hi for lo, hi in spec.padding):
-        words.append("pad " + " ".join(f"({lo},{hi})" for lo, hi in spec.padding))
-    if any(r != 1 for r in spec.rhs_dilation):
-        words.append(f"dilation {by(spec.rhs_dilation)}")
-    if spec.feature_group_count != 1:
-        words.append(f"{spec.feature_group_count} groups")
-    return ", ".join(words)
-
-
-def print_table(specs, differences, bounds):
-    widths = "{:8} {:66} {:>10} {:>7} {:>8} {:>12} {:>9}"
-    print(widths.format("layer", "geometry", "M", "stored", "density", "largest diff", "allowed"))
-    for (name, spec), difference, bound in zip(specs.items(), differences, bounds, strict=True):
+def print_agreement(comparisons):
+    print(f"{'layer':8} {'largest diff':>12} {'allowed':>9}")
+    for name, (difference, bound) in comparisons.items():
         worst = difference.argmax()
-        print(
-            widths.format(
-                name,
-                geometry(spec),
-                by(spec.shape),
-                f"{spec.nse:,}",
-                f"{spec.nse / (spec.out_size * spec.in_size):.1%}",
-                f"{difference.flat[worst]:.1e}",
-                f"{bound.flat[worst]:.1e}",
-            )
-        )
+        print(f"{name:8} {difference.flat[worst]:12.1e} {bound.flat[worst]:9.1e}")
 
 
 def kernel_picture(kernel):
@@ -218,25 +170,25 @@ def kernel_picture(kernel):
     return framed.transpose(1, 2, 0, 3).reshape(in_channels * (height + 1), -1)[:-1, :-1]
 
 
-def draw(params, specs, matrices, path):
+def draw(sites, matrices, path):
     """One row of pictures for each layer: the kernel, and the matrix that it becomes."""
     # Heights follow the matrices, within reason, so that an entry is at least a pixel wide and high.
-    heights = [min(max(spec.out_size / 100, 1.8), 5.2) for spec in specs.values()]
+    heights = [min(max(site.spec.out_size / 100, 1.8), 5.2) for site in sites]
     fig, axes = plt.subplots(
-        len(specs),
+        len(sites),
         2,
         figsize=(14, 1.1 * sum(heights)),
         width_ratios=(1, 2),
         height_ratios=heights,
         layout="constrained",
     )
-    for (name, spec), (left, right) in zip(specs.items(), axes, strict=True):
-        kernel, (matrix, _) = np.asarray(params[name][0]), matrices[name]
+    for site, matrix, (left, right) in zip(sites, matrices, axes, strict=True):
+        spec, kernel = site.spec, np.asarray(site.kernel)
         # White is zero.  The largest few weights saturate, or the rest would be too pale to see.
         most = np.quantile(np.abs(kernel), 0.95)
         colours = {"cmap": "seismic_r", "vmin": -most, "vmax": most, "interpolation": "nearest"}
         left.imshow(kernel_picture(kernel), **colours)
-        left.set_title(f"{name}: kernel {by(spec.rhs_shape)}, {kernel.size:,} numbers")
+        left.set_title(f"{site.name}: kernel {by(spec.rhs_shape)}, {kernel.size:,} numbers")
         left.set_axis_off()
         image = right.imshow(np.asarray(matrix), aspect="auto", **colours)
         right.set_title(f"its matrix M, {by(spec.shape)}, {spec.nse:,} stored entries")
@@ -254,24 +206,22 @@ def main(picture_path="digits.png"):
     labels = jnp.asarray(data.target)
 
     print(f"training on {len(images) - HELD_OUT:,} images, {HELD_OUT} held out")
-    params = train(images, labels)
+    model = partial(class_scores, train(images, labels))
 
-    print("turning each convolution into its matrix")
-    specs = all_specs(images.shape[1:])
-    # (M, b): the bias of a channel becomes one number for each of its output neurons.
-    matrices = {name: fc.as_affine(spec, *params[name]) for name, spec in specs.items()}
+    print("\nthe convolutions of the trained network")
+    sites = fc.find_convs(model, images)
+    print(sites)
 
-    print(f"running {len(images):,} images through both networks\n")
-    flat_images = images.reshape(len(images), -1)
-    conv_outputs = jax.jit(lambda x: run_network(convolution_layers(params), x))(images)
-    conv_outputs = [y.reshape(len(images), -1) for y in conv_outputs]
-    fc_outputs = jax.jit(lambda x: run_network(fully_connected_layers(matrices), x))(flat_images)
+    print(f"\nrunning {len(images):,} images through both networks")
+    fc_model = fc.fully_connected(model)
+    print(f"find_convs says of the second one: {fc.find_convs(fc_model, images)}\n")
+    conv_scores, fc_scores = jax.jit(model)(images), jax.jit(fc_model)(images)
 
-    differences, bounds = compare_layers(specs, matrices, flat_images, conv_outputs)
-    print_table(specs, differences, bounds)
+    matrices = [fc.as_matrix(site.spec, site.kernel) for site in sites]
+    comparisons = {site.name: compare_layer(site, m) for site, m in zip(sites, matrices, strict=True)}
+    print_agreement(comparisons)
 
-    conv_scores, fc_scores = conv_outputs[-1], fc_outputs[-1]
-    within = all((d <= b).all() for d, b in zip(differences, bounds, strict=True))
+    within = all((difference <= bound).all() for difference, bound in comparisons.values())
     equal = int((conv_scores.argmax(1) == fc_scores.argmax(1)).sum())
     held_out_accuracy = (fc_scores.argmax(1) == labels)[-HELD_OUT:].mean()
     print(f"\nall layers agree within the rounding bound: {'yes' if within else 'NO'}")
@@ -279,7 +229,7 @@ def main(picture_path="digits.png"):
     print(f"equal predictions: {equal:,} of {len(images):,}")
     print(f"accuracy on held-out images: {held_out_accuracy:.1%}")
 
-    draw(params, specs, matrices, picture_path)
+    draw(sites, matrices, picture_path)
     print(f"wrote {picture_path} ({time.perf_counter() - start:.0f} s in all)")
     return 0 if within and equal == len(images) else 1
 

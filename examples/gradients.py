@@ -1,6 +1,6 @@
 """jit, vmap, grad and transposes: M is an ordinary JAX array, linear in the kernel.
 
-    python examples/gradients.py
+python examples/gradients.py
 """
 
 from functools import partial

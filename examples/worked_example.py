@@ -1,6 +1,6 @@
 """The matrix of a convolution, small enough to check by eye.
 
-    python examples/worked_example.py
+python examples/worked_example.py
 """
 
 import jax.numpy as jnp

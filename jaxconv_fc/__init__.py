@@ -12,6 +12,8 @@ from jaxconv_fc.adjoint import kernel_vjp as kernel_vjp
 from jaxconv_fc.adjoint import matrix_vjp as matrix_vjp
 from jaxconv_fc.adjoint import nearest_conv as nearest_conv
 from jaxconv_fc.adjoint import transpose as transpose
+from jaxconv_fc.affine import local_affine as local_affine
+from jaxconv_fc.affine import matrix_of as matrix_of
 from jaxconv_fc.apply import apply as apply
 from jaxconv_fc.apply import apply_transpose as apply_transpose
 from jaxconv_fc.batched import batched_apply as batched_apply
@@ -20,6 +22,7 @@ from jaxconv_fc.dense import as_matrix as as_matrix
 from jaxconv_fc.dense import matrix_columns as matrix_columns
 from jaxconv_fc.dense import matrix_rows as matrix_rows
 from jaxconv_fc.dense import update_matrix as update_matrix
+from jaxconv_fc.operator import as_linear_operator as as_linear_operator
 from jaxconv_fc.show import format_matrix as format_matrix
 from jaxconv_fc.sparse import as_bcoo as as_bcoo
 from jaxconv_fc.sparse import as_bcsr as as_bcsr
@@ -32,9 +35,12 @@ from jaxconv_fc.sparse import shard_matrix as shard_matrix
 from jaxconv_fc.spec import ConvSpec as ConvSpec
 from jaxconv_fc.spec import conv_spec as conv_spec
 from jaxconv_fc.spec import memory_limit as memory_limit
+from jaxconv_fc.tracing import ConvSite as ConvSite
+from jaxconv_fc.tracing import find_convs as find_convs
+from jaxconv_fc.tracing import fully_connected as fully_connected
 
 # Public modules whose names are general words, loaded when first touched.
-_MODULES = ("testing",)
+_MODULES = ("spectrum", "testing")
 
 
 def __getattr__(name: str) -> _Any:

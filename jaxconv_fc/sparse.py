@@ -702,9 +702,7 @@ def shard_bcoo(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = 
     return BCOO(arrays, shape=spec.shape, indices_sorted=full, unique_indices=full)
 
 
-def _on_mesh(
-    spec: ConvSpec, kernel: Any, mesh: Any, axis_name: str | None
-) -> tuple[jax.Array, Mesh, str]:
+def _on_mesh(spec: ConvSpec, kernel: Any, mesh: Any, axis_name: str | None) -> tuple[jax.Array, Mesh, str]:
     kernel = as_operand("kernel", kernel, spec.rhs_shape)
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a Mesh, got {mesh!r}. Write jax.make_mesh((8,), ('rows',)).")

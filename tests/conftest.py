@@ -2,7 +2,7 @@
 
 HYPOTHESIS_PROFILE=long      2,000 examples per Hypothesis test instead of a few
 JAXCONV_FC_SEED=123          replay the random geometries of an earlier run (the header prints its seed)
-JAXCONV_FC_GEOMETRIES=2000   how many random geometries test_laws.py holds against the oracle
+JAXCONV_FC_GEOMETRIES=2000   how many random geometries the tests hold against the oracle
 """
 
 import os

@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 import jaxconv_fc as fc
 
 seeds = st.integers(0, 2**32 - 1)
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "100"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "40"))
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 PLAIN = Geometry((1, 2, 5, 6), (4, 2, 3, 2), (2, 1), [(1, 0), (-1, 2)], rhs_dilation=(1, 2))

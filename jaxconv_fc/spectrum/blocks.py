@@ -1,0 +1,448 @@
+"""M as blocks: what wraps around is diagonal in frequency, what does not stays as it is.
+
+On an axis of ``n`` inputs and ``m`` outputs that wraps around (``m*stride == n*lhs_dilation == N``), M
+relates output frequency ``f mod m`` with input frequency ``f mod n`` only, for ``f`` in ``Z_N``. With
+``g = gcd(n, m)`` these fall into ``g`` blocks of ``m/g`` x ``n/g`` (MATHS 5). An axis that does not wrap
+around is one block of ``m`` x ``n``. M is, up to unitary maps, the block diagonal of the products over the
+axes, for each group: singular values, determinants and inverses are those of the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
+from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
+
+
+def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """All ``min(M.shape)`` singular values of M, descending; exact.
+
+    They are those of ``B_w[i, j] = (s*l)**-0.5 * sum of H(f)`` over ``f == w + g*i (mod m)``,
+    ``f == w + g*j (mod n)``, with ``H(f) = sum over p of K[p] exp(2 pi i f (p*r - lo) / N)``, on axes that
+    wrap around: any stride ``s``, input dilation ``l`` and kernel dilation ``r``. Axes that do not (zeros
+    padding and the rest) enter with all their positions, so without any that wraps this is the SVD of the
+    dense matrix of each group. Of a real kernel half of the frequencies are computed.
+
+    Differentiable: every symmetric function of the values is, and each single value where it is simple.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+
+    Returns:
+      Real array of shape ``(min(spec.shape),)``.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or the blocks are beyond the memory limit.
+
+    Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
+    (2022) for strides; MATHS 5 for dilations. Cost: ``g`` SVDs of blocks, by far less than of M.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
+    >>> print(fc.spectrum.singular_values(spec, jnp.array([[[1., 1.]]])).round(4) + 0)
+    [2.     1.4142 1.4142 0.    ]
+    """
+    kernel = as_inexact(spec, kernel)
+    _check_blocks("singular_values", spec, kernel, "top_singular_values or spectral_norm")
+    return _singular_values(spec, kernel)
+
+
+@jax.jit
+def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    if not min(spec.shape):
+        return jnp.zeros(0, kernel.real.dtype)
+    axes = block_axes(spec)
+    frequencies, twice = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
+    values = jnp.linalg.svd(frequency_blocks(spec, kernel, axes, frequencies), compute_uv=False)
+    return -jnp.sort(-jnp.concatenate([values, values[:, np.flatnonzero(twice)]], axis=1).ravel())
+
+
+def condition_number(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
+
+    Arguments, errors, cost and exactness as in :func:`singular_values`; a matrix without entries has no
+    condition number and gives a ValueError.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (1,), "VALID")
+    >>> print(fc.spectrum.condition_number(spec, jnp.array([[[3.], [0.]], [[0.], [6.]]])))
+    2.0
+    """
+    _check_entries("condition_number", spec)
+    values = singular_values(spec, kernel)
+    return values[0] / values[-1]
+
+
+def rank(spec: ConvSpec, kernel: Any, *, rtol: float | None = None) -> jax.Array:
+    """The number of singular values beyond ``rtol * sigma_max``.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      rtol: relative to the largest singular value; ``max(M.shape) * eps`` when None, as in
+        ``numpy.linalg.matrix_rank``.
+
+    Returns:
+      An integer scalar.  Errors and cost as in :func:`singular_values`.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 3), (1,), "SAME", padding_mode="circular")
+    >>> print(fc.spectrum.rank(spec, jnp.array([[[-1., 2., -1.]]])))  # constants are its kernel
+    7
+    """
+    values = singular_values(spec, kernel)
+    return jnp.sum(values > _cutoff(spec, values.max(initial=0), rtol))
+
+
+def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``log |det M|`` of a square M: ``sum over f of log |det H(f)|`` where M wraps around.
+
+    What a normalising flow adds for an invertible convolution; -inf where M is singular. Differentiable,
+    with gradient ``M^-H`` pulled back to the kernel.
+
+    Args:
+      spec: a geometry with ``out_size == in_size``. In circular mode the cost is that of one LU
+        decomposition per frequency, otherwise of M densely, per group.
+      kernel: array of shape ``spec.rhs_shape``.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: M is not square, the kernel has another shape, or the blocks are beyond the memory limit.
+
+    Source: Hoogeboom, van den Berg & Welling, Emerging convolutions for generative normalizing flows (2019).
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")  # tridiagonal: det = n + 1
+    >>> print(jnp.exp(fc.spectrum.log_abs_det(spec, jnp.array([[[-1., 2., -1.]]]))).round(4))
+    6.0
+    """
+    kernel = as_inexact(spec, kernel)
+    _check_square("log_abs_det", spec, "sum log of singular_values")
+    _check_blocks("log_abs_det", spec, kernel, "a circular geometry")
+    return _log_abs_det(spec, kernel)
+
+
+@jax.jit
+def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    if not spec.in_size:
+        return jnp.zeros((), kernel.real.dtype)
+    axes = block_axes(spec)
+    frequencies, twice = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
+    logs = jnp.linalg.slogdet(frequency_blocks(spec, kernel, axes, frequencies))[1]
+    return logs.sum() + logs[:, np.flatnonzero(twice)].sum()
+
+
+def solve(spec: ConvSpec, kernel: Any, y: Any) -> jax.Array:
+    """``x`` with ``M x = y``, for a square and invertible M: one small system per frequency.
+
+    Linear in ``y`` and differentiable in both. Not finite, or of no use, where M is singular:
+    :func:`pseudo_inverse` then, or :func:`lstsq` for large geometries that do not wrap around.
+
+    Args:
+      spec: a geometry with ``out_size == in_size``; cost as in :func:`log_abs_det`, and two FFTs.
+      kernel: array of shape ``spec.rhs_shape``.
+      y: array of shape ``spec.out_shape`` and the kernel's dtype.
+
+    Returns:
+      Array of shape ``spec.in_shape``.
+
+    Raises:
+      TypeError, ValueError: as :func:`log_abs_det`; y is not of the spec's shape and the kernel's dtype.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(1, 0)])  # differences; their inverse is a sum
+    >>> print(fc.spectrum.solve(spec, jnp.array([[[-1., 1.]]]), jnp.array([[1., 2., 3., 4.]])))
+    [[ 1.  3.  6. 10.]]
+    """
+    kernel, y = _system(spec, kernel, y)
+    _check_square("solve", spec, "pseudo_inverse or lstsq")
+    _check_blocks("solve", spec, kernel, "lstsq")
+    return _solve(spec, kernel, y)
+
+
+@jax.jit
+def _solve(spec: ConvSpec, kernel: jax.Array, y: jax.Array) -> jax.Array:
+    return _through_blocks(spec, kernel, y, jnp.linalg.solve)
+
+
+def pseudo_inverse(spec: ConvSpec, kernel: Any, y: Any, *, rtol: float | None = None) -> jax.Array:
+    """``M^+ y``, the least-squares solution of ``M x = y`` of least norm: per frequency, for any M.
+
+    The matrix M^+ itself is ``vmap`` of this over unit vectors. Differentiable in both where the rank does
+    not change.
+
+    Args:
+      spec: the geometry; cost as in :func:`singular_values` with vectors, and two FFTs.
+      kernel: array of shape ``spec.rhs_shape``.
+      y: array of shape ``spec.out_shape`` and the kernel's dtype.
+      rtol: singular values up to ``rtol * sigma_max`` count as 0; ``max(M.shape) * eps`` when None.
+
+    Returns:
+      Array of shape ``spec.in_shape``.
+
+    Raises:
+      TypeError, ValueError: as :func:`singular_values`; y is not of the spec's shape and kernel's dtype.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (2,), "VALID")  # means of two
+    >>> print(fc.spectrum.pseudo_inverse(spec, jnp.array([[[.5, .5]]]), jnp.array([[3., 5.]])).round(4))
+    [[3. 3. 5. 5.]]
+    """
+    kernel, y = _system(spec, kernel, y)
+    _check_blocks("pseudo_inverse", spec, kernel, "lstsq")
+    return _pseudo_inverse(spec, kernel, y, rtol)
+
+
+@partial(jax.jit, static_argnums=3)
+def _pseudo_inverse(spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None) -> jax.Array:
+    def invert(blocks: jax.Array, ys: jax.Array) -> jax.Array:
+        largest = lax.stop_gradient(jnp.linalg.svd(blocks, compute_uv=False)[..., 0])
+        return _matmul(_pinv(blocks, _cutoff(spec, largest.max(), rtol)), ys)
+
+    return _through_blocks(spec, kernel, y, invert)
+
+
+_matmul = partial(jnp.matmul, precision="highest")
+
+
+@jax.custom_jvp
+def _pinv(blocks: jax.Array, cutoff: jax.Array) -> jax.Array:
+    """Pseudo-inverses, singular values up to ``cutoff`` counted as 0: jnp.linalg.pinv has one per block."""
+    u, s, vh = jnp.linalg.svd(blocks, full_matrices=False)
+    keep = s > cutoff
+    inverse = jnp.where(keep, 1 / jnp.where(keep, s, jnp.ones((), s.dtype)), jnp.zeros((), s.dtype))
+    return _matmul(_adjoint(vh) * inverse[..., None, :].astype(vh.dtype), _adjoint(u))
+
+
+@_pinv.defjvp
+def _pinv_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Of constant rank (Golub, Pereyra 1973): that of the SVD has poles where singular values repeat."""
+    (blocks, cutoff), change = primals, tangents[0]
+    inverse = _pinv(blocks, cutoff)
+    back = _adjoint(change)
+    in_range = back - _matmul(back, _matmul(blocks, inverse))  # (I - A A^+) from the right
+    in_kernel = back - _matmul(_matmul(inverse, blocks), back)
+    return inverse, (
+        _matmul(_matmul(inverse, _adjoint(inverse)), in_range)
+        + _matmul(in_kernel, _matmul(_adjoint(inverse), inverse))
+        - _matmul(_matmul(inverse, change), inverse)
+    )
+
+
+def _adjoint(blocks: jax.Array) -> jax.Array:
+    return jnp.conj(jnp.swapaxes(blocks, -1, -2))
+
+
+def _cutoff(spec: ConvSpec, largest: jax.Array, rtol: float | None) -> jax.Array:
+    factor = max(spec.shape) * jnp.finfo(largest.dtype).eps if rtol is None else rtol
+    return jnp.asarray(factor, largest.dtype) * largest
+
+
+# -- the blocks ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockAxis:
+    """An axis as ``frequencies`` (``g``) blocks: wrapped around, or all in one where ``shift`` is None."""
+
+    axis: Axis
+    size: int
+    out_size: int
+    shift: int | None  # lo, in dilated steps
+
+    @classmethod
+    def of(cls, axis: Axis) -> BlockAxis:
+        """Wrapped around if that describes the axis: if no tap ever meets padding (or what it copies)."""
+        around, shift = axis.size * axis.lhs_dilation, None
+        if axis.size and axis.out_size * axis.stride == around:
+            lo = axis.lo if axis.mode == "zeros" else axis.lo * axis.lhs_dilation
+            o, p = np.arange(axis.out_size)[:, None], np.arange(axis.taps)
+            u = o * axis.stride + p * axis.rhs_dilation - lo
+            wrapped = np.where(u % axis.lhs_dilation == 0, u // axis.lhs_dilation % axis.size, -1)
+            shift = lo if np.array_equal(wrapped, axis.input_table()) else None
+        return cls(axis, axis.size, axis.out_size, shift)
+
+    @property
+    def wraps(self) -> bool:
+        return self.shift is not None
+
+    @property
+    def frequencies(self) -> int:
+        return math.gcd(self.size, self.out_size) if self.wraps else 1
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that a block has of this axis."""
+        return self.out_size // self.frequencies, self.size // self.frequencies
+
+    def entries(self, dtype: Any) -> jax.Array:
+        """What each tap adds to each block: ``[frequency, row, column, tap]``."""
+        a, g = self.axis, self.frequencies
+        if self.shift is None:
+            t, valid = a.input_of(lax.iota(jnp.int32, a.out_size)[:, None], lax.iota(jnp.int32, a.taps)[None])
+            column = lax.iota(jnp.int32, a.size)[None, :, None]
+            return (valid[:, None] & (t[:, None] == column)).astype(dtype)[None]
+        around = self.size * a.lhs_dilation
+        # The transfer function of one tap is the transform of a unit vector: exact for any length.
+        places = np.array([(self.shift - p * a.rhs_dilation) % around for p in range(a.taps)], np.int32)
+        complex_dtype = np.result_type(dtype, np.complex64)
+        f = lax.iota(jnp.int32, around)
+        transfer = jnp.fft.fft((f[:, None] == places[None]).astype(complex_dtype), axis=0)
+        blocks = jnp.zeros((g, *self.block, a.taps), complex_dtype)
+        blocks = blocks.at[f % g, f % self.out_size // g, f % self.size // g].add(transfer)
+        return blocks / jnp.asarray((a.stride * a.lhs_dilation) ** 0.5, complex_dtype)
+
+
+def block_axes(spec: ConvSpec) -> list[BlockAxis]:
+    return [BlockAxis.of(a) for a in spec.axes]
+
+
+def frequency_blocks(
+    spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis], frequencies: Sequence[Any]
+) -> jax.Array:
+    """``[group, block, row, column]``: the blocks at these frequencies (per axis, an array of them)."""
+    value, operands = by_group(spec, kernel), []
+    # Axes that do not wrap are unrolled first; frequencies, one product over all wrapping axes, last.
+    labels, result = [0, 1, 2, *(10 + a for a in range(len(axes)))], [0, 1, 2]
+    for a, axis in enumerate(axes):
+        if axis.wraps:
+            result.append(10 + a)
+            continue
+        operands += [axis.entries(value.dtype)[0], [30 + a, 50 + a, 10 + a]]
+        result += [30 + a, 50 + a]
+    if operands:
+        value = jnp.einsum(value, labels, *operands, result, precision="highest")
+    labels, operands = result, []
+    for a, axis in enumerate(axes):
+        if axis.wraps:
+            entries = jnp.take(axis.entries(value.dtype), frequencies[a], axis=0, mode="clip")
+            operands += [entries, [3, 30 + a, 50 + a, 10 + a]]
+    rows, columns = ([first, *(at + a for a in range(len(axes)))] for first, at in ((1, 30), (2, 50)))
+    if operands:
+        value = _transfer(value, labels, operands, [0, 3, *rows, *columns])
+    else:
+        value = jnp.einsum(value, labels, [0, *rows, *columns])[:, None]
+    return value.reshape(*value.shape[:2], *block_shape(spec, axes))
+
+
+def _transfer(value: jax.Array, labels: list[int], operands: list[Any], result: list[int]) -> jax.Array:
+    """The phases of all axes, multiplied, against the kernel; a real kernel keeps its products real."""
+    joint = sorted({label for names in operands[1::2] for label in names})
+    phases = jnp.einsum(*operands, joint)
+    # Phases first: the product then comes out with its frequencies in front, as it is wanted.
+    contract = partial(jnp.einsum, precision="highest")
+    if jnp.iscomplexobj(value):
+        return contract(phases, joint, value, labels, result)
+    return lax.complex(*(contract(part, joint, value, labels, result) for part in (phases.real, phases.imag)))
+
+
+def block_frequencies(axes: Sequence[BlockAxis], half: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """``(frequencies, twice)`` of the blocks: an array per axis, and of which blocks ``half`` leaves out the
+    opposite frequency, whose singular values are the same if the kernel is real."""
+    counts = [a.frequencies for a in axes]
+    flat = np.arange(math.prod(counts))
+    frequency = np.unravel_index(flat, counts) if counts else ()
+    if not half:
+        return list(frequency), np.zeros(flat.size, bool)
+    opposite = np.zeros_like(flat)
+    for w, g in zip(frequency, counts, strict=True):
+        opposite = opposite * g + -w % g
+    kept = flat <= opposite
+    return [w[kept] for w in frequency], (flat < opposite)[kept]
+
+
+def block_shape(spec: ConvSpec, axes: Sequence[BlockAxis]) -> tuple[int, int]:
+    rows, columns = (math.prod(a.block[i] for a in axes) for i in (0, 1))
+    return spec.out_channels // spec.groups * rows, spec.group_channels * columns
+
+
+def block_count(axes: Sequence[BlockAxis]) -> int:
+    return math.prod(a.frequencies for a in axes)
+
+
+# -- vectors in the basis of the blocks ----------------------------------------------------------
+
+
+def _through_blocks(spec: ConvSpec, kernel: jax.Array, y: jax.Array, invert: Any) -> jax.Array:
+    if not min(spec.shape):
+        return jnp.zeros(spec.in_shape, y.dtype)
+    axes = block_axes(spec)
+    blocks = frequency_blocks(spec, kernel, axes, block_frequencies(axes, half=False)[0])
+    y = jnp.transpose(y, spec.out_order)
+    y = _to_blocks(axes, y.reshape(*y.shape[:-1], spec.groups, -1))
+    x = invert(blocks, y.astype(blocks.dtype)[..., None])[..., 0]
+    x = _from_blocks(axes, x)
+    x = x if jnp.iscomplexobj(kernel) else x.real
+    return from_canonical(x.reshape([spec.in_shape[i] for i in spec.in_order]), spec.in_order)
+
+
+def _to_blocks(axes: Sequence[BlockAxis], value: jax.Array) -> jax.Array:
+    """(positions..., group, channel) -> (group, block, channel and positions within the block)."""
+    dims, shape = len(axes), value.shape
+    wrapping = [i for i, a in enumerate(axes) if a.wraps]
+    if wrapping:
+        value = jnp.fft.fftn(value, axes=wrapping, norm="ortho")
+    split = [n for a, size in zip(axes, shape, strict=False) for n in (size // a.frequencies, a.frequencies)]
+    value = value.reshape(*split, *shape[dims:])
+    within, frequency = range(0, 2 * dims, 2), range(1, 2 * dims, 2)
+    value = jnp.transpose(value, (2 * dims, *frequency, 2 * dims + 1, *within))
+    return value.reshape(shape[dims], block_count(axes), -1)
+
+
+def _from_blocks(axes: Sequence[BlockAxis], value: jax.Array) -> jax.Array:
+    """The inverse of :func:`_to_blocks`, for inputs."""
+    dims, counts = len(axes), [a.frequencies for a in axes]
+    within = [a.block[1] for a in axes]
+    value = value.reshape(value.shape[0], *counts, -1, *within)
+    beside = [i for a in range(dims) for i in (2 + dims + a, 1 + a)]
+    value = jnp.transpose(value, (*beside, 0, 1 + dims))
+    value = value.reshape(*(a.size for a in axes), *value.shape[2 * dims :])
+    wrapping = [i for i, a in enumerate(axes) if a.wraps]
+    return jnp.fft.ifftn(value, axes=wrapping, norm="ortho") if wrapping else value
+
+
+# -- checks --------------------------------------------------------------------------------------
+
+
+def _system(spec: ConvSpec, kernel: Any, y: Any) -> tuple[jax.Array, jax.Array]:
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    y = as_operand("y", y, spec.out_shape)
+    if kernel.dtype != y.dtype:
+        raise TypeError(f"kernel is {kernel.dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
+    kernel = as_inexact(spec, kernel)
+    return kernel, y.astype(kernel.dtype)
+
+
+def _check_blocks(name: str, spec: ConvSpec, kernel: jax.Array, instead: str) -> None:
+    axes = block_axes(spec)
+    dtype = np.result_type(kernel.dtype, np.complex64) if any(a.wraps for a in axes) else kernel.dtype
+    check_dense(name, spec, (spec.groups * block_count(axes), *block_shape(spec, axes)), dtype, instead)
+
+
+def _check_square(name: str, spec: ConvSpec, instead: str) -> None:
+    if spec.out_size != spec.in_size:
+        raise ValueError(
+            f"{name} needs a square M, got {spec.out_size} x {spec.in_size} from in_shape {spec.in_shape} "
+            f"and out_shape {spec.out_shape}. Use {instead}."
+        )
+
+
+def _check_entries(name: str, spec: ConvSpec) -> None:
+    if not min(spec.shape):
+        raise ValueError(f"{name}: M is {spec.out_size} x {spec.in_size}; give the spec an input and output.")

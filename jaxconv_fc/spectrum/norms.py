@@ -1,0 +1,436 @@
+"""Norms, trace and distance from orthogonality of M, in closed form and exact: M is never built.
+
+On one axis only a few *kinds* of rows, columns and entries exist: two outputs whose windows see the
+same taps are alike. A kind is a set of taps with the number of times that it occurs, listed on the host
+from the table of the axis; what holds for M is then one einsum of the kernel with the kinds of every
+axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``||M||_F = sqrt(sum of |M[i, j]|**2)``, the root of the sum of all squared singular values.
+
+    In zeros mode ``sqrt(sum over p of count(p) * |kernel[..., p]|**2)``, where tap ``p`` occurs
+    ``count(p)`` times in M; in the other modes sets of taps that meet take the place of taps (MATHS 3).
+
+    Exact up to rounding, for every geometry; differentiable (with gradient 0 where M = 0).
+    Cost: one pass over the kernel.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.  ValueError: it has another shape.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.spectrum.frobenius_norm(spec, jnp.array([[[0., 2.]]])))  # 2 stands in M four times
+    4.0
+    """
+    return _frobenius_norm(spec, as_inexact(spec, kernel))
+
+
+@jax.jit
+def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    kernel, scale = _scaled(kernel)
+    kinds = [_entries(axis) for axis in spec.axes]
+    taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
+    value = _merge(by_group(spec, kernel), taps)
+    return scale * _root(_weigh(_power(value, 2), [k.count for k in kinds]))
+
+
+def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``||M||_1``: the largest column sum of ``|M|``, the gain in the sum of absolute values.
+
+    Exact, for every geometry, and differentiable; integers stay integers. Arguments and errors as in
+    :func:`frobenius_norm`. Cost: the kernel times the kinds of columns, of which there are a handful.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.spectrum.one_norm(spec, jnp.array([[[1, -2]]])))
+    3
+    """
+    return _largest_sum(spec, _numbers(spec, kernel), False)
+
+
+def inf_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``||M||_inf``: the largest row sum of ``|M|``, the gain in the largest absolute value.
+
+    Exact, for every geometry, and differentiable; integers stay integers. Arguments, errors and cost as
+    in :func:`one_norm`. The norm of a network under input noise of bounded size per pixel.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (2,), [(1, 1)], padding_mode="edge")
+    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1, -2, 1]]])))  # rows 1-2, 1 and 1, -2, 1
+    4
+    """
+    return _largest_sum(spec, _numbers(spec, kernel), True)
+
+
+@jax.jit(static_argnums=2)
+def _largest_sum(spec: ConvSpec, kernel: jax.Array, rows: bool) -> jax.Array:
+    return jnp.max(_line_sums(spec, kernel, 1, rows), initial=0)
+
+
+def row_norms(spec: ConvSpec, kernel: Any, *, ord: int = 2) -> jax.Array:
+    """Norm of every row of M: ``sqrt(sum over j of |M[i, j]|**2)``, or ``sum over j of |M[i, j]|``.
+
+    What an output neuron can answer to an input of norm 1. Exact, for every geometry, differentiable.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      ord: 2 for Euclidean norms, 1 for sums of absolute values.
+
+    Returns:
+      Array of shape ``(spec.out_size,)``.
+
+    Raises:
+      TypeError, ValueError: as :func:`frobenius_norm`, and for another ``ord``.
+
+    Cost: the kernel times the kinds of rows, then one lookup per row.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), [(0, 1)])
+    >>> print(fc.spectrum.row_norms(spec, jnp.array([[[3., 4.]]])))
+    [5. 5. 3.]
+    """
+    return _line_norms(spec, kernel, ord, True)
+
+
+def column_norms(spec: ConvSpec, kernel: Any, *, ord: int = 2) -> jax.Array:
+    """Norm of every column of M: ``sqrt(sum over i of |M[i, j]|**2)``, or ``sum over i of |M[i, j]|``.
+
+    What an input neuron can cause in the output. Arguments, errors and cost as in :func:`row_norms`.
+
+    Returns:
+      Array of shape ``(spec.in_size,)``.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.spectrum.column_norms(spec, jnp.array([[[3., 4.]]])))
+    [3. 5. 4.]
+    """
+    return _line_norms(spec, kernel, ord, False)
+
+
+def _line_norms(spec: ConvSpec, kernel: Any, ord: int, rows: bool) -> jax.Array:
+    if ord not in (1, 2):
+        raise ValueError(f"ord must be 1 (sum of absolute values) or 2 (Euclidean), got {ord!r}.")
+    kernel = _numbers(spec, kernel) if ord == 1 else as_inexact(spec, kernel)
+    return _every_line(spec, kernel, ord, rows)
+
+
+@jax.jit(static_argnums=(2, 3))
+def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.Array:
+    if ord == 1:
+        sums = _line_sums(spec, kernel, 1, rows)
+    else:
+        kernel, scale = _scaled(kernel)
+        sums = scale * _root(_line_sums(spec, kernel, 2, rows))
+    for i, axis in enumerate(spec.axes):
+        sums = jnp.take(sums, _lines(axis, rows).kind, axis=2 + i, mode="clip")
+    sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
+    if rows:
+        return from_canonical(sums.reshape(*sums.shape[:-2], spec.out_channels), spec.out_order).ravel()
+    canonical = sums.reshape([spec.in_shape[i] for i in spec.in_order])
+    return from_canonical(canonical, spec.in_order).ravel()
+
+
+def trace(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``sum of M[i, i]`` over ``i < min(M.shape)``.
+
+    Entry ``(i, i)`` relates output neuron ``i`` with input neuron ``i``, whatever the two layouts are.
+    Exact, linear in the kernel; integers stay integers. Arguments and errors as in
+    :func:`frobenius_norm`. Cost: ``min(M.shape)`` times the number of taps.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME")
+    >>> print(fc.spectrum.trace(spec, jnp.array([[[1, 5, 2]]])))
+    20
+    """
+    return _trace(spec, _numbers(spec, kernel))
+
+
+@jax.jit
+def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    size, dims = min(spec.shape), len(spec.axes)
+    if not size:
+        return jnp.zeros((), kernel.dtype)
+    n = lax.iota(spec.index_dtype, size).reshape(size, *[1] * dims)
+    (outputs, d), (inputs, c) = spec.split_row(n), spec.split_column(n)
+    first = d // (spec.out_channels // spec.groups) * spec.group_channels
+    i, meets, taps = c - first, True, []
+    for a, (axis, o, t) in enumerate(zip(spec.axes, outputs, inputs, strict=True)):
+        p = lax.broadcasted_iota(n.dtype, tuple(axis.taps if j == a else 1 for j in range(-1, dims)), a + 1)
+        read, valid = axis.input_of(o, p)
+        meets = meets & valid & (read == t)
+        taps.append(p)
+    meets = meets & (i >= 0) & (i < spec.group_channels)
+    values = jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)
+    entries = values.at[(d, i, *taps)].get(mode="clip")
+    return jnp.where(meets, entries, jnp.zeros((), kernel.dtype)).sum(dtype=kernel.dtype)
+
+
+def orthogonality_residual(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """``||M M^H - I||_F``, or ``||M^H M - I||_F`` where M has more rows than columns: 0 iff M is
+    an isometry (of its row space, or of its input).
+
+    An entry of ``M M^H`` is a sum of ``R[d, d', p, p'] = sum_i K[d, i, p] conj(K[d', i, p'])`` over the
+    pairs of taps that read one input from two outputs. Only a few kinds of pairs of outputs exist on an
+    axis, so R contracted with the kinds of every axis holds all entries. No cancellation: the residual
+    of an orthogonal kernel is of the size of rounding, not of its root.
+
+    Exact for every geometry, boundaries included (the usual regularisers hold for interior rows only);
+    differentiable, with gradient 0 where the residual is 0.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError, ValueError: as :func:`frobenius_norm`.
+
+    Source: Wang, Chen, Chakraborty & Yu, Orthogonal Convolutional Neural Networks (2020), made exact at
+    the boundary. Cost: O(channels**2) times the square of the number of taps; none with image size.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 2), (2,), "VALID")  # M M^T is 4 times the unit matrix
+    >>> print(fc.spectrum.orthogonality_residual(spec, jnp.array([[[2., 0.]]])))
+    6.0
+    """
+    return _orthogonality_residual(spec, as_inexact(spec, kernel))
+
+
+@jax.jit
+def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    rows = spec.out_size <= spec.in_size
+    if not min(spec.shape):  # the Gram matrix of the short side is empty
+        return jnp.zeros((), kernel.real.dtype)
+    value = by_group(spec, kernel)
+    value = value if rows else jnp.swapaxes(value, 1, 2)
+    dims = range(len(spec.axes))
+    kinds = [_pairs(axis, rows) for axis in spec.axes]
+    first, second = [10 + a for a in dims], [30 + a for a in dims]
+    gram = jnp.einsum(
+        *(value, [0, 1, 3, *first], value.conj(), [0, 2, 3, *second]),
+        [0, 1, 2, *(i for a in dims for i in (first[a], second[a]))],
+        precision="highest",
+    )
+    for axis, kind in zip(spec.axes, kinds, strict=True):
+        gram = gram.reshape(*gram.shape[:3], axis.taps**2, *gram.shape[5:])
+        gram = jnp.tensordot(gram, jnp.asarray(kind.taps, gram.dtype), [[3], [1]], precision="highest")
+    unit = jnp.eye(value.shape[1], dtype=gram.dtype)
+    for kind in kinds:
+        unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
+    return _root(_weigh(_power(gram - unit[None], 2), [k.count for k in kinds]))
+
+
+# -- kinds of entries, rows, columns and pairs of an axis, on the host ---------------------------
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """Distinct lists of taps, each with how often it occurs and which members are of its kind."""
+
+    taps: np.ndarray  # [kind, (slot,) tap]: how often the tap stands in the list
+    count: np.ndarray  # [kind]
+    kind: np.ndarray  # [member]
+    diagonal: np.ndarray | None = None  # [kind]: whether members pair a position with itself
+
+
+@lru_cache(maxsize=256)
+def _entries(axis: Axis) -> _Kinds:
+    """Kinds of entries (o, t) of one axis: the taps that meet there, added up in M."""
+    if not axis.collides:
+        return _Kinds(np.eye(axis.taps, dtype=int), np.array(axis.tap_counts), np.arange(axis.taps))
+    o, t, p = _relation(axis)
+    _, entry = np.unique(o * axis.size + t, return_inverse=True)
+    return _kinds(entry, p, entry.max() + 1, axis.taps)
+
+
+@lru_cache(maxsize=256)
+def _lines(axis: Axis, rows: bool) -> _Kinds:
+    """Kinds of rows or columns of one axis.
+
+    Where taps collide, each entry of the line has a slot of its own: ``taps[kind, slot, tap]``. Slots are
+    ordered by their first tap, so that lines which differ by a shift are alike.
+    """
+    o, t, p = _relation(axis)
+    line, other, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
+    if not axis.collides:
+        return _kinds(line, p, size, axis.taps)
+    _, entry = np.unique(line * (other.max(initial=0) + 1) + other, return_inverse=True)
+    first_tap = np.full(entry.max(initial=-1) + 1, axis.taps)
+    np.minimum.at(first_tap, entry, p)
+    order = np.lexsort((entry, first_tap[entry], line))
+    rank = np.cumsum(np.diff(entry[order], prepend=-1) != 0) - 1
+    begins = np.searchsorted(line[order], np.arange(size))
+    slot = rank - rank[np.minimum(begins[line[order]], max(rank.size - 1, 0))]
+    slots = int(slot.max(initial=0)) + 1
+    kinds = _kinds(line[order], slot * axis.taps + p[order], size, slots * axis.taps)
+    return _Kinds(kinds.taps.reshape(-1, slots, axis.taps), kinds.count, kinds.kind)
+
+
+@lru_cache(maxsize=256)
+def _pairs(axis: Axis, rows: bool) -> _Kinds:
+    """Kinds of entries of ``M M^T`` (rows) or ``M^T M`` of one axis, by their pairs of taps ``p*k + p'``.
+
+    Entry (o, o') adds a pair of taps for each input that both read. Entries that add nothing are left
+    out, save on the diagonal, where the unit matrix has its ones.
+    """
+    o, t, p = _relation(axis)
+    line, shared, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
+    order = np.argsort(shared, kind="stable")
+    line, shared, p = line[order], shared[order], p[order]
+    counts = np.bincount(shared)
+    # Every entry meets all entries with the same shared position: a run of `counts` of them.
+    repeats = counts[shared]
+    starts = (np.cumsum(counts) - counts)[shared]
+    left = np.repeat(np.arange(line.size), repeats)
+    within = np.arange(left.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    right = starts[left] + within
+    lonely = np.setdiff1d(np.arange(size), line)  # rows of zeros
+    key = np.concatenate([line[left] * size + line[right], lonely * (size + 1)])
+    keys, member = np.unique(key, return_inverse=True)
+    pair = p[left] * axis.taps + p[right]
+    # On the diagonal a mark is added, so that no kind mixes it with other entries.
+    marks = np.flatnonzero(keys // size == keys % size)
+    members = np.concatenate([member[: pair.size], marks])
+    codes = np.concatenate([pair, np.full(marks.size, axis.taps**2)])
+    kinds = _kinds(members, codes, keys.size, axis.taps**2 + 1)
+    return _Kinds(kinds.taps[:, :-1], kinds.count, kinds.kind, kinds.taps[:, -1])
+
+
+def _relation(axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All related (o, t, p) of an axis."""
+    table = axis.input_table()
+    o, p = np.nonzero(table >= 0)
+    return o, table[o, p], p
+
+
+def _kinds(member: np.ndarray, code: np.ndarray, members: int, codes: int) -> _Kinds:
+    """Members told apart by the codes that they hold."""
+    order = np.lexsort((code, member))
+    member, code = member[order], code[order]
+    held = np.bincount(member, minlength=members)
+    table = np.full((members, held.max(initial=0) + 1), -1)
+    table[member, np.arange(member.size) - (np.cumsum(held) - held)[member]] = code
+    distinct, kind, count = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    which, column = np.nonzero(distinct >= 0)
+    taps = np.zeros((len(distinct), codes), int)
+    np.add.at(taps, (which, distinct[which, column]), 1)
+    return _Kinds(taps, count, kind.reshape(-1))
+
+
+# -- the kernel contracted with the kinds --------------------------------------------------------
+
+
+def _line_sums(spec: ConvSpec, kernel: jax.Array, power: int, rows: bool) -> jax.Array:
+    """Sums of ``|M|**power`` over each kind of row or column: (group, channel of the line, kinds...)."""
+    kinds = [_lines(axis, rows) for axis in spec.axes]
+    value = by_group(spec, kernel)
+    value = value if rows else jnp.swapaxes(value, 1, 2)
+    collides = [axis.collides for axis in spec.axes]
+    merged = _merge(value, [k.taps if c else None for k, c in zip(kinds, collides, strict=True)])
+    merged = _power(merged, power)
+    # Merged axes already stand for (kind, slot); the others are summed over their taps.
+    operand, operands, result = [0, 1, 2], [], [0, 1]
+    for a, (kind, collided) in enumerate(zip(kinds, collides, strict=True)):
+        operand += [10 + a, 30 + a] if collided else [30 + a]
+        if not collided:
+            operands += [jnp.asarray(kind.taps, merged.dtype), [10 + a, 30 + a]]
+        result.append(10 + a)
+    return jnp.einsum(merged, operand, *operands, result, precision="highest")
+
+
+def _merge(value: jax.Array, taps: Sequence[np.ndarray | None]) -> jax.Array:
+    """The taps of every axis that has a list of kinds, added up per kind (and slot)."""
+    operand, operands, result = [0, 1, 2], [], [0, 1, 2]
+    for a, kinds in enumerate(taps):
+        operand.append(10 + a)
+        if kinds is None:
+            result.append(10 + a)
+            continue
+        labels = [20 + a] if kinds.ndim == 2 else [20 + a, 30 + a]
+        operands += [jnp.asarray(kinds, value.dtype), [*labels, 10 + a]]
+        result += labels
+    return jnp.einsum(value, operand, *operands, result, precision="highest") if operands else value
+
+
+def _weigh(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
+    """Sum of everything, each of the last axes weighted with how often its kinds occur."""
+    for count in reversed(counts):
+        value = jnp.tensordot(value, jnp.asarray(count, value.dtype), 1, precision="highest")
+    return value.sum()
+
+
+def _power(value: jax.Array, power: int) -> jax.Array:
+    if power == 1:
+        return jnp.abs(value)
+    return (value * value.conj()).real
+
+
+def _root(value: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    positive = value > 0
+    root = jnp.sqrt(jnp.where(positive, value, jnp.ones_like(value)))
+    return jnp.where(positive, root, jnp.zeros_like(root))
+
+
+def _scaled(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(kernel / scale, scale)``: squares of it neither overflow nor vanish."""
+    scale = lax.stop_gradient(jnp.max(jnp.abs(kernel), initial=0))
+    scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, jnp.ones_like(scale))
+    return kernel / scale.astype(kernel.dtype), scale
+
+
+# -- operands ------------------------------------------------------------------------------------
+
+
+def _numbers(spec: ConvSpec, kernel: Any) -> jax.Array:
+    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    if kernel.dtype == jnp.bool_:
+        raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
+    return kernel
+
+
+def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
+    """The kernel in a floating dtype of at least 32 bits: integers and halves are widened."""
+    kernel = _numbers(spec, kernel)
+    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        return kernel.astype(jnp.result_type(float))
+    return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+
+
+def by_group(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The kernel as (group, out channel, in channel, taps...)."""
+    kernel = jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)
+    return kernel.reshape(spec.groups, kernel.shape[0] // spec.groups, *kernel.shape[1:])
+
+
+def from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
+    """(positions..., batch groups, channels) in the caller's layout."""
+    return jnp.transpose(value, np.argsort(order).tolist())

@@ -1,0 +1,264 @@
+"""matrix_of and local_affine on hand-written functions.
+
+Matrices are held against jax.jacobian, which shares nothing with them; networks against themselves.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import jaxconv_fc as fc
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+RNG = np.random.default_rng(5)
+X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
+K2, DENSE = normal(RNG, 4, 3, 2, 2), normal(RNG, 7, 36)
+
+
+def conv(x, kernel, strides=(1, 1), padding="SAME", **options):
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def close(a, b, digits=12):
+    scale = max(1.0, float(jnp.max(jnp.abs(b), initial=0)))
+    np.testing.assert_allclose(a, b, rtol=0, atol=scale * 10.0**-digits)
+
+
+# matrices of whole functions --------------------------------------------------------------------
+
+
+def _five_layers(x):
+    y = jnp.pad(conv(x, K) + 1.0, ((0, 0), (0, 0), (1, 0), (0, 1)))
+    y = lax.reduce_window(y, 0.0, lax.add, (1, 1, 2, 2), (1, 1, 2, 2), "VALID") / 4
+    return conv(y, K2).reshape(2, -1) @ DENSE.T
+
+
+@jax.custom_vjp
+def _double(x):
+    return 2 * x
+
+
+_double.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+
+
+@jax.custom_jvp
+def _tripled(x):
+    return 3 * x
+
+
+_tripled.defjvps(lambda t, out, x: 3 * t)
+LEFT, RIGHT = normal(RNG, 6, 2), normal(RNG, 4, 2, 6)
+CIRCULAR = fc.conv_spec((1, 3, 6, 6), K.shape, (1, 1), "SAME", padding_mode="circular")
+
+AFFINE = {
+    "identity": lambda x: x,
+    "constant": lambda x: jnp.ones(3),
+    "x + mean": lambda x: x + x.mean(),
+    "dead code": lambda x: (jnp.exp(x), x * 2)[1],
+    "conv": lambda x: conv(x, K),
+    "circular": lambda x: conv(jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap"), K, (2, 1), "VALID"),
+    "reflect": lambda x: conv(
+        jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect"), K, padding="VALID"
+    ),
+    "five layers": _five_layers,
+    "batch norm": lambda x: (
+        (conv(x, K) - jnp.ones((1, 3, 1, 1))) / jnp.arange(1.0, 4).reshape(1, 3, 1, 1) + 0.5
+    ),
+    "scan": lambda x: lax.scan(
+        lambda c, w: (conv(c, w) + 1, c[:, 0]), x, jnp.stack([K, 2 * K]), reverse=True
+    ),
+    "custom_vjp": lambda x: jax.jit(_double)(conv(x / 255 - 0.5, K, (2, 2))),
+    "layouts": lambda x: conv(x, LEFT.reshape(2, 6, 1, 1), dimension_numbers=("NHWC", "OIHW", "NHWC"))[
+        :, ::-1, 1:4
+    ],
+    "batch groups": lambda x: conv(x, normal(np.random.default_rng(1), 4, 3, 2, 2), batch_group_count=2),
+    "depthwise chain": lambda x: conv(
+        conv(x, K[:, :1], feature_group_count=3), K[:, 1:2], feature_group_count=3
+    ),
+    "transposed": lambda x: conv(x, K, padding=[(2, 2), (1, 3)], lhs_dilation=(2, 2)),
+    "residual": lambda x: conv(conv(x, K) + x, K2) * 3 - 1,
+    "strided chain": lambda x: conv(
+        conv(conv(x, K, (2, 2)), K, padding=[(-1, 3), (2, 0)]), K2, rhs_dilation=(2, 1)
+    ),
+    "in the kernel": lambda x: conv(jnp.ones((2, 3, 9, 9)), x, padding="VALID"),
+    "concatenate": lambda x: jnp.concatenate([x, jnp.ones((2, 1, 6, 6)), -x], 1)[:, ::2],
+    "where": lambda x: jnp.where(jnp.arange(6)[None, None, None] > 2, x, 3.0),
+    "remat": jax.checkpoint(lambda x: conv(conv(x, K), K2)),
+    "fft": lambda x: jnp.fft.fft(x).real,
+    "take and set": lambda x: (x[:, jnp.array([0, 2, 0])] * 2).at[:, 1].set(0.0).at[0].add(1.0),
+    "deep and narrow": lambda x: conv(conv(conv(conv(x, K), K), K), K2).mean((2, 3)),
+    "map": lambda x: lax.map(lambda a: a @ LEFT, x),
+    "apply": lambda x: jax.vmap(partial(fc.apply, CIRCULAR, K))(x),
+    "apply_transpose": lambda x: jax.vmap(partial(fc.apply_transpose, CIRCULAR, K))(x),
+    "dense left": lambda x: jnp.einsum("bchw,hk->kbcw", x, LEFT),
+    "dense right": lambda x: jnp.einsum("kbh,bchw->bkcw", RIGHT, x),
+    "conv then dense": lambda x: jnp.einsum("bchw,hk->kbcw", conv(x, K), LEFT),
+    "cumsum": lambda x: jnp.cumsum(x, 2),
+    "constant branch": lambda x: lax.cond(jnp.sum(jnp.ones(3)) > 2, lambda x: conv(x, K), jnp.sin, x),
+    "subtracted": lambda x: 2.0 - conv(x, K),
+    "custom_jvp": lambda x: _tripled(conv(x, K)),
+    "relu of a constant": lambda x: x * jax.nn.relu(K[0, 0, 0, 0]),
+}
+AFFINE["scan"] = lambda x, scan=AFFINE["scan"]: scan(x)[0] + scan(x)[1].sum(0)[:, None]
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_matrix_of_is_the_jacobian_and_the_offset(name):
+    fn = AFFINE[name]
+    matrix, offset = jax.jit(lambda: fc.matrix_of(fn, jax.ShapeDtypeStruct(X.shape, X.dtype)))()
+    close(matrix, jax.jit(jax.jacobian(fn))(X).reshape(-1, X.size))
+    close(matrix @ X.ravel() + offset, fn(X).ravel())
+
+
+@pytest.mark.parametrize("name", ["constant", "circular", "batch norm", "deep and narrow"])
+def test_matrix_of_outside_of_jit(name):
+    want = jax.jit(lambda: fc.matrix_of(AFFINE[name], X))()
+    for got, expected in zip(fc.matrix_of(AFFINE[name], X), want, strict=True):
+        close(got, expected)
+
+
+def test_an_infinite_tap_fills_its_own_entries_only():
+    kernel = jnp.array([[[jnp.inf, 2.0, jnp.nan]]])
+    matrix, offset = fc.matrix_of(
+        lambda x: conv(jnp.pad(x, ((0, 0), (0, 0), (1, 1)), mode="wrap"), kernel, (1,), "VALID"), X[:1, :1, 0]
+    )
+    want = np.zeros((6, 6))
+    for o in range(6):
+        want[o, [(o - 1) % 6, o, (o + 1) % 6]] = kernel.ravel()
+    np.testing.assert_array_equal(matrix, want)
+    np.testing.assert_array_equal(offset, np.zeros(6))
+
+
+def test_matrix_of_an_integer_function():
+    x, kernel = (
+        jnp.arange(36, dtype=jnp.int32).reshape(1, 1, 6, 6),
+        jnp.arange(4, dtype=jnp.int32).reshape(1, 1, 2, 2),
+    )
+    fn = lambda x: conv(conv(x, kernel) + jnp.int32(1), kernel)  # noqa: E731
+    matrix, offset = fc.matrix_of(fn, x)
+    assert matrix.dtype == jnp.int32
+    np.testing.assert_array_equal(matrix @ x.ravel() + offset, fn(x).ravel())
+
+
+def test_a_matrix_beyond_the_memory_limit_is_refused():
+    with (
+        fc.memory_limit(10_000),
+        pytest.raises(ValueError, match=r"matrix_of: the matrix is 216 x 216 float64"),
+    ):
+        fc.matrix_of(AFFINE["conv"], X)
+
+
+@pytest.mark.parametrize("name", ["conv", "circular", "strided chain", "concatenate", "dense left"])
+def test_matrix_of_integers_is_exact(name):
+    rng = np.random.default_rng(2)
+    kernels = {
+        "K": rng.integers(-3, 4, K.shape),
+        "K2": rng.integers(-3, 4, K2.shape),
+        "LEFT": rng.integers(-3, 4, (6, 2)),
+    }
+    x = jnp.asarray(rng.integers(-3, 4, X.shape)).astype(float)
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in kernels.items():
+            patch.setitem(globals(), key, jnp.asarray(value).astype(float))
+        matrix, offset = fc.matrix_of(AFFINE[name], x)
+        np.testing.assert_array_equal(matrix @ x.ravel() + offset, AFFINE[name](x).ravel())
+
+
+def test_matrix_of_is_differentiable():
+    weights = jnp.cos(jnp.arange(108.0 * 108)).reshape(108, 108)
+    x = X[:1]
+
+    def ours(k):
+        return jnp.sum(weights * fc.matrix_of(lambda x: conv(conv(x, k), K), x)[0])
+
+    def jacobian(k):
+        return jnp.sum(weights * jax.jacobian(lambda x: conv(conv(x, k), K))(x).reshape(108, 108))
+
+    close(jax.jit(jax.grad(ours))(K), jax.jit(jax.grad(jacobian))(K), 10)
+
+
+BROKEN = {
+    "max": lambda x: jax.nn.relu(conv(x, K)),
+    "mul": lambda x: x * x,
+    "div": lambda x: 1 / x,
+    "cond": lambda x: lax.cond(x.sum() > 0, lambda x: x, lambda x: -x, x),
+    "reduce_max": lambda x: x.max(),
+    "round": lambda x: jnp.round(x) * 2,
+    "exp": lambda x: conv(jnp.exp(x), K),
+    "convert_element_type": lambda x: x.astype(int),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_function_that_is_not_affine_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"not affine in x: primitive '{name}'.* at test_affine.py:"):
+        fc.matrix_of(BROKEN[name], X)
+
+
+def test_wrong_kinds_are_refused():
+    with pytest.raises(TypeError, match="one array"):
+        fc.matrix_of(lambda x: x, [1.0, 2.0])
+    with pytest.raises(TypeError, match="return one array, got 2"):
+        fc.matrix_of(lambda x: (x, x), X)
+    with pytest.raises(TypeError, match="real floats"):
+        fc.local_affine(lambda x: x, jnp.arange(3))
+    with pytest.raises(ValueError, match="not piecewise linear in x: primitive 'exp'"):
+        fc.local_affine(jnp.exp, X)
+
+
+# piecewise linear networks ----------------------------------------------------------------------
+
+K5, TOP = normal(RNG, 5, 3, 3, 3), normal(RNG, 4, 20)
+
+
+def _pooled(x):
+    y = jax.nn.leaky_relu(conv(x, K5) + 0.1)
+    y = lax.reduce_window(y, -jnp.inf, lax.max, (1, 1, 3, 3), (1, 1, 2, 2), "SAME")
+    y = jax.nn.relu(conv(y, normal(np.random.default_rng(1), 5, 5, 2, 2), (2, 2)))
+    y = jnp.abs(jnp.clip(y, -1.0, 2.0) - 0.3)
+    return jnp.maximum(y.reshape(2, -1) @ TOP.T, 0.1).max(1)
+
+
+def test_local_affine_is_exact_at_x_and_inside_the_radius():
+    local, pooled = jax.jit(partial(fc.local_affine, _pooled))(X), jax.jit(_pooled)
+    close(local.matrix, jax.jit(jax.jacobian(_pooled))(X).reshape(-1, X.size))
+    rng = np.random.default_rng(0)
+    assert 0 < local.radius < np.inf
+    for _ in range(10):
+        step = rng.standard_normal(X.shape)
+        z = X + 0.999 * local.radius * step / np.linalg.norm(step)
+        close(local.matrix @ z.ravel() + local.offset, pooled(z))
+
+
+def test_the_radius_is_the_distance_to_the_nearest_switch():
+    rng = np.random.default_rng(3)
+    kernel, x = normal(rng, 2, 1, 3, 3), normal(rng, 1, 1, 5, 5)
+    local = jax.jit(partial(fc.local_affine, lambda x: jax.nn.relu(conv(x, kernel))))(x)
+    matrix = np.asarray(fc.matrix_of(lambda x: conv(x, kernel), x)[0])
+    z = matrix @ x.ravel()
+    distances = np.abs(z) / np.linalg.norm(matrix, axis=1)
+    np.testing.assert_allclose(local.radius, distances.min(), rtol=1e-12)
+    i = distances.argmin()  # straight across the nearest boundary, just beyond it, the map is another one
+    across = x.ravel() - 1.01 * z[i] / (matrix[i] @ matrix[i]) * matrix[i]
+    assert np.abs(local.matrix @ across + local.offset - jax.nn.relu(matrix @ across)).max() > 1e-6
+    assert fc.local_affine(lambda x: conv(x, kernel), x).radius == np.inf
+    assert fc.local_affine(jax.nn.relu, jnp.zeros(2)).radius == 0
+    assert fc.local_affine(lambda x: jax.nn.relu(-2 * x - 1), jnp.array([0.0, 3.0])).radius == 0.5
+
+
+def test_every_loser_of_a_maximum_is_a_switch():
+    x = jnp.array([0.0, 3.0, 1.0])
+    pooled = partial(lax.reduce_window, init_value=-jnp.inf, computation=lax.max, window_dimensions=(3,),
+                     window_strides=(1,), padding="VALID")  # fmt: skip
+    for largest in (jnp.max, pooled):
+        local = fc.local_affine(largest, x)
+        np.testing.assert_array_equal(local.matrix, [[0.0, 1.0, 0.0]])
+        np.testing.assert_allclose(local.radius, 2**0.5, rtol=1e-15)  # (3 - 1) / |(1, -1)|

@@ -1,0 +1,337 @@
+"""Norms and spectrum, against NumPy on the oracle's matrix and against closed forms.
+
+JAXCONV_FC_GEOMETRIES=500        how many random geometries are held against NumPy
+JAXCONV_FC_CASES=folder          also check the closed forms in closed_forms.json of that folder
+"""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import geometries
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.test_util import check_grads
+
+import jaxconv_fc as fc
+import jaxconv_fc.spectrum as spectrum
+
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "6"))
+
+
+def conv(n, kernel, padding, mode="zeros", stride=1, **options):
+    """A convolution of images of shape n, one channel: (spec, kernel)."""
+    kernel = np.asarray(kernel, float)
+    spec = fc.conv_spec(
+        (1, 1, *n), (1, 1, *kernel.shape), (stride,) * len(n), padding, padding_mode=mode, **options
+    )
+    return spec, jnp.asarray(kernel[None, None])
+
+
+def closed_forms():
+    """(name, spec, kernel, singular values), each from its formula."""
+    tri, box = [-1, 2, -1], [1, 1, 1]
+    for n in (3, 8, 17):
+        j, k = np.arange(n), np.arange(1, n + 1)
+        yield f"tridiagonal {n}", *conv((n,), tri, [(1, 1)]), 2 - 2 * np.cos(k * np.pi / (n + 1))
+        yield f"periodic {n}", *conv((n,), tri, [(1, 1)], "circular"), 2 - 2 * np.cos(2 * np.pi * j / n)
+        yield f"Neumann {n}", *conv((n,), tri, [(1, 1)], "edge"), 2 - 2 * np.cos(np.pi * j / n)
+        yield f"box {n}", *conv((n,), box, [(1, 1)]), abs(1 + 2 * np.cos(k * np.pi / (n + 1)))
+        yield f"differences {n}", *conv((n,), [-1, 1], [(0, 0)]), 2 * np.sin(k[:-1] * np.pi / (2 * n))
+        yield f"full {n}", *conv((n,), [-1, 1], [(1, 1)]), 2 * np.sin(k * np.pi / (2 * n + 2))
+        causal = 2 * np.sin((2 * k - 1) * np.pi / (4 * n + 2))
+        yield f"causal {n}", *conv((n,), [-1, 1], [(1, 0)]), causal
+        yield f"upsampling {n}", *conv((n,), [1, 1], [(1, 1)], lhs_dilation=(2,)), np.full(n, 2**0.5)
+        line = 2 - 2 * np.cos(k * np.pi / (n + 1))
+        laplacian = [[0, -1, 0], [-1, 4, -1], [0, -1, 0]]
+        yield f"Laplacian {n}", *conv((n, n), laplacian, "SAME"), (line[:, None] + line).ravel()
+        ring = 2 - 2 * np.cos(2 * np.pi * j / n)
+        yield f"torus {n}", *conv((n, n), laplacian, "SAME", "circular"), (ring[:, None] + ring).ravel()
+        sobel = np.outer(2 + 2 * np.cos(k * np.pi / (n + 1)), abs(2 * np.cos(k * np.pi / (n + 1))))
+        yield f"Sobel {n}", *conv((n, n), np.outer([1, 2, 1], [-1, 0, 1]), "SAME"), sobel.ravel()
+    haar = np.array([[[1, 1]], [[1, -1]]]) / 2**0.5
+    yield "Haar", fc.conv_spec((1, 1, 8), haar.shape, (2,), "VALID"), jnp.asarray(haar), np.ones(8)
+    mean = fc.conv_spec((1, 3, 4, 6), (3, 1, 2, 2), (2, 2), "VALID", feature_group_count=3)
+    yield "average pooling", mean, jnp.full((3, 1, 2, 2), 0.25), np.full(18, 0.5)
+    mix = np.array([[3.0, 0], [4, 5]])[..., None]
+    values = np.repeat([45**0.5, 5**0.5], 3)
+    yield "1x1", fc.conv_spec((1, 2, 3), (2, 2, 1), (1,), "VALID"), jnp.asarray(mix), values
+
+
+@pytest.mark.parametrize("form", list(closed_forms()), ids=lambda form: form[0])
+def test_closed_forms(form):
+    _, spec, kernel, values = form
+    values = np.sort(values)[::-1]
+    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-10)
+
+
+def test_closed_forms_of_the_largest_value_and_the_determinant():
+    for n in (4, 9):
+        spec, kernel = conv((n,), [-1, 2, -1], [(1, 1)])
+        top = 2 - 2 * np.cos(np.arange(n, 0, -1) * np.pi / (n + 1))
+        np.testing.assert_allclose(spectrum.spectral_norm(spec, kernel), top[0], rtol=1e-12)
+        np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 3), top[:3], rtol=1e-10)
+        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), np.log(n + 1), rtol=1e-12)
+        np.testing.assert_allclose(spectrum.condition_number(spec, kernel), top[0] / top[-1], rtol=1e-10)
+    spec, kernel = conv((6,), [-1, 2, -1], [(1, 1)], "circular")
+    assert spectrum.rank(spec, kernel) == 5
+    # Values of multiplicity two, each counted twice.
+    np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 4), [4, 3, 3, 1], atol=1e-9)
+
+
+@pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder")
+def test_closed_forms_of_a_file():
+    cases = json.loads(Path(os.environ["JAXCONV_FC_CASES"], "closed_forms.json").read_text())["cases"]
+    names = ("strides", "padding", "lhs_dilation", "rhs_dilation")
+    for case in cases:
+        counts = (case["feature_group_count"], case["batch_group_count"])
+        spec = fc.conv_spec(
+            case["lhs_shape"], case["kernel_shape"], *(case[n] for n in names), None, *counts,
+            padding_mode=case["pad_mode"],
+        )  # fmt: skip
+        kernel = jnp.asarray(case["kernel"], float)
+        values = np.asarray(spectrum.singular_values(spec, kernel))
+        if case["singular_values"] is not None:
+            want = np.sort(case["singular_values"])[::-1][: len(values)]
+            np.testing.assert_allclose(values, want, rtol=0, atol=1e-10, err_msg=case["name"])
+            np.testing.assert_allclose(
+                spectrum.spectral_norm(spec, kernel), values[0], rtol=1e-9, err_msg=case["name"]
+            )
+            lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+            assert lower * (1 - 1e-14) <= values[0] <= upper * (1 + 1e-14), case["name"]
+        if case["rank"] is not None:
+            assert spectrum.rank(spec, kernel) == case["rank"], case["name"]
+        if case["det"] is not None:
+            logarithm = spectrum.log_abs_det(spec, kernel)
+            np.testing.assert_allclose(np.exp(logarithm), abs(case["det"]), rtol=1e-9)
+
+
+# random geometries against NumPy ---------------------------------------------------------------------
+
+
+def drawn(run_seed, number):
+    rng = np.random.default_rng([run_seed, number])
+    geometry = geometries.random_geometry(rng)
+    dtype = np.complex128 if number % 4 == 3 else np.float64
+    kernel, _, y = geometries.arrays(geometry, rng, dtype, geometries.normals)
+    name = f"seed {run_seed}, number {number}: {geometry}"
+    return geometry.spec(), kernel, y, oracle.matrix(kernel, geometry), name
+
+
+def svd(matrix):
+    return np.linalg.svd(matrix, compute_uv=False) if matrix.size else np.zeros(0)
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_norms(run_seed, number):
+    spec, kernel, _, matrix, name = drawn(run_seed, number)
+    sizes, scale = np.abs(matrix), np.linalg.norm(matrix)
+    short = matrix.shape[0] <= matrix.shape[1]
+    gram = matrix @ matrix.conj().T if short else matrix.conj().T @ matrix
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * scale, err_msg=name)
+    close(spectrum.frobenius_norm(spec, kernel), scale)
+    close(spectrum.one_norm(spec, kernel), sizes.sum(0).max(initial=0))
+    close(spectrum.inf_norm(spec, kernel), sizes.sum(1).max(initial=0))
+    close(spectrum.row_norms(spec, kernel), np.linalg.norm(matrix, axis=1))
+    close(spectrum.column_norms(spec, kernel), np.linalg.norm(matrix, axis=0))
+    close(spectrum.row_norms(spec, kernel, ord=1), sizes.sum(1))
+    close(spectrum.column_norms(spec, kernel, ord=1), sizes.sum(0))
+    close(spectrum.trace(spec, kernel), np.trace(matrix))
+    close(spectrum.orthogonality_residual(spec, kernel), np.linalg.norm(gram - np.eye(len(gram))))
+    whole = np.trunc(kernel.real * 4).astype(np.int64)
+    matrix = np.asarray(fc.as_matrix(spec, whole))  # integers stay integers, and exact
+    assert spectrum.one_norm(spec, whole) == np.abs(matrix).sum(0).max(initial=0), name
+    assert spectrum.inf_norm(spec, whole) == np.abs(matrix).sum(1).max(initial=0), name
+    assert spectrum.trace(spec, whole) == np.trace(matrix), name
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_values_and_inverses(run_seed, number):
+    spec, kernel, y, matrix, name = drawn(run_seed, number)
+    values = svd(matrix)
+    top = values.max(initial=0)
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * top, err_msg=name)
+    close(spectrum.singular_values(spec, kernel), values)
+    if not matrix.size:
+        return
+    rank = np.linalg.matrix_rank(matrix)
+    assert spectrum.rank(spec, kernel) == rank, name
+    if not rank or top > 1e5 * values[rank - 1]:
+        return  # inverses of no accuracy, in NumPy too
+    inverse = np.linalg.pinv(matrix, rcond=max(matrix.shape) * np.finfo(float).eps)
+    x = (inverse @ y.ravel()).reshape(spec.in_shape)
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * np.abs(x).max(), err_msg=name)
+    close(spectrum.pseudo_inverse(spec, kernel, y), x)
+    if spec.in_size == spec.out_size == rank:
+        close(spectrum.solve(spec, kernel, y), x)
+        want = np.linalg.slogdet(matrix)[1]
+        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(spectrum.condition_number(spec, kernel), top / values[-1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_spectral_norm_and_bounds(run_seed, number, record_property):
+    spec, kernel, _, matrix, name = drawn(run_seed, number)
+    values = svd(matrix)
+    top = values.max(initial=0)
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * top, err_msg=name)
+    value, left, right, residual = spectrum.singular_triplet(spec, kernel)
+    close(value, top)
+    assert residual <= 1e-10 * top, name
+    close(matrix @ np.ravel(right), float(value) * np.ravel(left))
+    close(spectrum.spectral_norm(spec, kernel), top)
+    for dtype in (np.complex64, np.complex128) if np.iscomplexobj(kernel) else (np.float32, np.float64):
+        narrow = kernel.astype(dtype)
+        exact = svd(np.asarray(fc.as_matrix(spec, narrow), kernel.dtype)).max(initial=0)
+        lower, upper = (float(v) for v in spectrum.spectral_norm_bounds(spec, narrow))
+        assert lower * (1 - 1e-14) <= exact <= upper * (1 + 1e-14), name  # NumPy's own rounding
+    if exact:
+        record_property("gap", upper / lower - 1)
+    if top and number % 3 == 0:
+        k = min(len(values), 1 + number % 5)
+        close(spectrum.top_singular_values(spec, kernel, k), values[:k])
+
+
+# derivatives, transformations, errors ------------------------------------------------------------------
+
+
+def layer(mode="zeros", groups=1):
+    options = {"padding_mode": mode, "feature_group_count": groups}
+    spec = fc.conv_spec((1, 2, 4, 4), (2, 2 // groups, 3, 3), (1, 1), "SAME", **options)
+    return spec, jnp.asarray(np.random.default_rng(1).standard_normal(spec.rhs_shape))
+
+
+@pytest.mark.parametrize(
+    ("function", "mode", "order"),
+    [
+        (spectrum.spectral_norm, "zeros", 1),
+        (spectrum.spectral_norm, "reflect", 1),
+        (spectrum.frobenius_norm, "symmetric", 2),
+        (spectrum.orthogonality_residual, "zeros", 2),
+        (spectrum.orthogonality_residual, "edge", 1),
+        (spectrum.log_abs_det, "circular", 1),
+        (lambda s, k: spectrum.spectral_norm_bounds(s, k)[1], "zeros", 1),
+        (lambda s, k: spectrum.spectral_norm_bounds(s, k)[1], "circular", 1),
+        (lambda s, k: spectrum.top_singular_values(s, k, 2).sum(), "zeros", 1),
+        (spectrum.one_norm, "edge", 1),
+        (spectrum.row_norms, "zeros", 1),
+        (spectrum.trace, "zeros", 1),
+    ],
+)
+def test_gradients(function, mode, order):
+    spec, kernel = layer(mode)
+    check_grads(partial(function, spec), (kernel,), order=order, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_solutions():
+    spec, kernel = layer("circular")
+    y = jnp.asarray(np.random.default_rng(2).standard_normal(spec.out_shape))
+    for function in (spectrum.solve, spectrum.pseudo_inverse, partial(spectrum.lstsq, max_steps=200)):
+        check_grads(partial(function, spec), (kernel, y), order=1, modes=["rev"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_derivative_of_the_spectral_norm_is_refused():
+    spec, kernel = layer()
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        jax.hessian(partial(spectrum.spectral_norm, spec))(kernel)
+
+
+def test_gradients_vanish_at_the_zero_kernel():
+    spec, kernel = layer()
+    for function in (spectrum.frobenius_norm, lambda s, k: spectrum.spectral_norm_bounds(s, k)[1]):
+        assert not jax.grad(partial(function, spec))(jnp.zeros_like(kernel)).any()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_jit_and_vmap(groups):
+    spec, kernel = layer(groups=groups)
+    kernels = jnp.stack([kernel, 2 * kernel])
+    for function in (
+        spectrum.spectral_norm, spectrum.one_norm, spectrum.singular_values, spectrum.spectral_norm_bounds,
+        spectrum.orthogonality_residual, spectrum.trace, spectrum.column_norms, spectrum.log_abs_det,
+    ):  # fmt: skip
+        one = [np.asarray(function(spec, k)) for k in kernels]
+        many = jax.jit(jax.vmap(partial(function, spec)))(kernels)
+        want = np.stack(one, axis=1 if isinstance(many, tuple) else 0)
+        np.testing.assert_allclose(np.asarray(many), want, rtol=1e-9)
+
+
+def test_values_that_occur_more_than_once_are_all_found():
+    """A Krylov space sees one copy of each: M is too large here for its dense SVD to be taken."""
+    spec = fc.conv_spec((1, 1, 150), (1, 1, 3), (1,), "SAME", padding_mode="circular")
+    kernel = jnp.array([[[-1.0, 2.0, -1.0]]])
+    want = np.asarray(spectrum.singular_values(spec, kernel))[:5]
+    assert want[1] - want[2] < 1e-12
+    np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 5), want, rtol=1e-10)
+
+
+def test_where_the_iteration_stops_short_there_is_no_number():
+    spec = fc.conv_spec((1, 1, 300), (1, 1, 3), (1,), "SAME")
+    kernel = jnp.array([[[-1.0, 2.0, -1.0]]])
+    norm = partial(spectrum.spectral_norm, spec, max_restarts=1)
+    assert jnp.isnan(norm(kernel))
+    assert jnp.isnan(jax.grad(norm)(kernel)).all()
+    assert jnp.isnan(spectrum.top_singular_values(spec, kernel, 3, max_restarts=1)).all()
+    assert spectrum.singular_triplet(spec, kernel, max_restarts=1).residual > 1e-10
+
+
+def test_an_orthogonal_kernel_is_an_isometry():
+    turn = np.linalg.qr(np.random.default_rng(3).standard_normal((4, 4)))[0]
+    kernel = np.zeros((4, 4, 3, 3))
+    kernel[:, :, 1, 1] = turn
+    for mode in ("zeros", "circular", "edge"):
+        spec = fc.conv_spec((1, 4, 5, 6), kernel.shape, (1, 1), "SAME", padding_mode=mode)
+        assert spectrum.orthogonality_residual(spec, kernel) < 1e-13  # not the root of rounding
+        np.testing.assert_allclose(spectrum.singular_values(spec, kernel), 1, atol=1e-12)
+        np.testing.assert_allclose(spectrum.spectral_norm_bounds(spec, kernel), 1, rtol=1e-3)
+        np.testing.assert_allclose(spectrum.spectral_norm(spec, kernel), 1, rtol=1e-12)
+
+
+def test_least_squares(run_seed):
+    rng = np.random.default_rng(run_seed)
+    for options in ({"window_strides": (2,)}, {"window_strides": (1,), "lhs_dilation": (2,)}):
+        spec = fc.conv_spec((1, 2, 9), (3, 2, 3), padding=[(1, 2)], **options)
+        kernel, y = rng.standard_normal(spec.rhs_shape), rng.standard_normal(spec.out_shape)
+        want = np.linalg.lstsq(np.asarray(fc.as_matrix(spec, kernel)), y.ravel(), rcond=None)[0]
+        got = np.ravel(spectrum.lstsq(spec, kernel, y))
+        np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
+
+
+def test_bounds_on_an_image_beyond_the_dense_size():
+    """The covering circulants and the grid of frequencies, against the true value."""
+    rng = np.random.default_rng(4)
+    for n, c in (((12, 12), 4), ((300,), 2), ((1100,), 1)):
+        for stride in (1, 2):
+            shape = (c, c, *[3] * len(n))
+            spec = fc.conv_spec((1, c, *n), shape, (stride,) * len(n), "SAME")
+            kernel = rng.standard_normal(shape)
+            top = svd(np.asarray(fc.as_matrix(spec, kernel)))[0]
+            lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+            assert lower <= top <= upper < 1.06 * lower, (n, c, stride)
+
+
+def test_errors():
+    spec, kernel = layer()
+    wide, _ = conv((4,), [1, 1], [(0, 0)])
+    with pytest.raises(TypeError, match="kernel is bool"):
+        spectrum.one_norm(spec, kernel > 0)
+    with pytest.raises(ValueError, match=r"kernel must have the spec's shape"):
+        spectrum.spectral_norm(spec, kernel[0])
+    with pytest.raises(ValueError, match="ord must be 1"):
+        spectrum.row_norms(spec, kernel, ord=3)
+    with pytest.raises(ValueError, match="k must be between 1 and"):
+        spectrum.top_singular_values(spec, kernel, 10**6)
+    with pytest.raises(TypeError, match="k must be a static int"):
+        spectrum.top_singular_values(spec, kernel, 2.0)
+    with pytest.raises(ValueError, match="log_abs_det needs a square M, got 3 x 4"):
+        spectrum.log_abs_det(wide, jnp.ones((1, 1, 2)))
+    with pytest.raises(ValueError, match="solve needs a square M"):
+        spectrum.solve(wide, jnp.ones((1, 1, 2)), jnp.ones((1, 3)))
+    with pytest.raises(TypeError, match=r"y.astype"):
+        spectrum.solve(spec, kernel, jnp.ones(spec.out_shape, jnp.float32))
+    with fc.memory_limit(1000), pytest.raises(ValueError, match="use top_singular_values"):
+        spectrum.singular_values(spec, kernel)

@@ -1,0 +1,454 @@
+"""find_convs and fully_connected on hand-written functions; test_networks.py has those of other libraries.
+
+JAXCONV_FC_GEOMETRIES=2000        how many random convolutions are held against the NumPy oracle
+JAXCONV_FC_CASES=folder           where realnet_*.json with realnet_*.npz lie, layers of trained networks
+"""
+
+import json
+import os
+import pathlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from geometries import integers, random_geometry
+from jax import lax
+
+import jaxconv_fc as fc
+
+# Each program runs once, on small arrays: compiling it is what takes the time.
+jit = partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "15"))
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+RNG = np.random.default_rng(5)
+X, K = normal(RNG, 2, 3, 4, 4), normal(RNG, 3, 3, 3, 3)
+K2 = normal(RNG, 4, 3, 2, 2)
+SHAPES = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (X, K)]
+
+
+def conv(x, kernel, strides=(1, 1), padding="SAME", **options):
+    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
+
+def close(a, b, digits=12):
+    scale = max(1.0, float(np.max(np.abs(b), initial=0)))
+    np.testing.assert_allclose(a, b, rtol=0, atol=scale * 10.0**-digits)
+
+
+# convolutions of every kind --------------------------------------------------------------------
+
+
+def test_random_convolutions_are_found_and_replaced(run_seed):
+    """Whole numbers, held against the oracle, which knows neither lax nor M: equal, not close."""
+    for i in range(COUNT):
+        if i % 100 == 99:  # thousands of programs would fill the memory
+            jax.clear_caches()
+        rng = np.random.default_rng([run_seed, i])
+        geometry = random_geometry(rng, modes=("zeros",))
+        spec = geometry.spec()  # lax refuses "SAME" with lhs_dilation: hand it numbers
+        _, _, *options = geometry.arguments()
+        x, kernel = (integers(rng, s, np.int32) for s in (geometry.lhs_shape, geometry.rhs_shape))
+
+        def fn(x, kernel, spec=spec, options=options):
+            return lax.conv_general_dilated(x, kernel, spec.window_strides, spec.padding, *options)
+
+        replay = f"JAXCONV_FC_SEED={run_seed}, number {i}: {geometry}"
+        (site,) = fc.find_convs(fn, x, kernel)  # the last convolution is never computed: lax may abort
+        assert site.spec == spec, replay
+        got = np.asarray(jit(fc.fully_connected(fn))(x, kernel))
+        want = oracle.conv(x, kernel, geometry)
+        assert got.shape == want.shape, replay
+        assert (got == want).all(), replay
+
+
+@pytest.mark.parametrize("narrow", [np.int8, jnp.bfloat16])
+def test_sums_are_wider_where_the_convolution_says_so(narrow, rng):
+    x, kernel = (jnp.asarray(integers(rng, v.shape, np.int32) * 31, narrow) for v in (X, K))
+    wide = {"int8": jnp.int32, "bfloat16": jnp.float32}[jnp.dtype(narrow).name]
+    got = fc.fully_connected(partial(conv, preferred_element_type=wide))(x, kernel)
+    assert got.dtype == wide
+    np.testing.assert_array_equal(got, conv(x.astype(wide), kernel.astype(wide)))
+
+
+@pytest.mark.parametrize("builder", [fc.as_bcoo, fc.as_bcsr, lambda *a: fc.as_bcoo(*a).todense()])
+def test_any_builder_will_do(builder):
+    connected = fc.fully_connected(lambda x, k: conv(x, k, (2, 1)), builder=builder)
+    close(connected(X, K), conv(X, K, (2, 1)))
+    close(connected(X[:1], K), conv(X[:1], K, (2, 1)))
+
+
+def test_the_builder_is_asked_for_every_convolution():
+    seen = []
+
+    def builder(spec, kernel):
+        seen.append(spec)
+        return fc.as_matrix(spec, kernel)
+
+    fc.fully_connected(lambda x, k: conv(conv(x, k), K2), builder=builder)(X, K)
+    assert seen == [s.spec for s in fc.find_convs(lambda x, k: conv(conv(x, k), K2), *SHAPES)]
+
+
+def test_pytrees_static_arguments_and_results_go_through():
+    def fn(params, x, *, padding, scale=2.0):
+        return {"y": conv(x, params["kernel"], padding=padding) * scale, "note": padding, "none": None}
+
+    got = fc.fully_connected(fn)({"kernel": K}, X, padding="VALID")
+    assert got["note"] == "VALID"
+    assert got["none"] is None
+    close(got["y"], 2 * conv(X, K, padding="VALID"))
+    assert fc.fully_connected(fn).__name__ == "fn"
+
+
+def test_a_matrix_beyond_the_limit_is_refused_before_it_is_made():
+    with fc.memory_limit(1000), pytest.raises(ValueError, match="48 x 48"):
+        fc.fully_connected(conv)(X, K)
+
+
+# functions whose convolutions sit deep inside --------------------------------------------------
+
+
+@jax.custom_vjp
+def _looped(x, kernel):
+    def repeated(x, kernel):
+        return lax.scan(lambda c, _: (jnp.tanh(conv(c, kernel)), c.sum()), x, None, length=3)[0]
+
+    return lax.cond(x.sum() > 1e9, lambda x, kernel: x, repeated, x, kernel)
+
+
+def _looped_backward(saved, g):  # deliberately not the derivative: the rule has to be kept
+    _, kernel = saved
+    return conv(g, kernel) * 2, jnp.ones_like(kernel) * g.sum()
+
+
+_looped.defvjp(lambda x, kernel: (_looped(x, kernel), (x, kernel)), _looped_backward)
+
+
+@jax.custom_jvp
+def _ruled(x, kernel):
+    return conv(x, kernel)
+
+
+@_ruled.defjvp
+def _(primals, tangents):
+    (x, kernel), (dx, dk) = primals, tangents
+    return _ruled(x, kernel), 3 * (conv(dx, kernel) + conv(x, dk))
+
+
+@jax.custom_vjp
+def _chosen(x, kernel, which):  # an integer operand: its cotangent is a float0
+    return conv(x, kernel) * which.astype(x.dtype)
+
+
+def _chosen_backward(saved, g):
+    return conv(g, saved), jnp.zeros_like(saved), np.zeros((), jax.dtypes.float0)
+
+
+_chosen.defvjp(lambda x, kernel, which: (_chosen(x, kernel, which), kernel), _chosen_backward)
+
+
+@jax.custom_batching.custom_vmap
+def _batched(x, kernel):
+    return conv(x, kernel)
+
+
+@_batched.def_vmap
+def _(size, batched, x, kernel):
+    axes = [0 if b else None for b in batched]
+    return jax.vmap(lambda x, kernel: 3 * conv(x, kernel), axes)(x, kernel), True
+
+
+def _sharded(x, kernel):
+    def body(x, kernel):
+        return lax.psum(lax.scan(lambda c, _: (conv(c, kernel), None), x, None, length=2)[0], "d")
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec
+    return jax.shard_map(body, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec())(x, kernel)
+
+
+def _solved(x, kernel):
+    return jax.scipy.sparse.linalg.cg(lambda v: v + 0.01 * conv(v, kernel), x, maxiter=3)[0]
+
+
+def _applied(x, kernel):
+    spec = fc.conv_spec(x.shape, kernel.shape, (1, 1), "SAME", padding_mode="circular")
+    y = jax.vmap(partial(fc.apply, spec, kernel))(x)
+    return jax.vmap(partial(fc.apply_transpose, spec, kernel))(y)
+
+
+def _while(x, kernel):
+    state = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, conv(s[1], kernel)), (0, x))
+    return state[1]
+
+
+DEEP = {
+    "jit(custom_vjp(cond(scan)))": (lambda x, k: jax.jit(_looped)(x, k), 1),
+    "custom_jvp": (_ruled, 1),
+    "custom_vjp": (lambda x, k: _chosen(x, k, jnp.asarray(3)), 1),
+    "remat": (jax.checkpoint(lambda x, k: conv(jnp.sin(conv(x, k)), k)), 2),
+    "fori_loop": (lambda x, k: lax.fori_loop(0, 3, lambda i, c: conv(c, k), x), 1),
+    "map": (lambda x, k: lax.map(lambda a: conv(a[None], k)[0], x), 1),
+    "vmap": (lambda x, k: jax.vmap(conv, (None, 0))(x, jnp.stack([k, 2 * k])), 1),
+    "custom_linear_solve": (_solved, 2),
+    "apply": (_applied, 2),
+    "shard_map": (_sharded, 1),
+    "custom_vmap": (_batched, 1),
+    "while": (_while, 1),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_found_and_replaced_wherever_they_are(name):
+    fn, count = DEEP[name]
+    assert len(fc.find_convs(fn, *SHAPES)) == count
+    connected = fc.fully_connected(fn)
+    assert not fc.find_convs(connected, *SHAPES)
+    close(jit(connected)(X, K), jit(fn)(X, K))
+
+
+@pytest.mark.parametrize("name", ["jit(custom_vjp(cond(scan)))", "custom_jvp", "apply"])
+def test_nothing_changes_without_jit(name):
+    fn, _ = DEEP[name]
+    close(fc.fully_connected(fn)(X, K), jit(fn)(X, K))
+
+
+# a while loop has no reverse derivative, nor has custom_vmap
+@pytest.mark.parametrize("name", [n for n in DEEP if n not in ("while", "custom_vmap")])
+def test_gradients_flow_through_the_matrices_and_keep_custom_rules(name):
+    fn, _ = DEEP[name]
+
+    def gradient(fn):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(fn(x, k))), (0, 1))
+
+    want = jit(gradient(fn))(X, K)
+    assert fc.find_convs(gradient(fn), *SHAPES)
+    for got_fn in (gradient(fc.fully_connected(fn)), fc.fully_connected(gradient(fn))):
+        assert not fc.find_convs(got_fn, *SHAPES)
+        for got, expected in zip(jit(got_fn)(X, K), want, strict=True):
+            close(got, expected, 11)
+
+
+def test_forward_and_second_derivatives():
+    def fn(x):
+        return jnp.sum(jnp.tanh(conv(x, K)) ** 2)
+
+    tangent = jnp.cos(X)
+    for of in (
+        lambda f: jax.jvp(f, (X,), (tangent,))[1],
+        lambda f: jax.jvp(jax.grad(f), (X,), (tangent,))[1],
+    ):
+        close(jit(lambda of=of: of(fc.fully_connected(fn)))(), jit(lambda of=of: of(fn))())
+
+
+@pytest.mark.parametrize("name", [n for n in DEEP if n != "shard_map"])
+def test_vmap_on_either_side(name):
+    fn, _ = DEEP[name]
+    xs = jnp.stack([X, 2 * X])
+    want = jit(jax.vmap(fn, (0, None)))(xs, K)
+    for mapped in (jax.vmap(fc.fully_connected(fn), (0, None)), fc.fully_connected(jax.vmap(fn, (0, None)))):
+        assert not fc.find_convs(mapped, jax.ShapeDtypeStruct(xs.shape, xs.dtype), SHAPES[1])
+        close(jit(mapped)(xs, K), want, 11)
+
+
+# what a site tells -----------------------------------------------------------------------------
+
+
+def test_a_site_knows_its_spec_kernel_and_input():
+    first_options = {"strides": (2, 1), "padding": [(1, 0), (-1, 2)], "rhs_dilation": (1, 2)}
+
+    def network(x, k):
+        y = jnp.tanh(conv(x, k, **first_options))
+        return conv(y, K2, lhs_dilation=(2, 2), padding=[(0, 1), (1, 1)])
+
+    first, second = fc.find_convs(network, X, K)
+    assert first.spec == fc.conv_spec(X.shape, K.shape, (2, 1), [(1, 0), (-1, 2)], rhs_dilation=(1, 2))
+    np.testing.assert_array_equal(first.kernel, K)
+    np.testing.assert_array_equal(first.x, X)
+    np.testing.assert_array_equal(second.x, jnp.tanh(conv(X, K, **first_options)))
+    assert first.name.startswith("test_tracing.py:")
+    assert repr(first).splitlines()[1].startswith("0  test_tracing.py:")
+    shapes = fc.find_convs(network, SHAPES[0], K)
+    assert isinstance(shapes[0].x, jax.ShapeDtypeStruct)
+    assert isinstance(shapes[1].x, jax.ShapeDtypeStruct)
+    np.testing.assert_array_equal(shapes[1].kernel, K2)
+    assert [s.spec for s in shapes] == [first.spec, second.spec]
+
+
+def test_only_what_a_convolution_depends_on_is_computed():
+    ran = []
+
+    def noted(x, name):
+        jax.debug.callback(lambda _: ran.append(name), x[0, 0, 0, 0])
+        return jax.pure_callback(lambda v: (ran.append(name), v)[1], SHAPES[0], x)
+
+    def fn(x):
+        y = jax.jit(lambda x: (conv(noted(x, "before"), K), noted(x, "beside")))(x)[0]
+        return noted(y, "after")
+
+    (site,) = fc.find_convs(fn, X)
+    np.testing.assert_array_equal(site.x, X)
+    assert set(ran) == {"before"}
+
+
+def test_names_are_the_scopes_around_a_convolution():
+    @jax.jit
+    @jax.named_scope("inner")
+    def block(x):
+        return lax.scan(lambda c, _: (jax.named_scope("body")(conv)(c, K), None), x, None, length=2)[0]
+
+    (site,) = fc.find_convs(jax.named_scope("outer")(block), *SHAPES[:1])
+    assert site.name.split("/")[0] == "outer"
+    assert [part for part in site.name.split("/") if part in ("inner", "body")] == ["inner", "body"]
+
+
+def test_times_and_loop_invariant_kernels():
+    def twice_in_three(x):
+        body = lambda i, c: lax.fori_loop(0, 2, lambda j, c: conv(c, K), c)  # noqa: E731
+        return lax.fori_loop(0, 3, body, x)
+
+    (site,) = fc.find_convs(twice_in_three, X)
+    assert site.times == 6
+    np.testing.assert_array_equal(site.kernel, K)
+    assert isinstance(site.x, jax.ShapeDtypeStruct)
+    (site,) = fc.find_convs(_while, X, K)
+    assert site.times is None
+    np.testing.assert_array_equal(site.kernel, K)
+    (site,) = fc.find_convs(lambda x, ks: lax.scan(lambda c, k: (conv(c, k), None), x, ks)[0], X, K[None])
+    assert isinstance(site.kernel, jax.ShapeDtypeStruct)  # another one in each step
+
+
+def test_every_branch_is_looked_at():
+    branches = [lambda x: conv(x, K), lambda x: conv(x, K[::-1])]
+    sites = fc.find_convs(lambda i, x: lax.switch(i, branches, x), jnp.asarray(0), X)
+    for site, kernel in zip(sites, (K, K[::-1]), strict=True):
+        np.testing.assert_array_equal(site.kernel, kernel)
+        np.testing.assert_array_equal(site.x, X)
+
+
+def test_the_products_of_this_library_are_sites_too():
+    spec = fc.conv_spec(X.shape, K.shape, (1, 1), "SAME", padding_mode="circular")
+    sites = fc.find_convs(jax.grad(lambda x, k: jnp.sum(fc.apply(spec, k, x) ** 2), (0, 1)), X[0], K)
+    assert [s.product for s in sites] == ["M x", "M^T y", "X^T y"]
+    y = 2 * fc.apply(spec, K, X[0])
+    for site, (k, x, out) in zip(sites, [(K, X[0], None), (K, None, y), (None, X[0], y)], strict=True):
+        assert site.spec == spec
+        for got, want in ((site.kernel, k), (site.x, x), (site.y, out)):
+            assert (got is None) == (want is None)
+            if got is not None:
+                close(got, want)
+    lines = repr(sites).splitlines()
+    assert "48x48 ^T" in lines[2]
+    assert "48x48 (X)" in lines[3]
+    assert "circular (1,1) (1,1)" in lines[1]
+
+
+def test_the_table():
+    k, k2 = K.astype(jnp.float32), K2.astype(jnp.float32)
+
+    @jax.named_scope("first")
+    def layer(x):
+        return conv(x, k)
+
+    def network(x):
+        y = conv(layer(x), k[:, :1], (2, 1), feature_group_count=3)
+        y = conv(y, k2, padding="VALID", rhs_dilation=(1, 2))
+        return lax.while_loop(lambda c: False, lambda c: conv(c, k[:1, :1]), y[:, :1])
+
+    sites = fc.find_convs(network, X.astype(jnp.float32))
+    lines = repr(sites).splitlines()
+    assert lines[0].split() == ["layer", "geometry", "M", "stored", "density", "dense", "sparse", "times"]
+    assert lines[1].split() == [
+        "0", "first", "3x4x4", "->", "3x4x4,", "kernel", "3x3x3x3,", "pad", "(1,1)", "(1,1)", "48x48",
+        "900", "39.06%", "9.0", "KiB", "7.2", "KiB", "1",
+    ]  # fmt: skip
+    for text in ("stride 2x1", "pad (0,1) (1,1)", "3 groups"):
+        assert text in lines[2]
+    assert "dilation 1x2" in lines[3]
+    assert lines[4].endswith("  ?")
+    assert len({len(line) for line in lines[1:-1]}) == 1
+    dense, stored = sum(s.spec.nbytes().dense for s in sites), sum(s.spec.nse for s in sites)
+    assert lines[-1].split()[:4] == ["total", f"{stored:,}", f"{dense / 1024:.1f}", "KiB"]
+    assert repr(fc.find_convs(jnp.sin, X)) == "no convolutions"
+
+
+# gradients are convolutions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strides": (2, 1)}, {"rhs_dilation": (1, 2)}, {"padding": [(2, 0), (0, 1)]}]
+)
+def test_gradients_perform_the_transposed_convolution(options):
+    """JAX's own M^T, entry for entry, is that of transpose, and the third is the kernel gradient."""
+
+    def loss(x, k):
+        return jnp.sum(conv(x, k, **options) ** 2)
+
+    forward, *backward = fc.find_convs(jax.grad(loss, (0, 1)), X, K)
+    assert len(backward) == 2
+    assert forward.spec == fc.conv_spec(X.shape, K.shape, **{"window_strides": (1, 1), "padding": "SAME"} | {
+        "window_strides" if name == "strides" else name: value for name, value in options.items()
+    })  # fmt: skip
+    y_bar = 2 * conv(X, K, **options)
+    transposed = fc.as_matrix(*fc.transpose(forward.spec, forward.kernel))
+    np.testing.assert_array_equal(transposed, fc.as_matrix(forward.spec, forward.kernel).T)
+    (to_input,) = [s for s in backward if s.spec.shape == transposed.shape]
+    np.testing.assert_array_equal(fc.as_matrix(to_input.spec, to_input.kernel), transposed)
+    close(to_input.x, y_bar)
+    (to_kernel,) = [s for s in backward if s is not to_input]
+    np.testing.assert_array_equal(to_kernel.x, X)
+    close(to_kernel.kernel, y_bar)
+    assert all("transpose" in s.name for s in backward)
+    want = sum(fc.kernel_vjp(forward.spec, x, y) for x, y in zip(X, y_bar, strict=True))
+    close(jax.grad(loss, 1)(X, K), want)
+
+
+# a trained network ------------------------------------------------------------------------------
+
+
+def _real_layers():
+    folder = os.environ.get("JAXCONV_FC_CASES")
+    for path in sorted(pathlib.Path(folder).glob("realnet_*.json")) if folder else []:
+        arrays = np.load(path.with_suffix(".npz"))
+        for case in json.loads(path.read_text())["cases"]:
+            assert case["kind"] == "conv"
+            yield case, {name: jnp.asarray(arrays[f"{case['id']}/{name}"]) for name in case["arrays"]}
+
+
+@pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder of cases")
+def test_a_trained_network_runs_fully_connected():
+    ran = {"as_matrix": 0, "as_bcsr": 0}
+    for case, arrays in _real_layers():
+        numbers = lax.ConvDimensionNumbers(*map(tuple, case["dimension_numbers"]))
+        x, w, y = (arrays[n] for n in "xwy")
+        bias = jnp.zeros((), y.dtype)
+        if case.get("has_bias"):
+            bias = jnp.expand_dims(arrays["b"], [i for i in range(y.ndim) if i != numbers.out_spec[1]])
+
+        def layer(x, w, b, case=case, numbers=numbers):
+            pads = [tuple(p) for p in case["padding"]]
+            y = lax.conv_general_dilated(
+                x, w, case["window_strides"], pads, case["lhs_dilation"], case["rhs_dilation"], numbers,
+                case["feature_group_count"], case["batch_group_count"],
+            )  # fmt: skip
+            return y + jnp.broadcast_to(b, y.shape)
+
+        (site,) = fc.find_convs(layer, x, w, bias)
+        builder = fc.as_matrix if site.spec.nbytes().dense <= 80_000_000 else fc.as_bcsr
+        got = jax.jit(fc.fully_connected(layer, builder=builder))(x, w, bias)
+        terms = int(np.prod([w.shape[i] for i in numbers.rhs_spec[1:]])) + 1
+        wide = (jnp.asarray(abs(v), jnp.float64) for v in (x, w, bias))
+        oracle.assert_within(got, oracle.wide(y), np.asarray(layer(*wide)), terms)
+        ran[builder.__name__] += 1
+    assert sum(ran.values()), "the folder holds no layer of a network"
+    print(f"layers run: {ran}")

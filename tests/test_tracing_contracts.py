@@ -1,0 +1,195 @@
+"""What tracing.py and affine.py take for granted about jaxprs, one assumption per test.
+
+Red here means that JAX has changed, not that the mathematics is wrong.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core.primitives import conv_general_dilated_p
+
+from jaxconv_fc.tracing import CALLS, bind, inner_jaxprs, opened, scan_counts
+
+V = jnp.arange(3.0)
+IMAGE = jnp.ones((1, 1, 4, 4))
+
+
+def equations(fn, *args):
+    return opened(jax.make_jaxpr(fn)(*args))[0].eqns
+
+
+def test_a_convolution_is_one_equation_with_its_geometry():
+    (eqn,) = equations(lambda x, k: lax.conv(x, k, (1, 1), "SAME"), IMAGE, jnp.ones((1, 1, 3, 3)))
+    assert eqn.primitive is conv_general_dilated_p
+    assert {
+        "window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision",
+        "feature_group_count", "batch_group_count", "preferred_element_type",
+    } <= set(eqn.params)  # fmt: skip
+    assert eqn.params["padding"] == ((1, 1), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (jax.jit(jnp.sin), "jit"),
+        (jax.checkpoint(jnp.sin), "remat2"),
+        (jax.nn.relu, "custom_jvp_call"),
+    ],
+)
+def test_calls_hold_one_jaxpr_on_their_own_operands(fn, name):
+    (eqn,) = equations(fn, V)
+    assert eqn.primitive.name in (name, "checkpoint", "pjit")
+    assert eqn.primitive.name in CALLS
+    (inner,) = inner_jaxprs(eqn)
+    assert len(opened(inner)[0].invars) == len(eqn.invars)
+    np.testing.assert_array_equal(bind(eqn, [V])[0], fn(V))
+
+
+def test_remat_has_its_options():
+    policy = jax.checkpoint_policies.dots_saveable
+    (eqn,) = equations(jax.checkpoint(jnp.sin, prevent_cse=False, policy=policy), V)
+    assert eqn.params["prevent_cse"] is False
+    assert eqn.params["policy"] is policy
+
+
+def test_one_equation_is_evaluated_alone():
+    """With other operands, a literal among them, with other parameters, in the context of its trace."""
+    scale, slope = equations(lambda x: lax.slice(x * 2.0, (1,), (3,)), V)
+    assert [type(v) is Literal for v in scale.invars] == [False, True]
+    assert scale.invars[1].val == 2
+    np.testing.assert_array_equal(bind(scale, [V, jnp.full((), 5.0)])[0], 5 * V)
+    np.testing.assert_array_equal(bind(slope, [V], slope.params | {"start_indices": (0,)})[0], V)
+    with jax.named_scope("then"):
+        (then,) = equations(jax.named_scope("inner")(jnp.negative), V)
+    (again,) = equations(lambda x: bind(then, [x])[0], V)
+    assert str(again.source_info.name_stack) == "inner"
+    lines = [[(f.file_name, f.line_num) for f in e.source_info.traceback.frames] for e in (then, again)]
+    assert lines[0] == lines[1]
+
+
+def test_constants_are_kept_beside_the_equations():
+    large = jnp.arange(100.0)
+    closed = jax.make_jaxpr(lambda x: x + large)(large)
+    inner, constants = opened(closed)
+    assert (len(inner.constvars), len(inner.invars), len(constants)) == (1, 1, 1)
+    assert constants[0] is large
+
+
+def test_results_that_nobody_reads_have_variables_too():
+    (eqn,) = equations(jax.jit(lambda x: lax.top_k(x, 1)[0]), V)
+    (inner,) = inner_jaxprs(eqn)
+    top = next(e for e in opened(inner)[0].eqns if e.primitive.name == "top_k")
+    assert len(top.outvars) == len(bind(top, [V])) >= 2
+
+
+def test_a_linear_solve_names_the_jaxpr_that_solves():
+    eqn = equations(lambda x: jax.scipy.sparse.linalg.cg(lambda v: 2 * v, x)[0], V)[-1]
+    while eqn.primitive.name in CALLS:
+        eqn = opened(inner_jaxprs(eqn)[0])[0].eqns[-1]
+    assert eqn.primitive.name == "custom_linear_solve"
+    assert eqn.params["jaxprs"].solve in inner_jaxprs(eqn)
+    assert hasattr(eqn.params["jaxprs"], "_fields")
+
+
+def test_custom_vjp_calls_bind_with_their_rule():
+    f = jax.custom_vjp(jnp.sin)
+    f.defvjp(lambda x: (jnp.sin(x), None), lambda _, g: (100 * g,))
+    (eqn,) = equations(f, V)
+    assert eqn.primitive.name == "custom_vjp_call"
+    assert eqn.params["num_consts"] == 0
+    np.testing.assert_array_equal(jax.vjp(lambda x: bind(eqn, [x])[0], V)[1](V)[0], 100 * V)
+
+
+def test_a_pullback_is_a_pytree_that_leaves_a_trace():
+    residuals = jax.jit(lambda x: jax.vjp(jnp.sin, x)[1])(V)
+    np.testing.assert_allclose(residuals(jnp.ones(3))[0], jnp.cos(V))
+
+
+def test_custom_vmap_calls_have_that_name():
+    f = jax.custom_batching.custom_vmap(jnp.sin)
+    f.def_vmap(lambda n, b, x: (jnp.sin(x), True))
+    assert equations(f, V)[0].primitive.name in CALLS
+
+
+def test_loops_and_branches():
+    xs = jnp.ones((4, 3))
+    (scan,) = equations(lambda c, w, xs: lax.scan(lambda c, x: (c * w + x, c.sum()), c, xs), V, V, xs)
+    (body,) = inner_jaxprs(scan)
+    assert (scan.primitive.name, scan.params["length"], scan.params["reverse"]) == ("scan", 4, False)
+    assert scan_counts(scan, body) == (1, 1)
+    loop = equations(lambda x: lax.while_loop(lambda s: s.sum() < 9, lambda s: s * V, x), V)[-1]
+    assert loop.primitive.name == "while"
+    assert {"cond_jaxpr", "body_jaxpr", "cond_nconsts", "body_nconsts"} <= set(loop.params)
+    cond = equations(lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), V)[-1]
+    assert cond.primitive.name == "cond"
+    assert len(inner_jaxprs(cond)) == 2
+
+
+def test_a_scan_takes_a_rewritten_jaxpr():
+    (eqn,) = equations(lambda x: lax.scan(lambda c, _: (c * 2, None), x, None, length=3)[0], V)
+    (body,) = inner_jaxprs(eqn)
+    tripled = jax.make_jaxpr(lambda c: c * 3)(opened(body)[0].invars[0].aval)
+    assert isinstance(tripled, ClosedJaxpr | Jaxpr)
+    (key,) = [k for k, v in eqn.params.items() if isinstance(v, ClosedJaxpr | Jaxpr)]
+    np.testing.assert_array_equal(bind(eqn, [V], eqn.params | {key: tripled})[0], 27 * V)
+
+
+def test_shard_map_parameters():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    eqn = equations(jax.shard_map(jnp.sin, mesh=mesh, in_specs=spec, out_specs=spec), V)[-1]
+    assert eqn.primitive.name == "shard_map"
+    assert {"mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma", "jaxpr"} <= set(eqn.params)
+
+
+def test_equations_know_where_they_come_from():
+    with jax.named_scope("layer"):
+        (eqn,) = equations(lambda x: x + x, V)
+    files = {os.path.basename(frame.file_name) for frame in eqn.source_info.traceback.frames}
+    assert "test_tracing_contracts.py" in files
+    (eqn,) = equations(jax.named_scope("layer")(lambda x: x + x), V)
+    assert str(eqn.source_info.name_stack) == "layer"
+
+
+def pooled(reduce, start):
+    return lax.reduce_window(IMAGE, start, reduce, (1, 1, 2, 2), (1, 1, 1, 1), "VALID")
+
+
+NAMES = {
+    "select_n": lambda: jnp.where(jnp.array([True, False, True]), V, V + 1),
+    "concatenate": lambda: jnp.concatenate([V, V]),
+    "gather": lambda: V[jnp.array([0, 1])],
+    "dynamic_slice": lambda: lax.dynamic_slice(V, (1,), (2,)),
+    "dynamic_update_slice": lambda: lax.dynamic_update_slice(V, V[:1], (1,)),
+    "broadcast_in_dim": lambda: jnp.broadcast_to(V, (2, 3)),
+    "rev": lambda: V[::-1],
+    "pad": lambda: lax.pad(V, jnp.zeros(()), [(1, 1, 0)]),
+    "split": lambda: lax.split(V, (1, 2)),
+    "reduce_sum": lambda: V.sum(),
+    "cumsum": lambda: jnp.cumsum(V),
+    "fft": lambda: jnp.fft.fft(V),
+    "scatter-add": lambda: V.at[jnp.array([0])].add(1.0),
+    "reduce_window_sum": lambda: pooled(lax.add, 0.0),
+    "reduce_window_max": lambda: pooled(lax.max, -jnp.inf),
+    "max": lambda: jnp.maximum(V, 1.0),
+    "clamp": lambda: lax.clamp(0.0, V, 1.0),
+    "reduce_max": lambda: V.max(),
+    "abs": lambda: abs(V),
+    "sign": lambda: jnp.sign(V),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_primitives_have_the_names_that_affine_reads(name):
+    def names(jaxpr):
+        for eqn in opened(jaxpr)[0].eqns:
+            yield eqn.primitive.name
+            for inner in inner_jaxprs(eqn):
+                yield from names(inner)
+
+    assert name in set(names(jax.make_jaxpr(NAMES[name])()))
