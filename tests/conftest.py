@@ -23,7 +23,7 @@ _LENIENT = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
     "print_blob": True,
 }
-hypothesis.settings.register_profile("default", max_examples=20, **_LENIENT)
+hypothesis.settings.register_profile("default", max_examples=12, **_LENIENT)
 hypothesis.settings.register_profile("long", max_examples=2000, **_LENIENT)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -43,10 +43,10 @@ def _forget_programs():
 
 
 @pytest.fixture(autouse=True)
-def _forget_programs_of_a_chunk(request):
+def _forget_programs_of_random_geometries(request):
     """Thousands at once are more mappings than Linux grants a process: LLVM ends in a segmentation fault."""
     yield
-    if "chunk" in request.fixturenames:
+    if {"chunk", "number"} & set(request.fixturenames):
         jax.clear_caches()
 
 

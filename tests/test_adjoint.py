@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 import jaxconv_fc as fc
 
 seeds = st.integers(0, 2**32 - 1)
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "40"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "20"))
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 PLAIN = Geometry((1, 2, 5, 6), (4, 2, 3, 2), (2, 1), [(1, 0), (-1, 2)], rhs_dilation=(1, 2))
@@ -228,10 +228,10 @@ def random_pair(rng):
             return first, second
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("chunk", range(CHUNKS // 2))  # enough in each that some can be composed
 def test_compose_is_the_product_of_the_matrices_or_refuses(chunk, run_seed):
     composed = 0
-    for i in range(chunk, COUNT // 2, CHUNKS):
+    for i in range(chunk, max(24, COUNT // 2), CHUNKS // 2):
         rng = np.random.default_rng([run_seed, i, 4])
         first, second = random_pair(rng)
         kernel1, kernel2 = integers(rng, first.rhs_shape), integers(rng, second.rhs_shape)

@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 # 1. the products agree -------------------------------------------------------------------------------
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "64"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "32"))
 CHUNKS = max(8, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 

@@ -16,7 +16,7 @@ from geometries import Geometry, integers, random_geometry
 import jaxconv_fc as fc
 from jaxconv_fc.batched import METHODS, fastest_method
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "10"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "6"))
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 CASES = {

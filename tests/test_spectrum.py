@@ -20,7 +20,7 @@ from jax.test_util import check_grads
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "6"))
+COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "4"))
 
 
 def conv(n, kernel, padding, mode="zeros", stride=1, **options):
