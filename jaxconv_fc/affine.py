@@ -21,7 +21,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxconv_fc.apply import apply
-from jaxconv_fc.columns import MOVES, Pick, carried
+from jaxconv_fc.columns import MOVES, Pick, carried, moved_by, window_axes
 from jaxconv_fc.spec import fits_in_memory
 from jaxconv_fc.tracing import (
     CALLS,
@@ -459,27 +459,12 @@ class _Walk:
 def _candidates(eqn: Any, v: Any, fill: float) -> Any:
     """The entries that every result of a maximum is taken from, on a new last axis."""
     if eqn.primitive.name.startswith("reduce_window"):
-        return _window_entries(eqn.params, v, jnp.asarray(fill, v.dtype))
+        axes = window_axes(eqn.params, v.shape)
+        taps = np.ndindex(*(axis.taps for axis in axes))
+        return jnp.stack([moved_by(axes, tap, v, 0, fill) for tap in taps], axis=-1)
     axes = eqn.params["axes"]
     kept = [i for i in range(v.ndim) if i not in axes]
     return jnp.transpose(v, (*kept, *axes)).reshape(*(v.shape[i] for i in kept), -1)
-
-
-def _window_entries(params: dict[str, Any], v: Any, fill: Any) -> Any:
-    size, step, dilation = params["window_dimensions"], params["window_strides"], params["window_dilation"]
-    pads = [
-        (lo, hi, base - 1) for (lo, hi), base in zip(params["padding"], params["base_dilation"], strict=True)
-    ]
-    v = lax.pad(v, fill, pads)
-    counts = [
-        (n - (k - 1) * r - 1) // s + 1 for n, k, s, r in zip(v.shape, size, step, dilation, strict=True)
-    ]
-    taps = []
-    for tap in np.ndindex(*size):
-        start = [p * r for p, r in zip(tap, dilation, strict=True)]
-        stop = [a + (m - 1) * s + 1 for a, m, s in zip(start, counts, step, strict=True)]
-        taps.append(lax.slice(v, start, stop, step))
-    return jnp.stack(taps, axis=-1)
 
 
 # -- operands ----------------------------------------------------------------------------------

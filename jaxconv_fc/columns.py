@@ -115,10 +115,8 @@ def carried(jaxpr: Any, arguments: Sequence[Any], finish: Sequence[Callable[[Any
     write(inner.constvars, constants)
     write(inner.invars, arguments)
     for step, eqn in enumerate(equations):
-        with eqn.ctx.manager:
-            write(
-                eqn.outvars, _equation(eqn, [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars])
-            )
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        write(eqn.outvars, _equation(eqn, values))
         for v in (*eqn.invars, *eqn.outvars):
             if not isinstance(v, Literal) and last.get(v, step) <= step:
                 env.pop(v, None)
@@ -324,13 +322,13 @@ def _convolved(
     weights = jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)  # (out, in, taps...)
     weights = jnp.moveaxis(weights.reshape(groups, -1, *weights.shape[1:]), (1, 2), (-2, -1))
     if transposed:
-        weights = jnp.swapaxes(weights, -1, -2)
-    shifts = [Shift.of(axis, transposed) for axis in axes]
+        axes = [axis.transpose() for axis in axes]  # whose taps run backwards
+        weights = jnp.flip(jnp.swapaxes(weights, -1, -2), range(1, 1 + dims))
 
     def product(columns: Any) -> Any:
-        return _sum_over_taps(shifts, weights, columns, precision)
+        return _sum_over_taps(axes, weights, columns, precision)
 
-    result = _by_chunks(product, stack, _chunk(shifts, weights, stack)) if chunked else product(stack)
+    result = _by_chunks(product, stack, _chunk(axes, weights, stack)) if chunked else product(stack)
     shape = spec.in_shape if transposed else spec.out_shape
     result = result.reshape(*(shape[i] for i in after[dims:]), *result.shape[2:])
     channels = len(after) - dims  # the example is behind them
@@ -341,36 +339,38 @@ def _convolved(
     return jnp.transpose(result, (channels, *(places[i] for i in range(len(after))), result.ndim - 1))
 
 
-def _sum_over_taps(shifts: Sequence[Shift], weights: Any, stack: Any, precision: Any) -> Any:
+def _sum_over_taps(axes: Sequence[Axis], weights: Any, stack: Any, precision: Any) -> Any:
     """``weights (groups, taps..., out, in)`` and ``stack (groups, in, examples, positions..., columns)``.
 
     The taps' copies of the positions are written out after the product or before it: where they are fewer.
     """
-    dims = len(shifts)
+    dims = len(axes)
     groups, *taps, outputs, inputs = weights.shape
     rest = stack.shape[2:]
-    if _after(shifts, weights):
+    if _after(axes, weights):
         flat = weights.reshape(groups, -1, inputs)
         value = jnp.matmul(flat, stack.reshape(groups, inputs, -1), precision=precision)
         value = value.reshape(groups, *taps, outputs, *rest)
-        return _total([_moved_by(shifts, tap, value[(slice(None), *tap)]) for tap in np.ndindex(*taps)])
+        parts = {tap: value[(slice(None), *tap)] for tap in np.ndindex(*taps)}
+        return _total([moved_by(axes, tap, part, part.ndim - 1 - dims) for tap, part in parts.items()])
     for i in reversed(range(dims)):
-        stack = jnp.stack([shifts[i](stack, p, i - dims - 1) for p in range(shifts[i].taps)], axis=1)
+        at = stack.ndim - 1 - dims + i
+        stack = jnp.stack([moved_by([axes[i]], (p,), stack, at) for p in range(axes[i].taps)], axis=1)
     flat = jnp.moveaxis(weights, -2, 1).reshape(groups, outputs, -1)
     value = jnp.matmul(flat, stack.reshape(groups, flat.shape[-1], -1), precision=precision)
     return value.reshape(groups, outputs, *stack.shape[dims + 2 :])
 
 
-def _after(shifts: Sequence[Shift], weights: Any) -> bool:
+def _after(axes: Sequence[Axis], weights: Any) -> bool:
     outputs, inputs = weights.shape[-2:]
-    before, behind = math.prod(s.size for s in shifts), math.prod(s.out_size for s in shifts)
+    before, behind = math.prod(a.size for a in axes), math.prod(a.out_size for a in axes)
     return outputs * before <= inputs * behind
 
 
-def _chunk(shifts: Sequence[Shift], weights: Any, stack: Any) -> int:
+def _chunk(axes: Sequence[Axis], weights: Any, stack: Any) -> int:
     """How many columns make a matrix product that stays in the cache."""
     groups, *taps, outputs, inputs = weights.shape
-    before, behind = math.prod(s.size for s in shifts), math.prod(s.out_size for s in shifts)
+    before, behind = math.prod(a.size for a in axes), math.prod(a.out_size for a in axes)
     one = groups * math.prod(taps) * min(outputs * before, inputs * behind) * stack.shape[2]
     return max(16, CHUNK_BYTES // (one * stack.dtype.itemsize) // 16 * 16)
 
@@ -395,59 +395,29 @@ def _total(values: Sequence[Any]) -> Any:
 
 def _window_sum(eqn: Any, operand: Any) -> list[Any]:
     """Pooling is a sum over taps, an axis at a time."""
-    p, value = eqn.params, operand.columns()
-    pads = p["padding"]
-    for i, (taps, stride, dilation, base) in enumerate(
-        zip(
-            p["window_dimensions"], p["window_strides"], p["window_dilation"], p["base_dilation"], strict=True
-        )
-    ):
-        shift = Shift.of(Axis(value.shape[i], taps, stride, pads[i][0], pads[i][1], base, dilation), False)
-        if shift != Shift(1, value.shape[i], value.shape[i]):
-            value = _total([shift(value, tap, i - value.ndim) for tap in range(taps)])
+    value = operand.columns()
+    for i, axis in enumerate(window_axes(eqn.params, value.shape[:-1])):
+        if axis != Axis(axis.size, 1):
+            value = _total([moved_by([axis], (tap,), value, i) for tap in range(axis.taps)])
     return [Columns(value)]
 
 
-@dataclass(frozen=True)
-class Shift:
-    """S_p of one axis: tap ``p`` puts input t to output o where ``o*stride == t*dilation + lo - p*step``."""
-
-    taps: int
-    size: int
-    out_size: int
-    stride: int = 1
-    dilation: int = 1
-    lo: int = 0
-    step: int = 1
-
-    @classmethod
-    def of(cls, axis: Axis, transposed: bool) -> Shift:
-        if transposed:
-            return cls(
-                axis.taps,
-                axis.out_size,
-                axis.size,
-                axis.lhs_dilation,
-                axis.stride,
-                -axis.lo,
-                -axis.rhs_dilation,
-            )
-        return cls(
-            axis.taps, axis.size, axis.out_size, axis.stride, axis.lhs_dilation, axis.lo, axis.rhs_dilation
-        )
-
-    def __call__(self, value: Any, tap: int, axis: int) -> Any:
-        """``S_tap`` on an axis of ``value``, counted from the end."""
-        return _moved_by([self], (tap,), value, axis + 1)
+def window_axes(params: dict[str, Any], shape: Sequence[int]) -> list[Axis]:
+    """The axes of a pooling, by the parameters of its equation."""
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    axes = zip(shape, *(params[name] for name in names), strict=True)
+    return [Axis(n, taps, s, lo, hi, l, r) for n, taps, s, (lo, hi), l, r in axes]
 
 
-def _moved_by(shifts: Sequence[Shift], tap: Sequence[int], value: Any, end: int = -1) -> Any:
-    """``S_p`` on the axes before ``end``: padding (negative too), then a slice."""
-    first = value.ndim + end - len(shifts)
+def moved_by(axes: Sequence[Axis], tap: Sequence[int], value: Any, first: int, fill: Any = 0) -> Any:
+    """``S_p`` on the axes of ``value`` from ``first`` on: what each output reads through this tap.
+
+    Padding (negative too) and a slice; ``fill`` where nothing is read.
+    """
     pads, stops, steps = [(0, 0, 0)] * value.ndim, list(value.shape), [1] * value.ndim
-    for axis, (shift, p) in enumerate(zip(shifts, tap, strict=True), start=first):
-        low, reach = shift.lo - p * shift.step, (shift.out_size - 1) * shift.stride + 1
-        pads[axis] = (low, reach - low - dilated(shift.size, shift.dilation), shift.dilation - 1)
-        stops[axis], steps[axis] = reach, shift.stride
-    value = lax.pad(value, jnp.zeros((), value.dtype), pads)
+    for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
+        low, reach = axis.lo - p * axis.rhs_dilation, (axis.out_size - 1) * axis.stride + 1
+        pads[i] = (low, reach - low - dilated(axis.size, axis.lhs_dilation), axis.lhs_dilation - 1)
+        stops[i], steps[i] = reach, axis.stride
+    value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
     return lax.slice(value, [0] * value.ndim, stops, steps)

@@ -35,7 +35,7 @@ class Nbytes(NamedTuple):
     def __str__(self) -> str:
         numbers = {name: f"{n:,} bytes" for name, n in self._asdict().items()}
         wide = max(map(len, numbers.values()))
-        sizes = {name: _readable(n) for name, n in self._asdict().items()}
+        sizes = {name: readable(n) for name, n in self._asdict().items()}
         return "\n".join(f"{name:5}  {text:>{wide}}  {sizes[name]:>8}" for name, text in numbers.items())
 
 
@@ -138,7 +138,7 @@ class ConvSpec:
         >>> import jaxconv_fc as fc
         >>> print(fc.conv_spec((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME").nbytes("float32"))
         dense  161,128,382,464 bytes   150 GiB
-        bcoo     1,354,432,512 bytes     1 GiB
+        bcoo     1,354,432,512 bytes  1.26 GiB
         bcsr       903,757,828 bytes   862 MiB
         """
         entry, index = np.dtype(dtype).itemsize, 4 if self.stored_reach <= np.iinfo(np.int32).max else 8
@@ -595,8 +595,8 @@ def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, i
     sizes = " x ".join(f"{n:,}" for n in shape)
     if nbytes > limit:
         raise ValueError(
-            f"{name}: {sizes} {jnp.dtype(dtype).name} = {_readable(nbytes)} dense; {spec.nse:,} stored "
-            f"entries: use {instead}, or raise the limit of {_readable(limit)} with "
+            f"{name}: {sizes} {jnp.dtype(dtype).name} = {readable(nbytes)} dense; {spec.nse:,} stored "
+            f"entries: use {instead}, or raise the limit of {readable(limit)} with "
             f"jaxconv_fc.memory_limit({nbytes})."
         )
     if entries > np.iinfo(np.int32).max:
@@ -608,8 +608,8 @@ def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str) -> None:
     limit = _memory_limit.get()
     if nbytes > limit:
         raise ValueError(
-            f"{name}: {spec.nse:,} stored entries need {_readable(nbytes)}, beyond the limit of "
-            f"{_readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
+            f"{name}: {spec.nse:,} stored entries need {readable(nbytes)}, beyond the limit of "
+            f"{readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
         )
 
 
@@ -630,10 +630,11 @@ def index_dtype(largest: int, spec: ConvSpec) -> Any:
     )
 
 
-def _readable(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
+    """``1.3 GiB``: three digits at least."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if nbytes >= unit:
-            return f"{nbytes / unit:,.0f} {name}"
+            return f"{nbytes / unit:,.0f} {name}" if nbytes >= 100 * unit else f"{nbytes / unit:.3g} {name}"
     return f"{nbytes} bytes"
 
 

@@ -29,7 +29,7 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.apply import product_p
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.spec import ConvSpec, conv_spec
+from jaxconv_fc.spec import ConvSpec, conv_spec, readable
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
 
@@ -88,8 +88,8 @@ class ConvSites(list[ConvSite]):
         if len(self) > 1:
             sizes = [_bytes_of(site) for site in self]
             stored = f"{sum(site.spec.nse for site in self):,}"
-            total = ("", "total", "", "", stored, "", *(_bytes(sum(s)) for s in zip(*sizes, strict=True)), "")
-            rows.append(total)
+            totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
+            rows.append(("", "total", "", "", stored, "", *totals, ""))
         columns = []
         for i, column in enumerate(zip(*rows, strict=True)):
             align = str.ljust if i in (1, 2) else str.rjust  # words to the left, numbers to the right
@@ -120,8 +120,8 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
     ...     with jax.named_scope("layer"):
     ...         return jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "VALID"))
     >>> print(fc.find_convs(jax.jit(layer), jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))))
-       layer  geometry                              M  stored  density      dense    sparse  times
-    0  layer  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216.0 KiB  46.1 KiB      1
+       layer  geometry                              M  stored  density    dense    sparse  times
+    0  layer  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216 KiB  46.1 KiB      1
     """
     traced = trace(fn, args, kwargs)
     sites = ConvSites()
@@ -243,7 +243,7 @@ def _abstract(variable: Any) -> jax.ShapeDtypeStruct:
 def _row(index: int, site: ConvSite) -> tuple[str, ...]:
     spec = site.spec
     density = spec.nse / max(1, spec.out_size * spec.in_size)
-    dense, sparse = map(_bytes, _bytes_of(site))
+    dense, sparse = map(readable, _bytes_of(site))
     shape = _by(spec.shape) + {"M x": "", "M^T y": " ^T", "X^T y": " (X)"}[site.product]
     times = "?" if site.times is None else f"{site.times:,}"
     stored = f"{spec.nse:,}"
@@ -277,13 +277,6 @@ def _bytes_of(site: ConvSite) -> tuple[int, int]:
     """Bytes of M dense, and as BCSR."""
     sizes = site.spec.nbytes(site.dtype)
     return sizes.dense, sizes.bcsr
-
-
-def _bytes(count: int) -> str:
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:.1f} {unit}"
-    return f"{count} B"
 
 
 # -- the same function, fully connected --------------------------------------------------------
@@ -532,9 +525,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def _is_array(leaf: Any) -> bool:
-    """float0, the tangent of an integer, is no array to trace."""
-    arrays = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-    return isinstance(leaf, arrays) and leaf.dtype != jax.dtypes.float0
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 class Environment:

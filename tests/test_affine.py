@@ -9,27 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from handwritten import close, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
 
-
-def normal(rng, *shape):
-    return jnp.asarray(rng.standard_normal(shape))
-
-
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
 K2, DENSE = normal(RNG, 4, 3, 2, 2), normal(RNG, 7, 36)
-
-
-def conv(x, kernel, strides=(1, 1), padding="SAME", **options):
-    return lax.conv_general_dilated(x, kernel, strides, padding, **options)
-
-
-def close(a, b, digits=12):
-    scale = max(1.0, float(jnp.max(jnp.abs(b), initial=0)))
-    np.testing.assert_allclose(a, b, rtol=0, atol=scale * 10.0**-digits)
 
 
 # matrices of whole functions --------------------------------------------------------------------
@@ -87,6 +74,19 @@ AFFINE = {
     "residual": lambda x: conv(conv(x, K) + x, K2) * 3 - 1,
     "strided chain": lambda x: conv(
         conv(conv(x, K, (2, 2)), K, padding=[(-1, 3), (2, 0)]), K2, rhs_dilation=(2, 1)
+    ),
+    "dilated chain": lambda x: conv(
+        conv(conv(x, K), K, (1, 2), [(1, 2), (2, -1)], rhs_dilation=(2, 1), lhs_dilation=(1, 2)), K
+    ),
+    "dilated pooling": lambda x: lax.reduce_window(
+        conv(x, K),
+        0.0,
+        lax.add,
+        (1, 1, 2, 3),
+        (1, 1, 2, 1),
+        [(0, 0), (0, 0), (1, 2), (0, 1)],
+        (1, 1, 2, 1),
+        (1, 1, 3, 2),
     ),
     "in the kernel": lambda x: conv(jnp.ones((2, 3, 9, 9)), x, padding="VALID"),
     "concatenate": lambda x: jnp.concatenate([x, jnp.ones((2, 1, 6, 6)), -x], 1)[:, ::2],

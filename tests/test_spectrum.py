@@ -96,7 +96,8 @@ def test_closed_forms_of_a_file():
         kernel = jnp.asarray(case["kernel"], float)
         values = np.asarray(spectrum.singular_values(spec, kernel))
         if case["singular_values"] is not None:
-            want = np.sort(case["singular_values"])[::-1][: len(values)]
+            batch = case["lhs_shape"][0] // case["batch_group_count"]  # the file lists those of every example
+            want = np.sort(case["singular_values"])[::-1][::batch]
             np.testing.assert_allclose(values, want, rtol=0, atol=1e-10, err_msg=case["name"])
             np.testing.assert_allclose(
                 spectrum.spectral_norm(spec, kernel), values[0], rtol=1e-9, err_msg=case["name"]
@@ -299,6 +300,24 @@ def test_least_squares(run_seed):
         want = np.linalg.lstsq(np.asarray(fc.as_matrix(spec, kernel)), y.ravel(), rcond=None)[0]
         got = np.ravel(spectrum.lstsq(spec, kernel, y))
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
+
+
+def test_least_squares_that_do_not_converge_are_no_numbers():
+    spec = fc.conv_spec((1, 1, 80), (1, 1, 11), (1,), "SAME")
+    blur = jnp.exp(-(jnp.arange(-5.0, 6) ** 2) / 4)[None, None]
+    y = jnp.asarray(np.random.default_rng(0).standard_normal(spec.out_shape))
+    assert jnp.isnan(spectrum.lstsq(spec, blur, y)).all()
+    assert jnp.isfinite(spectrum.lstsq(spec, blur, y, max_steps=20)).all()  # asked for
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_least_squares_in_single_precision(dtype):
+    spec, kernel = layer()
+    y = jnp.asarray(np.random.default_rng(2).standard_normal(spec.out_shape))
+    want = spectrum.lstsq(spec, kernel, y)
+    got = spectrum.lstsq(spec, kernel.astype(dtype), y.astype(dtype))
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * float(jnp.abs(want).max()))
 
 
 def test_bounds_on_an_image_beyond_the_dense_size():

@@ -104,7 +104,8 @@ def rank(spec: ConvSpec, kernel: Any, *, rtol: float | None = None) -> jax.Array
     7
     """
     values = singular_values(spec, kernel)
-    return jnp.sum(values > _cutoff(spec, values.max(initial=0), rtol))
+    cutoff = jnp.asarray(_relative(spec, values.dtype, rtol), values.dtype) * values.max(initial=0)
+    return jnp.sum(values > cutoff)
 
 
 def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -212,8 +213,7 @@ def pseudo_inverse(spec: ConvSpec, kernel: Any, y: Any, *, rtol: float | None = 
 @partial(jax.jit, static_argnums=3)
 def _pseudo_inverse(spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None) -> jax.Array:
     def invert(blocks: jax.Array, ys: jax.Array) -> jax.Array:
-        largest = lax.stop_gradient(jnp.linalg.svd(blocks, compute_uv=False)[..., 0])
-        return _matmul(_pinv(blocks, _cutoff(spec, largest.max(), rtol)), ys)
+        return _matmul(_pinv(_relative(spec, blocks.dtype, rtol), blocks), ys)
 
     return _through_blocks(spec, kernel, y, invert)
 
@@ -221,20 +221,20 @@ def _pseudo_inverse(spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float
 _matmul = partial(jnp.matmul, precision="highest")
 
 
-@jax.custom_jvp
-def _pinv(blocks: jax.Array, cutoff: jax.Array) -> jax.Array:
-    """Pseudo-inverses, singular values up to ``cutoff`` counted as 0: jnp.linalg.pinv has one per block."""
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _pinv(rtol: float, blocks: jax.Array) -> jax.Array:
+    """Pseudo-inverses; values up to ``rtol`` times the largest of all blocks (not of each) count as 0."""
     u, s, vh = jnp.linalg.svd(blocks, full_matrices=False)
-    keep = s > cutoff
+    keep = s > jnp.asarray(rtol, s.dtype) * s.max()
     inverse = jnp.where(keep, 1 / jnp.where(keep, s, jnp.ones((), s.dtype)), jnp.zeros((), s.dtype))
     return _matmul(_adjoint(vh) * inverse[..., None, :].astype(vh.dtype), _adjoint(u))
 
 
 @_pinv.defjvp
-def _pinv_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _pinv_jvp(rtol: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """Of constant rank (Golub, Pereyra 1973): that of the SVD has poles where singular values repeat."""
-    (blocks, cutoff), change = primals, tangents[0]
-    inverse = _pinv(blocks, cutoff)
+    (blocks,), (change,) = primals, tangents
+    inverse = _pinv(rtol, blocks)
     back = _adjoint(change)
     in_range = back - _matmul(back, _matmul(blocks, inverse))  # (I - A A^+) from the right
     in_kernel = back - _matmul(_matmul(inverse, blocks), back)
@@ -249,9 +249,9 @@ def _adjoint(blocks: jax.Array) -> jax.Array:
     return jnp.conj(jnp.swapaxes(blocks, -1, -2))
 
 
-def _cutoff(spec: ConvSpec, largest: jax.Array, rtol: float | None) -> jax.Array:
-    factor = max(spec.shape) * jnp.finfo(largest.dtype).eps if rtol is None else rtol
-    return jnp.asarray(factor, largest.dtype) * largest
+def _relative(spec: ConvSpec, dtype: Any, rtol: float | None) -> float:
+    """What part of the largest singular value counts as 0."""
+    return max(spec.shape) * float(jnp.finfo(dtype).eps) if rtol is None else float(rtol)
 
 
 # -- the blocks ----------------------------------------------------------------------------------

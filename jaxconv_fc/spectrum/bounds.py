@@ -20,8 +20,8 @@ from jaxconv_fc.spectrum.blocks import (
     block_shape,
     frequency_blocks,
 )
-from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group, widened
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm
+from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
+from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, root, widened
 
 _SQUARINGS = 7  # of the Gram iteration
 _DENSE = 512  # rows or columns of a group's M up to which M itself is squared
@@ -101,9 +101,7 @@ def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """``sqrt(||M||_1 ||M||_inf)``, rounded up."""
     terms = math.prod(a.taps * a.copies for a in spec.axes) * max(spec.rhs_shape) ** 2
     product = one_norm(spec, kernel) * inf_norm(spec, kernel)
-    positive = product > 0
-    root = jnp.sqrt(jnp.where(positive, product, jnp.ones_like(product)))
-    return jnp.where(positive, root * (1 + terms * float(jnp.finfo(kernel.dtype).eps)), jnp.zeros_like(root))
+    return root(product) * (1 + terms * float(jnp.finfo(kernel.dtype).eps))
 
 
 # -- matrices that contain M -----------------------------------------------------------------------
@@ -195,7 +193,4 @@ def _gram_bound(matrix: jax.Array, squarings: int) -> jax.Array:
 
 def _frobenius(matrix: jax.Array) -> jax.Array:
     """Frobenius norms over the last two axes, kept; derivative 0 at 0."""
-    square = (matrix * matrix.conj()).real.sum(-1, keepdims=True).sum(-2, keepdims=True)
-    positive = square > 0
-    root = jnp.sqrt(jnp.where(positive, square, jnp.ones_like(square)))
-    return jnp.where(positive, root, jnp.zeros_like(root))
+    return root((matrix * matrix.conj()).real.sum(-1, keepdims=True).sum(-2, keepdims=True))

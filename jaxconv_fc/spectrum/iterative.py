@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxconv_fc.operator import as_linear_operator, import_lineax
 from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spectrum.norms import widened
 
 
 def lstsq(
@@ -27,10 +28,12 @@ def lstsq(
       y: array of shape ``spec.out_shape`` and the kernel's dtype.
       rtol: stop once ``||M^H r||`` is at most ``rtol ||M|| ||r||``, or r small likewise; None for
         ``10 eps``.
-      max_steps: at most so many steps; None for ``10 * min(M.shape)``. Fewer give a regularised solution.
+      max_steps: at most so many steps, and whatever they give: fewer regularise the solution. None for
+        ``10 * min(M.shape)`` steps that have to converge.
 
     Returns:
-      Array of shape ``spec.in_shape``.
+      Array of shape ``spec.in_shape``; NaN where ``max_steps`` is None and these did not converge (a large
+      condition number, as of a blur).
 
     Raises:
       ImportError: lineax is missing (``pip install 'jaxconv_fc[spectrum]'``).
@@ -43,14 +46,20 @@ def lstsq(
     >>> print(fc.spectrum.lstsq(spec, jnp.array([[[.5, .5]]]), jnp.array([[3., 5.]])).round(4))
     [[3. 3. 5. 5.]]
     """
-    operator, y = as_linear_operator(spec, kernel), as_operand("y", y, spec.out_shape)
-    dtype = operator.in_structure().dtype
+    dtype = as_linear_operator(spec, kernel).in_structure().dtype
+    y = as_operand("y", y, spec.out_shape)
     if y.dtype != dtype:
         raise TypeError(f"kernel is {dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, dtype)
     lineax = import_lineax("lstsq")
+    operator = as_linear_operator(spec, widened(jnp.asarray(kernel)))
     rtol = 10 * float(jnp.finfo(dtype).eps) if rtol is None else rtol
     # Singular directions never enter the iterates, so no condition number may stop them.
     solver = lineax.LSMR(rtol=rtol, atol=rtol, max_steps=max_steps, conlim=float("inf"))
-    return lineax.linear_solve(operator, y, solver, throw=False).value
+    solution = lineax.linear_solve(operator, widened(y), solver, throw=False)
+    value = solution.value.astype(dtype)
+    if max_steps is not None:
+        return value
+    converged = solution.result == lineax.RESULTS.successful
+    return jnp.where(converged, value, jnp.full_like(value, jnp.nan))

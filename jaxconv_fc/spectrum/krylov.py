@@ -19,7 +19,7 @@ from jax import lax
 from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
+from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical, widened
 
 _BASIS = 24  # Krylov vectors before the first look at the residual, enough for a tolerance of 1e-4
 _LATER = 120  # and before each further one: convergence per step grows with the length of a run
@@ -435,12 +435,6 @@ def _split(v: jax.Array) -> jax.Array:
 
 def _join(v: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.complex(v[0], v[1]) if jnp.iscomplexobj(kernel) else v
-
-
-def widened(kernel: jax.Array) -> jax.Array:
-    """matfree computes in the default floating dtype; where that is wider it does no harm."""
-    default = jnp.result_type(float)
-    return kernel.astype(np.result_type(default, np.complex64) if jnp.iscomplexobj(kernel) else default)
 
 
 def _multiply(spec: ConvSpec, kernel: jax.Array, v: jax.Array) -> jax.Array:

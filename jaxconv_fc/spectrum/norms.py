@@ -55,7 +55,7 @@ def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kinds = [_entries(axis) for axis in spec.axes]
     taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
     value = _merge(by_group(spec, kernel), taps)
-    return scale * _root(_weigh(_power(value, 2), [k.count for k in kinds]))
+    return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
 
 
 def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -146,7 +146,7 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
         sums = _line_sums(spec, kernel, 1, rows)
     else:
         kernel, scale = _scaled(kernel)
-        sums = scale * _root(_line_sums(spec, kernel, 2, rows))
+        sums = scale * root(_line_sums(spec, kernel, 2, rows))
     for i, axis in enumerate(spec.axes):
         sums = jnp.take(sums, _lines(axis, rows).kind, axis=2 + i, mode="clip")
     sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
@@ -245,7 +245,7 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     unit = jnp.eye(value.shape[1], dtype=gram.dtype)
     for kind in kinds:
         unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
-    return _root(_weigh(_power(gram - unit[None], 2), [k.count for k in kinds]))
+    return root(_weigh(_power(gram - unit[None], 2), [k.count for k in kinds]))
 
 
 # -- kinds of entries, rows, columns and pairs of an axis, on the host ---------------------------
@@ -393,7 +393,7 @@ def _power(value: jax.Array, power: int) -> jax.Array:
     return (value * value.conj()).real
 
 
-def _root(value: jax.Array) -> jax.Array:
+def root(value: jax.Array) -> jax.Array:
     """The square root, with derivative 0 at 0."""
     positive = value > 0
     root = jnp.sqrt(jnp.where(positive, value, jnp.ones_like(value)))
@@ -423,6 +423,12 @@ def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         return kernel.astype(jnp.result_type(float))
     return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+
+
+def widened(array: jax.Array) -> jax.Array:
+    """In the default floating dtype, the only one that matfree and lineax's LSMR compute in."""
+    default = jnp.result_type(float)
+    return array.astype(np.result_type(default, np.complex64) if jnp.iscomplexobj(array) else default)
 
 
 def by_group(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
