@@ -67,7 +67,8 @@ def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     axes = block_axes(spec)
     frequencies, twice = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
     values = jnp.linalg.svd(frequency_blocks(spec, kernel, axes, frequencies), compute_uv=False)
-    return -jnp.sort(-jnp.concatenate([values, values[:, np.flatnonzero(twice)]], axis=1).ravel())
+    values = jnp.concatenate([values, values[:, np.flatnonzero(twice)]], axis=1).ravel()
+    return jnp.sort(values, descending=True, stable=False)
 
 
 def condition_number(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -343,13 +344,18 @@ def frequency_blocks(
 
 def _transfer(value: jax.Array, labels: list[int], operands: list[Any], result: list[int]) -> jax.Array:
     """The phases of all axes, multiplied, against the kernel; a real kernel keeps its products real."""
+    taps = set(labels) - set(result)
     joint = sorted({label for names in operands[1::2] for label in names})
     phases = jnp.einsum(*operands, joint)
-    # Phases first: the product then comes out with its frequencies in front, as it is wanted.
+    # Frequencies first, as they are wanted: in any other order einsum swaps the two and moves what comes out.
+    product = [label for label in (*joint, *labels) if label not in taps]
     contract = partial(jnp.einsum, precision="highest")
     if jnp.iscomplexobj(value):
-        return contract(phases, joint, value, labels, result)
-    return lax.complex(*(contract(part, joint, value, labels, result) for part in (phases.real, phases.imag)))
+        value = contract(phases, joint, value, labels, product)
+    else:
+        parts = (contract(part, joint, value, labels, product) for part in (phases.real, phases.imag))
+        value = lax.complex(*parts)
+    return jnp.transpose(value, [product.index(label) for label in result])
 
 
 def block_frequencies(axes: Sequence[BlockAxis], half: bool) -> tuple[list[np.ndarray], np.ndarray]:
