@@ -280,6 +280,17 @@ def test_where_the_iteration_stops_short_there_is_no_number():
     assert spectrum.singular_triplet(spec, kernel, max_restarts=1).residual > 1e-10
 
 
+def test_a_matrix_without_entries_is_exactly_zero():
+    """Every tap falls between the inputs, on an axis that could wrap around: no rounding may be left over."""
+    spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (3,), [(1, 1)], lhs_dilation=(3,))
+    assert spec.nse == 0 and spec.shape == (10, 10)
+    kernel, y = jnp.ones(spec.rhs_shape), jnp.ones(spec.out_shape)
+    assert not spectrum.singular_values(spec, kernel).any()
+    assert not spectrum.pseudo_inverse(spec, kernel, y).any()
+    assert spectrum.rank(spec, kernel) == 0
+    assert spectrum.log_abs_det(spec, kernel) == -jnp.inf
+
+
 def test_an_orthogonal_kernel_is_an_isometry():
     turn = np.linalg.qr(np.random.default_rng(3).standard_normal((4, 4)))[0]
     kernel = np.zeros((4, 4, 3, 3))

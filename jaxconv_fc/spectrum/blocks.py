@@ -300,8 +300,10 @@ class BlockAxis:
             column = lax.iota(jnp.int32, a.size)[None, :, None]
             return (valid[:, None] & (t[:, None] == column)).astype(dtype)[None]
         around = self.size * a.lhs_dilation
-        # The transfer function of one tap is the transform of a unit vector: exact for any length.
-        places = np.array([(self.shift - p * a.rhs_dilation) % around for p in range(a.taps)], np.int32)
+        # The transfer function of one tap is the transform of a unit vector: exact for any length. A tap
+        # that meets no input has none: its frequencies cancel in a block, but not to the last digit.
+        places = [(self.shift - p * a.rhs_dilation) % around for p in range(a.taps)]
+        places = np.where(a.tap_counts, places, -1).astype(np.int32)
         complex_dtype = np.result_type(dtype, np.complex64)
         f = lax.iota(jnp.int32, around)
         transfer = jnp.fft.fft((f[:, None] == places[None]).astype(complex_dtype), axis=0)
