@@ -283,7 +283,8 @@ def test_where_the_iteration_stops_short_there_is_no_number():
 def test_a_matrix_without_entries_is_exactly_zero():
     """Every tap falls between the inputs, on an axis that could wrap around: no rounding may be left over."""
     spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (3,), [(1, 1)], lhs_dilation=(3,))
-    assert spec.nse == 0 and spec.shape == (10, 10)
+    assert spec.nse == 0
+    assert spec.shape == (10, 10)
     kernel, y = jnp.ones(spec.rhs_shape), jnp.ones(spec.out_shape)
     assert not spectrum.singular_values(spec, kernel).any()
     assert not spectrum.pseudo_inverse(spec, kernel, y).any()
