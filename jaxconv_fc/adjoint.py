@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import entries, flat_index, matrix_rows
-from jaxconv_fc.spec import ConvSpec, as_operand, check_dense, conv_spec
+from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, conv_spec
 
 
 def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
@@ -56,7 +56,7 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
     >>> bool((fc.as_matrix(turned, kernel) == fc.as_matrix(spec, jnp.array([[[1, 2]]])).T).all())
     True
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if spec.padding_mode != "zeros":
         raise ValueError(
             f"transpose: M^T of padding_mode={spec.padding_mode!r} folds copies of the input back and is no "
@@ -111,7 +111,7 @@ def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
      [2 3]
      [3 4]]
     """
-    x = as_operand("x", x, spec.in_shape)
+    x = as_operand("x", x, spec, "in_shape")
     check_dense("kernel_matrix", spec, (spec.out_size, math.prod(spec.rhs_shape)), x.dtype, "kernel_vjp")
     return _kernel_matrix(spec, x)
 
@@ -175,7 +175,7 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
     >>> print(fc.matrix_vjp(spec, jnp.ones((3, 4))))
     [[[3. 3.]]]
     """
-    return _matrix_vjp(spec, as_operand("matrix_bar", matrix_bar, spec.shape))
+    return _matrix_vjp(spec, as_operand("matrix_bar", matrix_bar, spec, "shape"))
 
 
 @jax.jit
@@ -213,7 +213,7 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
     >>> print(fc.kernel_from_matrix(spec, fc.as_matrix(spec, jnp.array([[[1., 2.]]]))))
     [[[1. 2.]]]
     """
-    matrix = as_operand("matrix", matrix, spec.shape)
+    matrix = as_operand("matrix", matrix, spec, "shape")
     kernel = _matrix_vjp(spec, _inexact(matrix))
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         kernel = _solve_gram(axis, kernel, i)
@@ -258,7 +258,7 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     >>> float(fc.conv_distance(spec, jnp.zeros((3, 4)).at[0, 3].set(1.)))
     1.0
     """
-    matrix = _inexact(as_operand("matrix", matrix, spec.shape))
+    matrix = _inexact(as_operand("matrix", matrix, spec, "shape"))
     if not matrix.size:
         return jnp.zeros((), matrix.real.dtype)
     return _conv_distance(spec, matrix, kernel_from_matrix(spec, matrix))
@@ -324,8 +324,8 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
     [[[ 1 12 20]]]
     """
     (spec2, kernel2), (spec1, kernel1) = second, first
-    kernel1 = as_operand("first kernel", kernel1, spec1.rhs_shape)
-    kernel2 = as_operand("second kernel", kernel2, spec2.rhs_shape)
+    kernel1 = as_operand("first kernel", kernel1, spec1, "rhs_shape")
+    kernel2 = as_operand("second kernel", kernel2, spec2, "rhs_shape")
     spec1, spec2 = _plain(spec1, "first"), _plain(spec2, "second")
     order = _chained(spec2, spec1)
     pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
@@ -578,8 +578,11 @@ def _host_matrix(
         raise TypeError(
             "matrix must be concrete: its values decide the geometry. Call outside of jit and vmap."
         )
-    array = as_operand("matrix", matrix, (math.prod(out_shape), math.prod(in_shape)))
-    array = _inexact(array)
+    array, sizes = _inexact(as_array("matrix", matrix)), (math.prod(out_shape), math.prod(in_shape))
+    if array.shape != sizes:
+        raise ValueError(
+            f"matrix must have the shape {sizes}, the sizes of out_shape and in_shape, got {array.shape}."
+        )
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
 
 

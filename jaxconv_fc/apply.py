@@ -98,8 +98,8 @@ def kernel_product(spec: ConvSpec, x: Any, y: Any, precision: Any) -> jax.Array:
 
 def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple[jax.Array, jax.Array]:
     """Both operands as arrays of the spec's shapes and one dtype."""
-    a = as_operand(a_name, a, _role_shape(spec, a_name[0]))
-    b = as_operand(b_name, b, _role_shape(spec, b_name[0]))
+    a = as_operand(a_name, a, spec, _SHAPES[a_name[0]])
+    b = as_operand(b_name, b, spec, _SHAPES[b_name[0]])
     if a.dtype != b.dtype:
         raise TypeError(
             f"{a_name} is {a.dtype} and {b_name} {b.dtype}: cast one, e.g. {b_name}.astype({a_name}.dtype)."
@@ -119,6 +119,7 @@ def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple
 # `batches`, and a vmap puts one more entry in front.
 
 _OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
+_SHAPES = {"k": "rhs_shape", "x": "in_shape", "y": "out_shape"}
 
 product_p = Primitive("conv_product")
 
@@ -148,7 +149,7 @@ def _batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -
 
 
 def _role_shape(spec: ConvSpec, role: str) -> tuple[int, ...]:
-    return {"k": spec.rhs_shape, "x": spec.in_shape, "y": spec.out_shape}[role]
+    return getattr(spec, _SHAPES[role])
 
 
 def _cotangent(operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, **params: Any) -> jax.Array:

@@ -55,7 +55,7 @@ def batched_apply(
     <BLANKLINE>
      [[0. 0. 2.]]]
     """
-    kernel, stack = as_operand("kernel", kernel, spec.rhs_shape), as_array("xs", xs)
+    kernel, stack = as_operand("kernel", kernel, spec, "rhs_shape"), as_array("xs", xs)
     if stack.ndim == 0 or stack.shape[1:] != spec.in_shape:
         raise ValueError(
             f"xs must have shape (count, *{spec.in_shape}), a stack of examples, got {stack.shape}. Write "

@@ -46,7 +46,7 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
      [0 1 2 0]
      [0 0 1 2]]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_dense("as_matrix", spec, spec.shape, kernel.dtype, "as_bcsr or apply")
     return _matrix(spec, kernel)
 
@@ -86,7 +86,10 @@ def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
      [0 3 4 0]
      [0 0 3 4]]
     """
-    kernel, matrix = as_operand("kernel", kernel, spec.rhs_shape), as_operand("matrix", matrix, spec.shape)
+    kernel, matrix = (
+        as_operand("kernel", kernel, spec, "rhs_shape"),
+        as_operand("matrix", matrix, spec, "shape"),
+    )
     if kernel.dtype != matrix.dtype:
         raise TypeError(
             f"kernel is {kernel.dtype} and matrix {matrix.dtype}: cast it, kernel.astype(matrix.dtype)."
@@ -167,7 +170,7 @@ def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
     [[0 0 1 2]
      [1 2 0 0]]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     index, inside = _index("rows", rows, spec.out_size, spec)
     shape = (index.shape[0], spec.in_size)
     check_dense("matrix_rows", spec, shape, kernel.dtype, "fewer rows at a time")
@@ -207,7 +210,7 @@ def matrix_columns(spec: ConvSpec, kernel: Any, columns: Any) -> jax.Array:
      [1]
      [0]]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     index, inside = _index("columns", columns, spec.in_size, spec)
     shape = (index.shape[0], spec.out_size)
     check_dense("matrix_columns", spec, shape[::-1], kernel.dtype, "fewer columns at a time")

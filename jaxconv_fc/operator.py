@@ -39,7 +39,7 @@ def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
     >>> print(operator.mv(jnp.array([[1., 0., 0., 3.]])), operator.out_size(), operator.in_size())
     [[1. 0. 6.]] 3 4
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         raise TypeError(f"kernel is {kernel.dtype}, lineax takes floating dtypes: use .astype(float).")
     lineax = import_lineax("as_linear_operator")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -34,7 +34,8 @@ def format_matrix(spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max
     [0 0 0|a b 0|c d 0]
     [0 0 0|0 a b|0 c d]
     """
-    text = _names(spec) if kernel is None else _values(as_operand("kernel", kernel, spec.rhs_shape))
+    check_spec(spec)
+    text = _names(spec) if kernel is None else _values(as_operand("kernel", kernel, spec, "rhs_shape"))
     columns = _ends(spec.in_size, max_columns)
     lines = []
     for row in _ends(spec.out_size, max_rows):

@@ -32,7 +32,7 @@ from scipy.sparse import csr_array
 
 from jaxconv_fc.axis import Axis, Ints, Run
 from jaxconv_fc.dense import matrix_rows
-from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_stored, index_dtype
+from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype
 
 
 def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
@@ -60,7 +60,7 @@ def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
     >>> print(matrix.data, matrix.indices.tolist())
     [2 1 2 1 2] [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo, "row_blocks or apply")
     data, indices = _coo(spec, kernel)
     return BCOO((data, indices), shape=spec.shape, indices_sorted=True, unique_indices=True)
@@ -85,7 +85,7 @@ def as_bcsr(spec: ConvSpec, kernel: Any) -> BCSR:
     >>> print(matrix @ jnp.array([1, 10, 100]))
     [  2  21 210]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr, "row_blocks or apply")
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
@@ -134,7 +134,7 @@ def _fresh(size: int, dtype: Any) -> np.ndarray:
 def _host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
     if isinstance(kernel, Tracer):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
-    as_operand("kernel", kernel, spec.rhs_shape)
+    as_operand("kernel", kernel, spec, "rhs_shape")
     values = np.asarray(kernel)
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")
@@ -462,7 +462,7 @@ def diagonals(spec: ConvSpec, kernel: Any) -> dict[int, jax.Array]:
     0 [2 2 2 2]
     3 [0 1 1 1]
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     offsets = _offsets(spec)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
     check_stored("diagonals", spec, nbytes, "row_blocks or apply")
@@ -538,6 +538,7 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
     >>> block.in_shape, block.padding[0], in_slice[1], out_slice[1]
     ((3, 4, 8), (0, 0), slice(3, 7, None), slice(4, 6, None))
     """
+    check_spec(spec)
     start, stop = as_int("start", start), as_int("stop", stop)
     if not spec.axes:
         raise ValueError("row_block cuts the first spatial axis, and this spec has none: use all of M.")
@@ -706,7 +707,7 @@ def shard_bcoo(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = 
 
 
 def _on_mesh(spec: ConvSpec, kernel: Any, mesh: Any, axis_name: str | None) -> tuple[jax.Array, Mesh, str]:
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a Mesh, got {mesh!r}. Write jax.make_mesh((8,), ('rows',)).")
     axis_name = str(mesh.axis_names[0]) if axis_name is None else axis_name

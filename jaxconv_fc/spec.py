@@ -551,12 +551,21 @@ def as_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def as_operand(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
-    """``value`` as an array of exactly this shape."""
-    array = as_array(name, value)
-    if array.shape != shape:
+def check_spec(spec: Any) -> None:
+    if not isinstance(spec, ConvSpec):
+        raise TypeError(
+            f"spec must be a ConvSpec, got {type(spec).__name__}: make one with "
+            "conv_spec(lhs_shape, rhs_shape, window_strides, padding), and pass it first."
+        )
+
+
+def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
+    """``value`` as an array of exactly this shape of the spec."""
+    check_spec(spec)
+    array, expected = as_array(name, value), getattr(spec, shape)
+    if array.shape != expected:
         raise ValueError(
-            f"{name} must have the spec's shape {shape}, got {array.shape}. Use jax.vmap for a stack, or "
+            f"{name} must have the spec's shape {expected}, got {array.shape}. Use jax.vmap for a stack, or "
             "make a spec for this shape."
         )
     return array

@@ -38,7 +38,7 @@ def dot_test(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> fl
     >>> fc.testing.dot_test(spec, jnp.array([[[1., 2.]]])) < 1e-6
     True
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     x_key, y_key = jax.random.split(jax.random.key(0) if key is None else key)
     x, y = (_random(k, s, kernel.dtype) for k, s in ((x_key, spec.in_shape), (y_key, spec.out_shape)))
     forward = _wide(apply(spec, kernel, x, precision="highest"))
@@ -65,7 +65,7 @@ def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = Non
     >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), [(-1, 2)], feature_group_count=2)
     >>> fc.testing.assert_transpose(spec, jnp.arange(12.).reshape(4, 1, 3))
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     matrix = np.asarray(as_matrix(spec, kernel))
     y = _random(jax.random.key(0) if key is None else key, spec.out_shape, kernel.dtype)
     expected = _wide(matrix).T @ _wide(y).ravel()
@@ -109,10 +109,10 @@ def assert_matches_lax(spec: ConvSpec, kernel: Any, x: Any = None, *, key: jax.A
     >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), "SAME", feature_group_count=2)
     >>> fc.testing.assert_matches_lax(spec, jnp.arange(12.).reshape(4, 1, 3))
     """
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if x is None:
         x = _random(jax.random.key(0) if key is None else key, spec.in_shape, kernel.dtype)
-    x = as_operand("x", x, spec.in_shape)
+    x = as_operand("x", x, spec, "in_shape")
     expected = _wide(_lax(spec, kernel, x)).ravel()
     bound = 2 * _gamma(kernel.dtype, _terms(spec)) * _magnitude(spec, kernel, x).ravel()
     product = _wide(as_matrix(spec, kernel)) @ _wide(x).ravel()

@@ -4,6 +4,7 @@ TypeError for a wrong kind of thing, ValueError for a wrong value, before anythi
 message names the argument, the value received and the fix; the fragments below are parts of it.
 """
 
+import inspect
 from functools import partial
 
 import jax
@@ -314,3 +315,18 @@ def test_every_row_of_the_table_has_a_test():
     rows = {name.split(":")[0] for name, *_ in TABLE}
     rows |= {name.split("_")[1] for name in globals() if name.startswith("test_") and name[5].isdigit()}
     assert rows == {str(i) for i in range(1, 43)} - {"34"}
+
+
+def test_something_else_as_spec_is_named():
+    """In every public function that takes one: most often kernel and spec have changed places."""
+    names = set()
+    for module in (fc, fc.spectrum, fc.testing):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            parameters = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+            if name.startswith("_") or not parameters or parameters[0].name != "spec":
+                continue
+            names.add(name)
+            call = partial(function, KERNEL, PLAIN.spec(), *[1] * (len(parameters) - 2))
+            with pytest.raises(TypeError, match=r"spec must be a ConvSpec, got ndarray: make one"):
+                list(call()) if name == "row_blocks" else call()  # a generator checks when it begins
+    assert names > {"as_matrix", "apply", "transpose", "row_blocks", "spectral_norm", "dot_test"}

@@ -19,6 +19,7 @@ from jax.test_util import check_grads
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
+from jaxconv_fc.spectrum.blocks import block_axes
 
 COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "4"))
 
@@ -195,6 +196,32 @@ def test_spectral_norm_and_bounds(run_seed, number, record_property):
     if top and number % 3 == 0:
         k = min(len(values), 1 + number % 5)
         close(spectrum.top_singular_values(spec, kernel, k), values[:k])
+
+
+@pytest.mark.parametrize(
+    ("n", "taps", "stride", "padding", "options"),
+    [
+        ((6,), (3,), (1,), [(2, 0)], {}),
+        ((6,), (2,), (2,), [(1, 0)], {}),
+        ((6,), (3,), (3,), [(1, 0)], {"lhs_dilation": (2,)}),
+        ((4, 6), (3, 2), (1, 2), [(2, 0), (2, 0)], {"rhs_dilation": (1, 2)}),
+    ],
+)
+def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, options):
+    """Signs and phases of the frequencies, which singular values do not tell: complex, lopsided kernels."""
+    rng = np.random.default_rng(5)
+    shapes = (1, 2, *n), (2, 2, *taps)
+    spec = fc.conv_spec(*shapes, stride, padding, padding_mode="circular", **options)
+    assert all(axis.wraps for axis in block_axes(spec))
+    kernel, y = (
+        rng.standard_normal(s) + 1j * rng.standard_normal(s) for s in (spec.rhs_shape, spec.out_shape)
+    )
+    matrix = np.asarray(fc.as_matrix(spec, kernel))
+    want = np.linalg.pinv(matrix) @ y.ravel()
+    close = partial(np.testing.assert_allclose, desired=want, rtol=1e-9, atol=1e-9)
+    close(np.ravel(spectrum.pseudo_inverse(spec, kernel, y)))
+    if spec.out_size == spec.in_size:
+        close(np.ravel(spectrum.solve(spec, kernel, y)))
 
 
 # derivatives, transformations, errors ------------------------------------------------------------------

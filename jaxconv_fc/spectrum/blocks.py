@@ -429,8 +429,8 @@ def _from_blocks(axes: Sequence[BlockAxis], value: jax.Array) -> jax.Array:
 
 
 def _system(spec: ConvSpec, kernel: Any, y: Any) -> tuple[jax.Array, jax.Array]:
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
-    y = as_operand("y", y, spec.out_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    y = as_operand("y", y, spec, "out_shape")
     if kernel.dtype != y.dtype:
         raise TypeError(f"kernel is {kernel.dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
     kernel = as_inexact(spec, kernel)

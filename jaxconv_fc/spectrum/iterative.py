@@ -47,7 +47,7 @@ def lstsq(
     [[3. 3. 5. 5.]]
     """
     dtype = as_linear_operator(spec, kernel).in_structure().dtype
-    y = as_operand("y", y, spec.out_shape)
+    y = as_operand("y", y, spec, "out_shape")
     if y.dtype != dtype:
         raise TypeError(f"kernel is {dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
     if not min(spec.shape):

@@ -411,7 +411,7 @@ def _scaled(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _numbers(spec: ConvSpec, kernel: Any) -> jax.Array:
-    kernel = as_operand("kernel", kernel, spec.rhs_shape)
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
     return kernel
