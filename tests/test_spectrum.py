@@ -213,15 +213,31 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
     shapes = (1, 2, *n), (2, 2, *taps)
     spec = fc.conv_spec(*shapes, stride, padding, padding_mode="circular", **options)
     assert all(axis.wraps for axis in block_axes(spec))
-    kernel, y = (
-        rng.standard_normal(s) + 1j * rng.standard_normal(s) for s in (spec.rhs_shape, spec.out_shape)
-    )
-    matrix = np.asarray(fc.as_matrix(spec, kernel))
-    want = np.linalg.pinv(matrix) @ y.ravel()
-    close = partial(np.testing.assert_allclose, desired=want, rtol=1e-9, atol=1e-9)
-    close(np.ravel(spectrum.pseudo_inverse(spec, kernel, y)))
-    if spec.out_size == spec.in_size:
-        close(np.ravel(spectrum.solve(spec, kernel, y)))
+    kernel, y = (geometries.normals(rng, shape, complex) for shape in (spec.rhs_shape, spec.out_shape))
+    for k, v in ((kernel, y), (kernel.real, y.real)):
+        matrix = np.asarray(fc.as_matrix(spec, k))
+        want = np.linalg.pinv(matrix) @ v.ravel()
+        close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+        close(np.ravel(spectrum.pseudo_inverse(spec, k, v)), want)
+        if spec.out_size == spec.in_size:
+            close(np.ravel(spectrum.solve(spec, k, v)), want)
+            close(spectrum.log_abs_det(spec, k), np.linalg.slogdet(matrix)[1])
+
+
+def test_what_is_zero_up_to_rounding_counts_as_zero():
+    """Relative to the largest value of M, not of a block: one frequency of these may hold rounding only."""
+    rng = np.random.default_rng(6)
+    for mode in ("circular", "zeros"):
+        spec = fc.conv_spec((1, 3, 7), (3, 3, 3), (1,), "SAME", padding_mode=mode)
+        line = rng.standard_normal(3)
+        mix = rng.standard_normal((3, 1)) * rng.standard_normal(3)  # of rank 1
+        kernel = mix[..., None] * (line - line.mean())  # constants are mapped to 0
+        matrix = np.asarray(fc.as_matrix(spec, kernel))
+        assert spectrum.rank(spec, kernel) == np.linalg.matrix_rank(matrix) == 7 - (mode == "circular")
+        y = rng.standard_normal(spec.out_shape)
+        want = np.linalg.pinv(matrix, rcond=1e-13) @ y.ravel()
+        got = np.ravel(spectrum.pseudo_inverse(spec, kernel, y))
+        np.testing.assert_allclose(got, want, atol=1e-9 * np.abs(want).max())
 
 
 # derivatives, transformations, errors ------------------------------------------------------------------
