@@ -13,6 +13,10 @@ import jax
 import numpy as np
 import pytest
 
+# Thousands of small programs are compiled here to run once, and most of that would be the optimiser. What
+# the variable says already is left alone: XLA_FLAGS= tests programs as users run them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # No test may lean on an implicit conversion or an implicit broadcast of ranks.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

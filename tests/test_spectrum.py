@@ -278,6 +278,30 @@ def test_gradients_of_solutions():
         check_grads(partial(function, spec), (kernel, y), order=1, modes=["rev"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        spectrum.spectral_norm,
+        spectrum.frobenius_norm,
+        spectrum.orthogonality_residual,
+        spectrum.log_abs_det,
+        lambda s, k: spectrum.singular_values(s, k)[:3],
+        lambda s, k: spectrum.top_singular_values(s, k, 2),
+        lambda s, k: spectrum.spectral_norm_bounds(s, k)[1],
+    ],
+)
+def test_derivatives_along_complex_kernels(function):
+    spec, _ = layer("circular" if function is spectrum.log_abs_det else "zeros")
+    rng = np.random.default_rng(7)
+    kernel, change = (jnp.asarray(geometries.normals(rng, spec.rhs_shape, complex)) for _ in range(2))
+
+    def along(t):
+        return function(spec, kernel + t * change)
+
+    slope = jax.jvp(along, (0.0,), (1.0,))[1]
+    np.testing.assert_allclose(slope, (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-6, atol=1e-7)
+
+
 def test_a_second_derivative_of_the_spectral_norm_is_refused():
     spec, kernel = layer()
     with pytest.raises(NotImplementedError, match="first derivatives only"):
