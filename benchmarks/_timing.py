@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+PAUSE = 0.06  # seconds before each contestant
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -36,7 +38,8 @@ def interleaved(
 
     A call that takes less than `least_seconds` is repeated until the clock has that much to measure.
     Results are waited for, and dropped before the next call, so that nothing is timed with another's
-    memory still held.
+    memory still held; and each contestant finds the cores idle: the threads of a BLAS or of XLA keep
+    spinning for a while after their last call.
     """
     repeats = {}
     for name, contestant in contestants.items():
@@ -47,6 +50,7 @@ def interleaved(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(PAUSE)
             seconds[name].append(_seconds(contestants[name], repeats[name]))
     return Timings(seconds)
 

@@ -8,18 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.blocks import (
-    BlockAxis,
-    block_axes,
-    block_frequencies,
-    block_shape,
-    frequency_blocks,
-)
+from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, block_frequencies, over_blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, root, widened
 
@@ -27,7 +20,6 @@ _SQUARINGS = 7  # of the Gram iteration
 _DENSE = 512  # rows or columns of a group's M up to which M itself is squared
 _LENGTHS = 3  # how many circumferences are tried
 _GRID = 32  # frequencies per degree of the transfer function, enough where the axis is longer than that
-_CHUNK = 2**21  # block entries that are squared at one time
 
 
 def spectral_norm_bounds(spec: ConvSpec, kernel: Any) -> tuple[jax.Array, jax.Array]:
@@ -152,21 +144,14 @@ def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
 def _largest_block(spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis]) -> jax.Array:
     """An upper bound of the norms of all blocks."""
     frequencies, _ = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
-    frequencies = np.stack([np.asarray(f, np.int32) for f in frequencies] or [np.zeros(1, np.int32)], axis=1)
-    count = len(frequencies)
-    chunk = max(1, min(count, _CHUNK // (spec.groups * math.prod(block_shape(spec, axes)))))
-    chunks = -(-count // chunk)
-    # The last chunk is filled up with frequencies that have been met.
-    chosen = np.resize(frequencies, (chunks, chunk, frequencies.shape[1]))
 
     @jax.checkpoint
-    def bound(chosen: jax.Array) -> jax.Array:
-        blocks = frequency_blocks(spec, kernel, axes, list(chosen.T))
+    def bound(blocks: jax.Array) -> jax.Array:
         if blocks.shape[-1] > blocks.shape[-2]:
             blocks = jnp.swapaxes(blocks, -1, -2)
-        return jnp.max(_gram_bound(blocks, _SQUARINGS))
+        return _gram_bound(blocks, _SQUARINGS)
 
-    bounds = lax.map(bound, chosen) if chunks > 1 else bound(jnp.asarray(chosen[0]))
+    bounds = over_blocks(bound, spec, kernel, axes, frequencies)
     unit, terms = float(jnp.finfo(kernel.dtype).eps), math.prod(a.taps for a in spec.axes)
     magnitude = jnp.abs(by_group(spec, kernel)).sum(range(3, 3 + len(spec.axes)))
     slack = (terms + 64) * unit * _frobenius(magnitude)[..., 0, 0]  # of the entries of the blocks
