@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from jaxconv_fc.apply import apply
-from jaxconv_fc.columns import MOVES, Pick, carried, moved_by, window_axes
+from jaxconv_fc.apply import stacked_product
+from jaxconv_fc.columns import MOVES, Pick, carried, compiled, moved_by, window_axes
 from jaxconv_fc.spec import fits_in_memory
 from jaxconv_fc.tracing import (
     CALLS,
@@ -99,19 +99,24 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     [5. 5. 5. 5.]
     """
     with jax.default_matmul_precision("highest"):
-        jaxpr, x, out = _single(fn, x, "matrix_of")
-        linear = _linearized(_Walk("matrix_of", x), jaxpr, x, None)
-        if not _is_narrow(linear, x, out):
-            matrix, offset = carried(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
-            return matrix, offset
-        (offset,) = carried(linear, [None], [None, jnp.ravel])[1:]
+        jaxpr, x = _single(fn, x, "matrix_of")
+        return compiled(_matrix_and_offset, _linearized(_Walk("matrix_of", x), jaxpr, x, None))
 
-        def tangent(x: Any) -> Any:
-            return carried(linear, [x], [lambda y: y, None])[0]
 
-        transposed = jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
-        (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
-        return matrix.T, offset
+def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
+    """Of the jaxpr from x to (tangent, offset)."""
+    x, out = linear.in_avals[0], linear.out_avals[0]
+    if not _is_narrow(linear, x, out):
+        matrix, offset = carried(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
+        return matrix, offset
+    (offset,) = carried(linear, [None], [None, jnp.ravel])[1:]
+
+    def tangent(x: Any) -> Any:
+        return carried(linear, [x], [lambda y: y, None])[0]
+
+    transposed = jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
+    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
+    return matrix.T, offset
 
 
 def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
@@ -145,21 +150,27 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
      [0. 2.]] [ 0. -1.] 0.5
     """
     with jax.default_matmul_precision("highest"):
-        jaxpr, shape, out = _single(fn, x, "local_affine")
+        jaxpr, shape = _single(fn, x, "local_affine")
         if isinstance(x, jax.ShapeDtypeStruct) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
                 f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
             )
         x = jnp.asarray(x)
         linear = _linearized(_Walk("local_affine", x, local=True), jaxpr, shape, x)
-        switches = len(linear.out_avals) // 2 - 1
-        finish = [_matrix(x, out), *[lambda z: z.norms()] * switches, *[lambda value: value] * (1 + switches)]
-        matrix, *norms = carried(linear, [_identity(shape)], finish)
-        norms, (value, *differences) = norms[:switches], norms[switches:]
-        product = jnp.matmul(matrix, x.ravel().astype(matrix.dtype))
-        radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
-        radius = jnp.min(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
-        return Local(matrix, value.ravel() - product, radius)
+        return Local(*compiled(_around, linear, x))
+
+
+def _around(linear: Any, point: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``(matrix, offset, radius)`` of the jaxpr from x to (tangents, values)."""
+    x, out = linear.in_avals[0], linear.out_avals[0]
+    switches = len(linear.out_avals) // 2 - 1
+    finish = [_matrix(x, out), *[lambda z: z.norms()] * switches, *[lambda value: value] * (1 + switches)]
+    matrix, *norms = carried(linear, [_identity(x)], finish)
+    norms, (value, *differences) = norms[:switches], norms[switches:]
+    product = jnp.matmul(matrix, point.ravel().astype(matrix.dtype))
+    radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
+    radius = jnp.min(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
+    return matrix, value.ravel() - product, radius
 
 
 def _nearest(values: Any, norms: Any) -> Any:
@@ -169,8 +180,8 @@ def _nearest(values: Any, norms: Any) -> Any:
     return jnp.min(jnp.where(moving, distance, jnp.asarray(jnp.inf, distance.dtype)), initial=jnp.inf)
 
 
-def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any, Any]:
-    """The jaxpr of a function of one array, and shape and dtype of argument and result."""
+def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
+    """The jaxpr of a function of one array, and shape and dtype of the argument."""
     if not (hasattr(x, "shape") and hasattr(x, "dtype")):
         raise TypeError(
             f"{name}: x must be one array, got {type(x).__name__}. Flatten a pytree with ravel_pytree."
@@ -190,7 +201,7 @@ def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any, Any]
             f"{name}: the matrix is {sizes[0]:,} x {sizes[1]:,} {out.dtype} = {nbytes:,} bytes dense. "
             f"Use find_convs and as_bcoo layer by layer, or jaxconv_fc.memory_limit({nbytes})."
         )
-    return jaxpr, x, out
+    return jaxpr, x
 
 
 def _is_narrow(linear: Any, x: Any, out: Any) -> bool:
@@ -477,14 +488,11 @@ def _known(compute: Callable[..., list[Any]], eqn: Any, values: Sequence[Any]) -
 
 
 def _convolve(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """A convolution of lax by :func:`apply`, which is right where lax is not."""
+    """A convolution of lax by our own product, which is right where lax is not."""
     spec, dtype = spec_of(eqn), eqn.outvars[0].aval.dtype
     x, kernel = (v.astype(dtype) for v in values)
-
-    def product(x: Any) -> Any:
-        return apply(spec, kernel, x, precision=eqn.params["precision"])
-
-    return [batched_output(spec, jax.vmap(product)(examples(spec, x)))]
+    stack = stacked_product(spec, kernel, examples(spec, x), eqn.params["precision"])
+    return [batched_output(spec, stack)]
 
 
 def _difference(eqn: Any, values: Sequence[Any]) -> Value:

@@ -91,6 +91,11 @@ def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = Non
     return _product("x", spec, *_operands(spec, "kernel", kernel, "y", y), precision=precision)
 
 
+def stacked_product(spec: ConvSpec, kernel: jax.Array, xs: jax.Array, precision: Any) -> jax.Array:
+    """``M x`` of every x of a stack: what ``vmap`` makes of :func:`apply`."""
+    return _product("y", spec, kernel, xs, precision=precision, batches=("xy",))
+
+
 def kernel_product(spec: ConvSpec, x: Any, y: Any, precision: Any) -> jax.Array:
     """``X(x)^T y``, the third product; public as :func:`kernel_vjp`."""
     return _product("k", spec, *_operands(spec, "x", x, "y_bar", y), precision=precision)

@@ -18,7 +18,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
@@ -166,6 +166,75 @@ def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
     arrays = [v.columns() if _is_linear(v) else v for v in values]
     axes = [-1 if _is_linear(v) else None for v in values]
     return list(map(Columns, jax.vmap(lambda *a: bind(eqn, a), axes, -1)(*arrays)))
+
+
+# -- programs ----------------------------------------------------------------------------------
+
+
+def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
+    """``of(jaxpr, *arrays)`` as one compiled program, which jaxprs that differ in their constants share.
+
+    So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
+    others (a parameter is not hashable, or a function) is gone through equation by equation.
+    """
+    try:
+        program = _Program(jaxpr.jaxpr, _comparable(jaxpr.jaxpr))
+    except _Incomparable:
+        return of(jaxpr, *arrays)
+    return _run(of, program, jaxpr.consts, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(of: Callable[..., Any], program: _Program, constants: Sequence[Any], *arrays: Any) -> Any:
+    return of(ClosedJaxpr(program.jaxpr, constants), *arrays)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A jaxpr without its constants, equal to every other that computes the same from them."""
+
+    jaxpr: Jaxpr = field(compare=False)
+    text: Any
+
+
+class _Incomparable(Exception):
+    """A parameter of an equation that says too little by its value."""
+
+
+def _comparable(jaxpr: Jaxpr) -> Any:
+    """All that a jaxpr computes with, variables by number, as something hashable."""
+    numbers: dict[Any, int] = {}
+
+    def named(v: Any) -> Any:
+        if isinstance(v, Literal):
+            return v.aval, np.asarray(v.val).tobytes()
+        return numbers.setdefault(v, len(numbers)), v.aval
+
+    inputs = [named(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
+    equations = []
+    for eqn in jaxpr.eqns:
+        params = tuple((name, _value(value)) for name, value in sorted(eqn.params.items()))
+        equations.append(
+            (eqn.primitive, params, tuple(map(named, eqn.invars)), tuple(map(named, eqn.outvars)))
+        )
+    return len(jaxpr.constvars), tuple(inputs), tuple(equations), tuple(map(named, jaxpr.outvars))
+
+
+def _value(value: Any) -> Any:
+    """A parameter of an equation."""
+    if isinstance(value, ClosedJaxpr) and not value.consts:
+        value = value.jaxpr
+    if isinstance(value, Jaxpr):
+        return _comparable(value)
+    if isinstance(value, tuple | list):
+        return tuple(map(_value, value))
+    if callable(value) and not isinstance(value, type):
+        raise _Incomparable
+    try:
+        hash(value)
+    except TypeError as error:
+        raise _Incomparable from error
+    return type(value), value
 
 
 # -- picks -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from handwritten import close, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
+from jaxconv_fc import columns
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
@@ -123,6 +124,45 @@ def test_matrix_of_outside_of_jit(name):
     want = jax.jit(lambda: fc.matrix_of(AFFINE[name], X))()
     for got, expected in zip(fc.matrix_of(AFFINE[name], X), want, strict=True):
         close(got, expected)
+
+
+# Functions outside of jit share one program where they differ in their constants, and in nothing else.
+ALIKE = {
+    "weights": lambda x, i: conv(x, [K, 2 * K][i]) + [1.0, K[0, 0, 0, 0]][i],
+    "scalars": lambda x, i: conv(x, K) * [2.0, 3.0][i],
+    "signs": lambda x, i: x[:, :, :, ::-1][:, :, ::-1] if i else x[:, :, ::-1],
+    "strides": lambda x, i: conv(conv(x, K), K, padding=[(1, 1), [(2, 0), (0, 2)][i]]),
+    "order": lambda x, i: conv(x, K) - K[0, 0, 0, 0] if i else K[0, 0, 0, 0] - conv(x, K),
+    "loops": lambda x, i: lax.fori_loop(0, 1 + i, lambda _, y: conv(y, K), x),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_compiled_for_one_function_is_not_taken_for_another(name):
+    for _ in range(2):
+        for i in range(2):
+            fn = partial(ALIKE[name], i=i)
+            matrix, offset = fc.matrix_of(fn, X)
+            close(matrix @ X.ravel() + offset, fn(X).ravel())
+            local = fc.local_affine(lambda x, fn=fn: jax.nn.relu(fn(x)), X)
+            close(local.matrix @ X.ravel() + local.offset, jax.nn.relu(fn(X)).ravel())
+
+
+def test_functions_that_differ_in_their_weights_are_compiled_once():
+    kernels = [normal(np.random.default_rng(i), 3, 3, 3, 3) for i in range(3)]
+    before = None
+    for kernel in kernels:
+        fc.matrix_of(lambda x, kernel=kernel: conv(conv(x, kernel), kernel) + kernel.sum(), X)
+        before = before or columns._run._cache_size()
+    assert columns._run._cache_size() == before
+
+
+def test_equations_with_functions_among_their_parameters_are_not_compared():
+    jaxpr = jax.make_jaxpr(lambda x: (jax.debug.callback(print, x), x * 2)[1])(X)
+    with pytest.raises(columns._Incomparable):
+        columns._comparable(jaxpr.jaxpr)
+    twice = columns.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
+    assert twice == X.shape + X.shape
 
 
 def test_an_infinite_tap_fills_its_own_entries_only():
