@@ -34,6 +34,8 @@ from jaxconv_fc.axis import Axis, Ints, Run
 from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype
 
+_SMALL = 2**12  # entries of a table of one axis that a program may hold
+
 
 def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
     """M as a BCOO matrix: ``spec.nse`` entries ``M[row, column]``, sorted by row, then by column.
@@ -122,8 +124,8 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
 def _fresh(size: int, dtype: Any) -> np.ndarray:
     """Memory to be written, in ordinary pages where there is much of it.
 
-    ``np.empty`` asks Linux for huge pages, and where those must first be freed up, writing to them has
-    been seen to take ten times as long. Private pages are also half the price of shared ones.
+    ``np.empty`` asks Linux for huge pages. Where those must first be put together from pages that JAX has
+    just freed, writing to them has been seen to take several times as long, and ten times at worst.
     """
     nbytes = size * np.dtype(dtype).itemsize
     if nbytes < 2**28 or sys.platform != "linux":
@@ -183,20 +185,21 @@ def _offset(spec: ConvSpec, reads: Sequence[_Reads], i: Ints) -> Ints:
 
 
 def _reads(axis: Axis, dtype: Any) -> _Reads:
-    """The table of an axis, (outputs, taps), made inside the trace."""
-    o = lax.broadcasted_iota(dtype, (axis.out_size, 1), 0)
-    p = lax.broadcasted_iota(dtype, (1, axis.taps), 1)
+    """The table of an axis, (outputs, taps): a small one made by NumPy, any other inside the trace."""
+    xp: Any = np if axis.out_size * axis.taps <= _SMALL else jnp
+    o, p = xp.arange(axis.out_size, dtype=dtype)[:, None], xp.arange(axis.taps, dtype=dtype)[None]
     t, valid = axis.input_of(o, p)
     if axis.mode == "zeros":  # taps read in ascending order
-        rank, width = jnp.cumsum(valid, 1, dtype=dtype) - 1, jnp.sum(valid, 1, dtype=dtype, keepdims=True)
+        rank, width = xp.cumsum(valid, 1, dtype=dtype) - 1, xp.sum(valid, 1, dtype=dtype, keepdims=True)
     else:  # taps that read the same input have the same rank
-        t = jnp.where(valid, t, axis.size)
-        order = jnp.argsort(t, axis=1, stable=True)
-        sorted_t = jnp.take_along_axis(t, order, axis=1)
-        new = jnp.diff(sorted_t, axis=1, prepend=-1) > 0
-        rank = jnp.take_along_axis(jnp.cumsum(new, 1, dtype=dtype) - 1, jnp.argsort(order, axis=1), axis=1)
-        width = jnp.sum(new & (sorted_t < axis.size), 1, dtype=dtype, keepdims=True)
-    return _Reads(t, valid, rank, width, jnp.cumsum(width, 0, dtype=dtype) - width)
+        t = xp.where(valid, t, axis.size)
+        order = xp.argsort(t, axis=1, stable=True)
+        sorted_t = xp.take_along_axis(t, order, axis=1)
+        new = xp.diff(sorted_t, axis=1, prepend=-1) > 0
+        rank = xp.take_along_axis(xp.cumsum(new, 1, dtype=dtype) - 1, xp.argsort(order, axis=1), axis=1)
+        width = xp.sum(new & (sorted_t < axis.size), 1, dtype=dtype, keepdims=True)
+    start = xp.cumsum(width, 0, dtype=dtype) - width
+    return _Reads(*map(jnp.asarray, (t, valid, rank, width, start)))
 
 
 # -- in a trace: by scatter --------------------------------------------------------------------
@@ -238,11 +241,9 @@ def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _stored(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array], jax.Array]:
     """``(data, rows, columns)`` of all entries in order; rows on demand.
 
-    Where out channels come first in ``out_shape``, M is one part under another for each of them, which
-    differ only in kernel values and in the channel group read: a table of places then serves them all.
+    A table of places, those of one part, serves all parts.
     """
-    dtype, n = _index_dtype(spec), len(spec.axes)
-    parts = spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
+    dtype, n, parts = _index_dtype(spec), len(spec.axes), _parts(spec)
     dims = (*(a.out_size for a in spec.axes), spec.out_channels // parts, spec.group_channels, *_taps(spec))
     grid = [lax.broadcasted_iota(dtype, _only(dims, a), a) for a in range(len(dims))]
     tables = [_reads(axis, dtype) for axis in spec.axes]
@@ -363,24 +364,42 @@ def _host_data(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndarr
 
 def _host_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
     """``columns`` filled: what depends on the output plus what depends on the entry of the row."""
-    n, dtype = len(spec.axes), columns.dtype
+    n, dtype, parts = len(spec.axes), columns.dtype, _parts(spec)
     channels = np.arange(spec.group_channels, dtype=dtype)
     group = _group_column(spec, np.arange(spec.out_channels, dtype=dtype))
     for runs in _classes(spec):
         part = _part(spec, runs, columns)
+        part = part[:1] if parts > 1 else part
         widths = (*(run.width for run in runs), spec.group_channels)
         reads = [_spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
         inside = np.broadcast_to(spec.column(reads, _spread(channels, widths, n)), widths)
         moved = [np.arange(len(run.outputs), dtype=dtype) * run.advance for run in runs]
         moved = [_spread(v, part.shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
-        outside = spec.column(moved, 0) + _spread(group, part.shape, spec.out_order[-1])
+        outside = spec.column(moved, 0)
+        if parts == 1:
+            outside = outside + _spread(group, part.shape, spec.out_order[-1])
         np.add(outside, inside.transpose(_entry_order(spec)).reshape(-1), out=part)
+    if parts > 1:
+        stack = columns.reshape(parts, -1)
+        np.add(stack[0], group[1:, None], out=stack[1:])
     return columns
 
 
+def _parts(spec: ConvSpec) -> int:
+    """How many equal parts M is a stack of: the out channels, where they come first in ``out_shape``.
+
+    The parts differ only in kernel values and in the channel group read.
+    """
+    return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
+
+
 def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
-    """All products of classes of outputs; none where nothing is stored."""
-    return itertools.product(*(axis.runs for axis in spec.axes)) if spec.nse else iter(())
+    """All products of classes of outputs, the largest first; none where nothing is stored.
+
+    The largest go through the arrays page after page, and the others find the pages there.
+    """
+    ordered = [sorted(axis.runs, key=lambda run: -len(run.outputs)) for axis in spec.axes]
+    return itertools.product(*ordered) if spec.nse else iter(())
 
 
 def _entry_order(spec: ConvSpec) -> list[int]:
