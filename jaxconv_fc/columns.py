@@ -290,8 +290,12 @@ def _dense_layer(eqn: Any, values: Sequence[Any]) -> Columns:
     labels, free = _batch_free_contract(pick.numbered(), batch[0], contract[0])
     weights, _ = _batch_free_contract(pick.weighted(), batch[0], contract[0])
     known, other_free = _batch_free_contract(other, batch[1], contract[1])
-    dtype = out.dtype
-    array = _placed(labels, weights.astype(dtype), jnp.swapaxes(known, 1, 2).astype(dtype), size=pick.size)
+    rows = jnp.swapaxes(known, 1, 2).astype(out.dtype)
+    in_order = list(contract[0]) == sorted(contract[0]) and labels.shape == (1, 1, pick.size)
+    if pick.labels is None and pick.weights is None and in_order:  # x itself, whole: the layer is its matrix
+        array = rows[:, None]
+    else:
+        array = _placed(labels, weights.astype(out.dtype), rows, size=pick.size)
     array = (
         jnp.moveaxis(array, 3, 2) if i == 0 else jnp.transpose(array, (0, 3, 1, 2))
     )  # (batch, free, free, size)

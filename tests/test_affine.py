@@ -43,7 +43,7 @@ def _tripled(x):
 
 
 _tripled.defjvps(lambda t, out, x: 3 * t)
-LEFT, RIGHT = normal(RNG, 6, 2), normal(RNG, 4, 2, 6)
+LEFT, RIGHT, WHOLE = normal(RNG, 6, 2), normal(RNG, 4, 2, 6), normal(RNG, 5, 2, 3, 6, 6)
 CIRCULAR = fc.conv_spec((1, 3, 6, 6), K.shape, (1, 1), "SAME", padding_mode="circular")
 
 AFFINE = {
@@ -101,6 +101,9 @@ AFFINE = {
     "apply_transpose": lambda x: jax.vmap(partial(fc.apply_transpose, CIRCULAR, K))(x),
     "dense left": lambda x: jnp.einsum("bchw,hk->kbcw", x, LEFT),
     "dense right": lambda x: jnp.einsum("kbh,bchw->bkcw", RIGHT, x),
+    "dense whole": lambda x: WHOLE.reshape(5, -1) @ x.ravel(),
+    "dense whole, left": lambda x: lax.dot_general(x, WHOLE, (((0, 1, 2, 3), (1, 2, 3, 4)), ((), ()))),
+    "dense permuted": lambda x: lax.dot_general(x, WHOLE, (((3, 1, 0, 2), (3, 2, 1, 4)), ((), ()))),
     "conv then dense": lambda x: jnp.einsum("bchw,hk->kbcw", conv(x, K), LEFT),
     "cumsum": lambda x: jnp.cumsum(x, 2),
     "constant branch": lambda x: lax.cond(jnp.sum(jnp.ones(3)) > 2, lambda x: conv(x, K), jnp.sin, x),
@@ -132,6 +135,7 @@ ALIKE = {
     "scalars": lambda x, i: conv(x, K) * [2.0, 3.0][i],
     "signs": lambda x, i: x[:, :, :, ::-1][:, :, ::-1] if i else x[:, :, ::-1],
     "strides": lambda x, i: conv(conv(x, K), K, padding=[(1, 1), [(2, 0), (0, 2)][i]]),
+    "wiring": lambda x, i: (lambda a, b: conv((a, b)[i], K) - (b, a)[i])(conv(x, K), x * 2.0),
     "order": lambda x, i: conv(x, K) - K[0, 0, 0, 0] if i else K[0, 0, 0, 0] - conv(x, K),
     "loops": lambda x, i: lax.fori_loop(0, 1 + i, lambda _, y: conv(y, K), x),
 }
