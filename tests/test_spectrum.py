@@ -19,7 +19,7 @@ from jax.test_util import check_grads
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc.spectrum.blocks import block_axes
+from jaxconv_fc.spectrum import blocks
 
 COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "4"))
 
@@ -212,7 +212,7 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
     rng = np.random.default_rng(5)
     shapes = (1, 2, *n), (2, 2, *taps)
     spec = fc.conv_spec(*shapes, stride, padding, padding_mode="circular", **options)
-    assert all(axis.wraps for axis in block_axes(spec))
+    assert all(axis.wraps for axis in blocks.block_axes(spec))
     kernel, y = (geometries.normals(rng, shape, complex) for shape in (spec.rhs_shape, spec.out_shape))
     for k, v in ((kernel, y), (kernel.real, y.real)):
         matrix = np.asarray(fc.as_matrix(spec, k))
@@ -222,6 +222,44 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
         if spec.out_size == spec.in_size:
             close(np.ravel(spectrum.solve(spec, k, v)), want)
             close(spectrum.log_abs_det(spec, k), np.linalg.slogdet(matrix)[1])
+
+
+@pytest.mark.parametrize("most", [1, 2**7])
+def test_blocks_in_parts_are_the_blocks(most, monkeypatch):
+    """Many frequencies are gone through some at a time, and the last part is filled up."""
+    monkeypatch.setattr(blocks, "_HELD", most)
+    monkeypatch.setattr(blocks, "_SHORT", most // 3)
+    jax.clear_caches()
+    rng = np.random.default_rng(7)
+    for groups, dtype in ((1, float), (2, float), (1, complex)):
+        shapes = (1, 4, 5, 7), (4, 4 // groups, 3, 2)
+        spec = fc.conv_spec(
+            *shapes, (1, 1), "SAME", padding_mode="circular", feature_group_count=groups
+        )  # fmt: skip
+        kernel = jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype))
+        matrix = np.asarray(fc.as_matrix(spec, kernel))
+        values = svd(matrix)
+        np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-12)
+        want = np.linalg.slogdet(matrix)[1]
+        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-11)
+        lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+        assert lower <= values[0] * (1 + 1e-14)
+        assert values[0] * (1 - 1e-14) <= upper < values[0] * 1.05
+        slope = jax.grad(lambda k, s=spec: spectrum.log_abs_det(s, k))(kernel.real)
+        inverse = jnp.linalg.inv(fc.as_matrix(spec, kernel.real))
+        np.testing.assert_allclose(slope, fc.matrix_vjp(spec, inverse.T), rtol=1e-9, atol=1e-10)
+
+
+def test_values_come_in_descending_order_and_carry_their_derivatives():
+    values = jnp.array([0.0, 3.0, 1e-300, jnp.inf, 3.0, 2.0])
+    got, slopes = jax.jvp(blocks._descending, (values,), (jnp.arange(6.0),))
+    np.testing.assert_array_equal(got, [np.inf, 3, 3, 2, 1e-300, 0])
+    np.testing.assert_array_equal(slopes, [3, 1, 4, 5, 2, 0])
+    for dtype in (jnp.float32, jnp.float64):
+        got = blocks._descending(jnp.array([1, jnp.nan, 2], dtype))
+        np.testing.assert_array_equal(got, np.array([np.nan, 2, 1], dtype))
+    spec = fc.conv_spec((1, 2, 9), (2, 2, 3), (1,), "SAME", padding_mode="circular")
+    assert np.isnan(spectrum.singular_values(spec, jnp.full((2, 2, 3), jnp.nan))).all()
 
 
 def test_what_is_zero_up_to_rounding_counts_as_zero():
