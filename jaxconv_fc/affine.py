@@ -72,6 +72,8 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     ``precision="highest"`` unless ``fn`` asks for another.
 
     Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
+    Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that
+    differ from it in the arrays they close over alone.
 
     Args:
       fn: a function from one array to one array.

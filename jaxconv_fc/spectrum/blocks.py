@@ -381,9 +381,13 @@ def over_blocks(
     axes: Sequence[BlockAxis],
     frequencies: Sequence[np.ndarray],
 ) -> jax.Array:
-    """``of`` the blocks at these frequencies, ``[group, block, ...]``, of which some are held at one time."""
+    """``of`` the blocks at these frequencies, ``[group, block, ...]``, of which some are held at one time.
+
+    Derivatives make the blocks once more, so that they do not hold all of them either.
+    """
     most = _HELD // max(1, spec.groups * math.prod(block_shape(spec, axes)))
 
+    @jax.checkpoint
     def part(*chosen: jax.Array) -> jax.Array:
         return jnp.moveaxis(of(frequency_blocks(spec, kernel, axes, chosen)), 1, 0)
 

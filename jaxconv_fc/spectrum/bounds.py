@@ -145,7 +145,6 @@ def _largest_block(spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis])
     """An upper bound of the norms of all blocks."""
     frequencies, _ = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
 
-    @jax.checkpoint
     def bound(blocks: jax.Array) -> jax.Array:
         if blocks.shape[-1] > blocks.shape[-2]:
             blocks = jnp.swapaxes(blocks, -1, -2)
