@@ -34,7 +34,7 @@ from jaxconv_fc.axis import Axis, Ints, Run
 from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype
 
-_SMALL = 2**12  # entries of a table of one axis that a program may hold
+_SMALL = 2**9  # entries of a table of one axis that a program may hold
 
 
 def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
@@ -113,12 +113,22 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
     values = _host_kernel("as_scipy", spec, kernel)
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr, "row_blocks or apply")
     index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    with ThreadPoolExecutor(1) as other:  # two large arrays of fresh memory, one per core
-        columns = other.submit(_host_columns, spec, _fresh(spec.nse, index))
-        data = _host_data(spec, _out_first(spec, values), _fresh(spec.nse, values.dtype))
-    matrix = csr_array((data, columns.result(), _indptr(spec, index)), shape=spec.shape)
+    data, columns = _together(
+        spec.nse,
+        lambda: _host_data(spec, _out_first(spec, values), _fresh(spec.nse, values.dtype)),
+        lambda: _host_columns(spec, _fresh(spec.nse, index)),
+    )
+    matrix = csr_array((data, columns, _indptr(spec, index)), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would go through all entries to see it
     return matrix
+
+
+def _together(size: int, *jobs: Callable[[], np.ndarray]) -> list[np.ndarray]:
+    """Arrays of this size made on a core each; one after the other if a thread takes longer to start."""
+    if size < 2**18:
+        return [job() for job in jobs]
+    with ThreadPoolExecutor(len(jobs)) as threads:
+        return [made.result() for made in [threads.submit(job) for job in jobs]]
 
 
 def _fresh(size: int, dtype: Any) -> np.ndarray:

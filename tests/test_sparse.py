@@ -147,6 +147,27 @@ def test_scipy_matrix_is_canonical_and_writable(rng):
     np.testing.assert_array_equal(twice.toarray(), 2 * matrix.toarray())
 
 
+@pytest.mark.parametrize("layout", [None, ("NHWC", "HWIO", "NHWC")])
+def test_large_matrices_are_filled_on_two_cores(layout, rng):
+    shapes = ((1, 8, 64, 60), (8, 4, 3, 3)) if layout is None else ((1, 64, 60, 8), (3, 3, 4, 8))
+    spec = fc.conv_spec(*shapes, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=2)
+    kernel = jnp.asarray(rng.standard_normal(spec.rhs_shape))
+    csr, bcsr = fc.as_scipy(spec, kernel), fc.as_bcsr(spec, kernel)
+    assert csr.nnz == spec.nse > 2**20
+    for name in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(csr, name), getattr(bcsr, name))
+
+
+@pytest.mark.parametrize(("taps", "mode"), [(3, "zeros"), (3, "symmetric"), (70, "zeros"), (70, "circular")])
+def test_axes_with_small_and_with_large_tables(taps, mode, rng):
+    """Tables of an axis are made by NumPy or in the trace."""
+    spec = fc.conv_spec((1, 1, 90), (2, 1, taps), (1,), "SAME", padding_mode=mode)
+    assert (spec.axes[0].out_size * taps > 2**9) == (taps == 70)
+    kernel = rng.integers(-4, 5, spec.rhs_shape).astype(float)
+    np.testing.assert_array_equal(fc.as_bcsr(spec, kernel).todense(), oracle.matrix(kernel, spec))
+    np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
+
+
 def test_one_infinite_tap_stays_in_its_own_entries(rng):
     geometry = CASES["reflect"]
     kernel = np.ones(geometry.rhs_shape, np.float32)
