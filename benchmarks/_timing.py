@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-PAUSE = 0.06  # seconds before each contestant
+PAUSE = 0.1  # seconds before each contestant
 
 
 @dataclass(frozen=True)

@@ -228,11 +228,10 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
 def test_blocks_in_parts_are_the_blocks(most, monkeypatch):
     """Many frequencies are gone through some at a time, and the last part is filled up."""
     monkeypatch.setattr(blocks, "_HELD", most)
-    monkeypatch.setattr(blocks, "_SHORT", most // 3)
     jax.clear_caches()
     rng = np.random.default_rng(7)
     for groups, dtype in ((1, float), (2, float), (1, complex)):
-        shapes = (1, 4, 5, 7), (4, 4 // groups, 3, 2)
+        shapes = (1, 4, 5, 6), (4, 4 // groups, 3, 2)
         spec = fc.conv_spec(
             *shapes, (1, 1), "SAME", padding_mode="circular", feature_group_count=groups
         )  # fmt: skip
@@ -248,6 +247,37 @@ def test_blocks_in_parts_are_the_blocks(most, monkeypatch):
         slope = jax.grad(lambda k, s=spec: spectrum.log_abs_det(s, k))(kernel.real)
         inverse = jnp.linalg.inv(fc.as_matrix(spec, kernel.real))
         np.testing.assert_allclose(slope, fc.matrix_vjp(spec, inverse.T), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("n", "taps", "stride", "padding", "options", "block"),
+    [
+        ((6,), (3,), (1,), "SAME", {}, (1, 1)),
+        ((4, 6), (3, 3), (1, 1), "SAME", {}, (1, 1)),
+        ((5, 8), (2, 3), (1, 1), "SAME", {"rhs_dilation": (2, 1)}, (1, 1)),
+        ((6,), (3,), (3,), [(1, 0)], {"lhs_dilation": (3,)}, (1, 1)),
+        ((8,), (3,), (2,), "SAME", {}, (1, 2)),
+        ((4, 8), (3, 5), (1, 4), "SAME", {}, (1, 4)),
+        ((4,), (2,), (1,), [(1, 0)], {"lhs_dilation": (2,)}, (2, 1)),
+        ((12,), (4,), (3,), [(1, 0)], {"lhs_dilation": (2,)}, (2, 3)),
+    ],
+)
+def test_real_blocks_where_a_frequency_is_its_own_opposite(n, taps, stride, padding, options, block):
+    """They are real if they have one position; otherwise only up to the order of rows and columns."""
+    shapes = (1, 2, *n), (3, 2, *taps)
+    spec = fc.conv_spec(*shapes, stride, padding, padding_mode="circular", **options)
+    axes = blocks.block_axes(spec)
+    assert all(axis.wraps for axis in axes)
+    assert np.prod([axis.block for axis in axes], axis=0).tolist() == [*block]
+    alone, paired = blocks.self_opposite_frequencies(axes)
+    assert len(alone[0]) > 1
+    assert len(alone[0]) + 2 * len(paired[0]) == blocks.block_count(axes)
+    kernel = geometries.normals(np.random.default_rng(3), spec.rhs_shape, float)
+    want = svd(np.asarray(fc.as_matrix(spec, kernel)))
+    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), want, rtol=0, atol=1e-12)
+    lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+    assert lower * (1 - 1e-14) <= want[0] <= upper * (1 + 1e-14)
+    assert upper < want[0] * 1.05
 
 
 def test_values_come_in_descending_order_and_carry_their_derivatives():

@@ -25,7 +25,6 @@ from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
 
 _HELD = 2**19  # entries of blocks that are made at one time
-_SHORT = 2**13  # and of those that LAPACK is given at one time
 
 
 def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -67,22 +66,12 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
-    axes = block_axes(spec)
-    frequencies, twice = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
-    values = over_blocks(_block_values, spec, kernel, axes, frequencies)
-    return _descending(jnp.concatenate([values, values[:, np.flatnonzero(twice)]], axis=1).ravel())
+    return _descending(over_blocks(_block_values, spec, kernel, block_axes(spec)).ravel())
 
 
 def _block_values(blocks: jax.Array) -> jax.Array:
-    """Singular values of every block (the last two axes).
-
-    On CPU by short calls of LAPACK: the threads that share in one are then still awake for the next.
-    """
-    values = partial(jnp.linalg.svd, compute_uv=False)
-    if jax.default_backend() != "cpu":
-        return values(blocks)
-    flat = blocks.reshape(-1, *blocks.shape[-2:])
-    return in_parts(values, [flat], _SHORT // math.prod(flat.shape[-2:])).reshape(*blocks.shape[:-2], -1)
+    """Singular values of every block (the last two axes): of its transpose, in the order LAPACK reads."""
+    return jnp.linalg.svd(jnp.swapaxes(blocks, -1, -2), compute_uv=False)
 
 
 @jax.custom_jvp
@@ -174,10 +163,7 @@ def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not spec.in_size:
         return jnp.zeros((), kernel.real.dtype)
-    axes = block_axes(spec)
-    frequencies, twice = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
-    logs = over_blocks(lambda blocks: jnp.linalg.slogdet(blocks)[1], spec, kernel, axes, frequencies)
-    return logs.sum() + logs[:, np.flatnonzero(twice)].sum()
+    return over_blocks(lambda blocks: jnp.linalg.slogdet(blocks)[1], spec, kernel, block_axes(spec)).sum()
 
 
 def solve(spec: ConvSpec, kernel: Any, y: Any) -> jax.Array:
@@ -375,13 +361,32 @@ def frequency_blocks(
 
 
 def over_blocks(
+    of: Callable[[jax.Array], jax.Array], spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis]
+) -> jax.Array:
+    """``of`` every block, ``[group, block, ...]``, in no order of blocks: a function that neither the
+    order of rows or columns nor conjugation changes.
+
+    Of a real kernel the blocks at opposite frequencies are conjugate but for the order of rows and columns,
+    so one of the two is made; where a frequency is its own opposite, a block of one position is real.
+    """
+    if jnp.iscomplexobj(kernel):
+        return _over_frequencies(of, spec, kernel, axes, block_frequencies(axes))
+    alone, paired = self_opposite_frequencies(axes)
+    single = all(axis.block == (1, 1) for axis in axes if axis.wraps)
+    parts = [_over_frequencies(lambda b: of(b.real if single else b), spec, kernel, axes, alone)]
+    if paired and paired[0].size:
+        parts += 2 * [_over_frequencies(of, spec, kernel, axes, paired)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _over_frequencies(
     of: Callable[[jax.Array], jax.Array],
     spec: ConvSpec,
     kernel: jax.Array,
     axes: Sequence[BlockAxis],
     frequencies: Sequence[np.ndarray],
 ) -> jax.Array:
-    """``of`` the blocks at these frequencies, ``[group, block, ...]``, of which some are held at one time.
+    """:func:`over_blocks` for the blocks at these frequencies, in their order.
 
     Derivatives make the blocks once more, so that they do not hold all of them either.
     """
@@ -426,19 +431,20 @@ def _transfer(value: jax.Array, labels: list[int], operands: list[Any], result: 
     return jnp.transpose(value, [product.index(label) for label in result])
 
 
-def block_frequencies(axes: Sequence[BlockAxis], half: bool) -> tuple[list[np.ndarray], np.ndarray]:
-    """``(frequencies, twice)`` of the blocks: an array per axis, and of which blocks ``half`` leaves out the
-    opposite frequency, whose singular values are the same if the kernel is real."""
+def block_frequencies(axes: Sequence[BlockAxis]) -> list[np.ndarray]:
+    """The frequencies of all blocks, an array per axis."""
     counts = [a.frequencies for a in axes]
-    flat = np.arange(math.prod(counts))
-    frequency = np.unravel_index(flat, counts) if counts else ()
-    if not half:
-        return list(frequency), np.zeros(flat.size, bool)
-    opposite = np.zeros_like(flat)
-    for w, g in zip(frequency, counts, strict=True):
-        opposite = opposite * g + -w % g
-    kept = flat <= opposite
-    return [w[kept] for w in frequency], (flat < opposite)[kept]
+    return list(np.unravel_index(np.arange(math.prod(counts)), counts)) if counts else []
+
+
+def self_opposite_frequencies(axes: Sequence[BlockAxis]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The frequencies that equal their opposite, and of all others one of each two that are opposite."""
+    frequencies = block_frequencies(axes)
+    flat = opposite = np.arange(block_count(axes))
+    if axes:
+        counts = [a.frequencies for a in axes]
+        opposite = np.ravel_multi_index([-w % g for w, g in zip(frequencies, counts, strict=True)], counts)
+    return [w[flat == opposite] for w in frequencies], [w[flat < opposite] for w in frequencies]
 
 
 def block_shape(spec: ConvSpec, axes: Sequence[BlockAxis]) -> tuple[int, int]:
@@ -457,7 +463,7 @@ def _through_blocks(spec: ConvSpec, kernel: jax.Array, y: jax.Array, invert: Any
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, y.dtype)
     axes = block_axes(spec)
-    blocks = frequency_blocks(spec, kernel, axes, block_frequencies(axes, half=False)[0])
+    blocks = frequency_blocks(spec, kernel, axes, block_frequencies(axes))
     y = jnp.transpose(y, spec.out_order)
     y = _to_blocks(axes, y.reshape(*y.shape[:-1], spec.groups, -1))
     x = invert(blocks, y.astype(blocks.dtype)[..., None])[..., 0]

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, block_frequencies, over_blocks
+from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, over_blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, root, widened
 
@@ -143,14 +143,13 @@ def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
 
 def _largest_block(spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis]) -> jax.Array:
     """An upper bound of the norms of all blocks."""
-    frequencies, _ = block_frequencies(axes, half=not jnp.iscomplexobj(kernel))
 
     def bound(blocks: jax.Array) -> jax.Array:
         if blocks.shape[-1] > blocks.shape[-2]:
             blocks = jnp.swapaxes(blocks, -1, -2)
         return _gram_bound(blocks, _SQUARINGS)
 
-    bounds = over_blocks(bound, spec, kernel, axes, frequencies)
+    bounds = over_blocks(bound, spec, kernel, axes)
     unit, terms = float(jnp.finfo(kernel.dtype).eps), math.prod(a.taps for a in spec.axes)
     magnitude = jnp.abs(by_group(spec, kernel)).sum(range(3, 3 + len(spec.axes)))
     slack = (terms + 64) * unit * _frobenius(magnitude)[..., 0, 0]  # of the entries of the blocks
