@@ -84,6 +84,19 @@ def test_closed_forms_of_the_largest_value_and_the_determinant():
     np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 4), [4, 3, 3, 1], atol=1e-9)
 
 
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, None])
+def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(tolerance):
+    """The two largest values are 3e-4 apart: eight restarts to 1e-10."""
+    spec, kernel = conv((300,), [-1, 2, -1], [(1, 1)])
+    want = 2 - 2 * np.cos(300 * np.pi / 301)
+    found = spectrum.singular_triplet(spec, kernel, tolerance=tolerance)
+    assert found.residual <= (tolerance or 1e-10) * found.value
+    assert abs(found.value - want) <= found.residual
+    np.testing.assert_allclose(
+        spectrum.spectral_norm(spec, kernel, tolerance=tolerance), found.value, rtol=1e-13
+    )
+
+
 @pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder")
 def test_closed_forms_of_a_file():
     cases = json.loads(Path(os.environ["JAXCONV_FC_CASES"], "closed_forms.json").read_text())["cases"]
