@@ -493,6 +493,37 @@ def test_bounds_on_an_image_beyond_the_dense_size():
             assert lower <= top <= upper < 1.06 * lower, (n, c, stride)
 
 
+@pytest.mark.parametrize("phase", np.linspace(0, np.pi / 16, 5))
+def test_bounds_reach_between_the_frequencies_of_a_grid(phase):
+    """A long axis has 32 frequencies per degree: ``|1 + exp(i (phase + f))|`` peaks anywhere between two."""
+    spec = fc.conv_spec((1, 1, 700), (1, 1, 2), (1,), "VALID")
+    exact = 2 * np.cos(np.pi / 1400)
+    lower, upper = spectrum.spectral_norm_bounds(spec, jnp.array([[[1, np.exp(1j * phase)]]]))
+    assert lower <= exact <= upper <= 2 * (1 + 1e-10)
+
+
+@pytest.mark.parametrize(("mode", "copies"), [("edge", 6), ("reflect", 2), ("symmetric", 2)])
+def test_bounds_count_the_copies_of_a_boundary_mode(mode, copies):
+    """One tap of weight 1: M copies an input so often, and the wrapped matrix inside has norm 1."""
+    spec = fc.conv_spec((1, 1, 600), (1, 1, 1), (1,), [(5, 0)], padding_mode=mode)
+    lower, upper = spectrum.spectral_norm_bounds(spec, jnp.ones((1, 1, 1)))
+    assert copies**0.5 * (1 - 1e-8) <= lower <= copies**0.5 * (1 + 1e-14) <= upper * (1 + 2e-14)
+    assert upper <= copies**0.5 * (1 + 1e-8)
+
+
+@pytest.mark.parametrize(("padding", "mode"), [("SAME", "circular"), ("VALID", "zeros"), ("SAME", "edge")])
+def test_bounds_hold_where_all_is_computed_in_single_precision(padding, mode):
+    rng = np.random.default_rng(11)
+    for _ in range(8):
+        kernel = rng.random((3, 3, 3, 3)).astype(np.float32)
+        with jax.enable_x64(False):
+            spec = fc.conv_spec((1, 3, 6, 8), kernel.shape, (1, 1), padding, padding_mode=mode)
+            exact = svd(np.asarray(fc.as_matrix(spec, kernel), np.float64))[0]
+            lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+            assert lower.dtype == upper.dtype == np.float32
+        assert exact * 0.99 < float(lower) <= exact <= float(upper) < exact * 1.01
+
+
 def test_errors():
     spec, kernel = layer()
     wide, _ = conv((4,), [1, 1], [(0, 0)])
