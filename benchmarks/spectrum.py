@@ -101,7 +101,7 @@ def largest_value(n, channels, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     print(environment())
     for n, channels in [(8, 4)] if arguments.quick else [(32, 32), (32, 64), (8, 128)]:

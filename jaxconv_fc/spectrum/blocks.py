@@ -50,7 +50,8 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
       ValueError: it has another shape, or the blocks are beyond the memory limit.
 
     Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
-    (2022) for strides; MATHS 5 for dilations. Cost: ``g`` SVDs of blocks, by far less than of M.
+    (2022) for strides; MATHS 5 for dilations. Cost: ``g`` SVDs of blocks, by far less than of M. On CPU the
+    threads of OpenBLAS rather slow down blocks of some hundred rows: OPENBLAS_NUM_THREADS=1 may be worth it.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
