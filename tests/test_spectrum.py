@@ -86,7 +86,7 @@ def test_closed_forms_of_the_largest_value_and_the_determinant():
 
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-7, None])
 def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(tolerance):
-    """The two largest values are 3e-4 apart: eight restarts to 1e-10."""
+    """The two largest values are 3e-4 apart: eight runs to 1e-10."""
     spec, kernel = conv((300,), [-1, 2, -1], [(1, 1)])
     want = 2 - 2 * np.cos(300 * np.pi / 301)
     found = spectrum.singular_triplet(spec, kernel, tolerance=tolerance)
@@ -185,7 +185,10 @@ def test_values_and_inverses(run_seed, number):
         close(spectrum.solve(spec, kernel, y), x)
         want = np.linalg.slogdet(matrix)[1]
         np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(spectrum.condition_number(spec, kernel), top / values[-1], rtol=1e-8)
+    if rank == min(spec.shape):
+        close(spectrum.condition_number(spec, kernel), top / values[-1], atol=0)
+    if top <= 1e2 * values[rank - 1]:  # LSMR is slow, and less accurate, beyond
+        close(spectrum.lstsq(spec, kernel, y), x)
 
 
 @pytest.mark.parametrize("number", range(COUNT))
@@ -249,7 +252,7 @@ def test_blocks_in_parts_are_the_blocks(most, monkeypatch):
             *shapes, (1, 1), "SAME", padding_mode="circular", feature_group_count=groups
         )  # fmt: skip
         kernel = jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype))
-        matrix = np.asarray(fc.as_matrix(spec, kernel))
+        matrix = oracle.matrix(kernel, spec)
         values = svd(matrix)
         np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-12)
         want = np.linalg.slogdet(matrix)[1]
@@ -286,7 +289,7 @@ def test_real_blocks_where_a_frequency_is_its_own_opposite(n, taps, stride, padd
     assert len(alone[0]) > 1
     assert len(alone[0]) + 2 * len(paired[0]) == blocks.block_count(axes)
     kernel = geometries.normals(np.random.default_rng(3), spec.rhs_shape, float)
-    want = svd(np.asarray(fc.as_matrix(spec, kernel)))
+    want = svd(oracle.matrix(kernel, spec))
     np.testing.assert_allclose(spectrum.singular_values(spec, kernel), want, rtol=0, atol=1e-12)
     lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
     assert lower * (1 - 1e-14) <= want[0] <= upper * (1 + 1e-14)
@@ -518,7 +521,7 @@ def test_bounds_hold_where_all_is_computed_in_single_precision(padding, mode):
         kernel = rng.random((3, 3, 3, 3)).astype(np.float32)
         with jax.enable_x64(False):
             spec = fc.conv_spec((1, 3, 6, 8), kernel.shape, (1, 1), padding, padding_mode=mode)
-            exact = svd(np.asarray(fc.as_matrix(spec, kernel), np.float64))[0]
+            exact = svd(oracle.matrix(kernel, spec).astype(np.float64))[0]
             lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
             assert lower.dtype == upper.dtype == np.float32
         assert exact * 0.99 < float(lower) <= exact <= float(upper) < exact * 1.01

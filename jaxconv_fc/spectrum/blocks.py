@@ -398,10 +398,10 @@ def _over_frequencies(
         return jnp.moveaxis(of(frequency_blocks(spec, kernel, axes, chosen)), 1, 0)
 
     chosen = [jnp.asarray(f, jnp.int32) for f in frequencies]
-    return jnp.moveaxis(in_parts(part, chosen, most) if chosen else part(), 0, 1)
+    return jnp.moveaxis(_in_parts(part, chosen, most) if chosen else part(), 0, 1)
 
 
-def in_parts(of: Callable[..., jax.Array], arrays: Sequence[jax.Array], most: int) -> jax.Array:
+def _in_parts(of: Callable[..., jax.Array], arrays: Sequence[jax.Array], most: int) -> jax.Array:
     """``of(*arrays)``, so many entries of their first axes at a time.
 
     The parts are of one size; the last is filled up with entries that have been met.
@@ -435,7 +435,7 @@ def _transfer(value: jax.Array, labels: list[int], operands: list[Any], result: 
 def block_frequencies(axes: Sequence[BlockAxis]) -> list[np.ndarray]:
     """The frequencies of all blocks, an array per axis."""
     counts = [a.frequencies for a in axes]
-    return list(np.unravel_index(np.arange(math.prod(counts)), counts)) if counts else []
+    return list(np.unravel_index(np.arange(block_count(axes)), counts)) if counts else []
 
 
 def self_opposite_frequencies(axes: Sequence[BlockAxis]) -> tuple[list[np.ndarray], list[np.ndarray]]:
