@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
 
 from jaxconv_fc.axis import Axis, Phase
+from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -122,6 +123,10 @@ def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple
 # have it: "xy" is an ordinary batch, "kxy" one kernel per example, "ky" many kernels on one input.
 # A batch axis that the result does not have is summed over. So a transpose permutes roles and keeps
 # `batches`, and a vmap puts one more entry in front.
+#
+# The type of the result follows from those of the operands: it varies over the mesh axes over which they
+# do, and a dimension is partitioned as theirs of the same name is. `sharding` overrules the partition: a
+# cotangent has that of its operand.
 
 _OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
 _SHAPES = {"k": "rhs_shape", "x": "in_shape", "y": "out_shape"}
@@ -132,13 +137,35 @@ product_p = Primitive("conv_product")
 def _product(
     out: str, spec: ConvSpec, a: jax.Array, b: jax.Array, *, precision: Any, batches: tuple[str, ...] = ()
 ) -> jax.Array:
-    return product_p.bind(a, b, out=out, spec=spec, batches=batches, precision=precision)
+    return _bind(a, b, out=out, spec=spec, batches=batches, precision=precision, sharding=None)
 
 
-def _abstract(a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any) -> Any:
+def _bind(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
+    return product_p.bind(*vary_alike((a, b)), **params)
+
+
+def _abstract(
+    a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any, sharding: Any
+) -> Any:
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
-    lead = tuple(sizes[i] for i in _lead(batches, out))
-    return ShapedArray(lead + _role_shape(spec, out), a.dtype)
+    shape = (*(sizes[i] for i in _lead(batches, out)), *_role_shape(spec, out))
+    if sharding is None:
+        operands = [(_labels(spec, batches, r), v) for r, v in zip(_OPERANDS[out], (a, b), strict=True)]
+        sharding = result_sharding(_labels(spec, batches, out), shape, operands)
+    return a.update(shape=shape, weak_type=False, sharding=sharding)
+
+
+def _labels(spec: ConvSpec, batches: tuple[str, ...], role: str) -> list[Any]:
+    """A name for every dimension of an operand: dimensions of one name have one meaning and one size."""
+    dims = range(len(spec.axes))
+    inputs = "in" if spec.groups == 1 else "in, of a group"
+    order, names = {
+        "k": (spec.kernel_order, [*(f"tap {a}" for a in dims), inputs, "out"]),
+        "x": (spec.in_order, [*(f"position {a}" for a in dims), *["group"] * (spec.batch_group_count > 1), "in"]),
+        "y": (spec.out_order, [*(f"position {a}" for a in dims), "out"]),
+    }[role]
+    named = dict(zip(order, names, strict=True))
+    return [*_lead(batches, role), *(named[i] for i in range(len(named)))]
 
 
 def _lead(batches: tuple[str, ...], role: str) -> list[int]:
@@ -157,19 +184,35 @@ def _role_shape(spec: ConvSpec, role: str) -> tuple[int, ...]:
     return getattr(spec, _SHAPES[role])
 
 
-def _cotangent(operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, **params: Any) -> jax.Array:
+def _cotangent(
+    operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, sharding: Any, **params: Any
+) -> jax.Array:
     """The cotangent of one operand: the product that has this operand's role as its result."""
     roles = _OPERANDS[out]
     given = {out: ct, roles[1 - operand]: (a, b)[1 - operand]}
-    wanted = roles[operand]
-    return product_p.bind(*(given[role] for role in _OPERANDS[wanted]), out=wanted, **params)
+    wanted, aval = roles[operand], (a, b)[operand].aval
+    sharding = None if aval.sharding.mesh.empty else aval.sharding
+    return _bind(*(given[role] for role in _OPERANDS[wanted]), out=wanted, sharding=sharding, **params)
 
 
-def _batched(args: Any, dims: Any, *, out: str, batches: tuple[str, ...], **params: Any) -> Any:
+def _batched(args: Any, dims: Any, *, out: str, batches: tuple[str, ...], sharding: Any, **params: Any) -> Any:
     fronted = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True)]
     roles = {out, *(role for role, d in zip(_OPERANDS[out], dims, strict=True) if d is not None)}
     label = "".join(role for role in "kxy" if role in roles)
-    return product_p.bind(*fronted, out=out, batches=(label, *batches), **params), 0
+    if sharding is not None:  # the new axis keeps the partition that it has
+        fronts = [jax.typeof(v).sharding.spec[0] for v, d in zip(fronted, dims, strict=True) if d is not None]
+        front = next((part for part in fronts if part is not None), None)
+        sharding = NamedSharding(sharding.mesh, jax.P(front, *sharding.spec))
+    return _bind(*fronted, out=out, batches=(label, *batches), sharding=sharding, **params), 0
+
+
+def _lowered(a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
+    """The product inside of a program; explicit axes of a mesh become automatic ones for it."""
+    evaluate = partial(_evaluate, **params)
+    if explicit_mesh((a, b)) is None:
+        return evaluate(a, b)
+    result = _abstract(jax.typeof(a), jax.typeof(b), sharding=sharding, **params)
+    return on_automatic_axes(evaluate, result.sharding)(a, b)
 
 
 def _evaluate(
@@ -207,10 +250,15 @@ def _stack(
     return mapped if kept else lambda *operands: mapped(*operands).sum(0)
 
 
-_jitted = jax.jit(_evaluate, static_argnames=("out", "spec", "batches", "precision"))
-product_p.def_impl(_jitted)
+@partial(jax.jit, static_argnames=("out", "spec", "batches", "precision", "sharding"))
+def _compiled(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
+    """The product as a program of its own."""
+    return product_p.bind(a, b, **params)
+
+
+product_p.def_impl(_compiled)
 product_p.def_abstract_eval(_abstract)
-mlir.register_lowering(product_p, mlir.lower_fun(_evaluate, multiple_results=False))
+mlir.register_lowering(product_p, mlir.lower_fun(_lowered, multiple_results=False))
 ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
 batching.primitive_batchers[product_p] = _batched
 
