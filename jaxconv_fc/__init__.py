@@ -22,7 +22,7 @@ from jaxconv_fc.dense import as_matrix as as_matrix
 from jaxconv_fc.dense import matrix_columns as matrix_columns
 from jaxconv_fc.dense import matrix_rows as matrix_rows
 from jaxconv_fc.dense import update_matrix as update_matrix
-from jaxconv_fc.operator import as_linear_operator as as_linear_operator
+from jaxconv_fc.linear_operator import as_linear_operator as as_linear_operator
 from jaxconv_fc.show import format_matrix as format_matrix
 from jaxconv_fc.sparse import as_bcoo as as_bcoo
 from jaxconv_fc.sparse import as_bcsr as as_bcsr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import entries, flat_index, matrix_rows
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, conv_spec
 
 
@@ -84,7 +85,12 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
         padding=tuple((a.lo, a.hi) for a in axes),
         dimension_numbers=lax.ConvDimensionNumbers(out_spec, rhs_spec, lhs_spec),
     )
-    return turned, jnp.transpose(turned_kernel(spec, kernel), np.argsort(turned.kernel_order).tolist())
+    return turned, _transposed_kernel(spec, turned, kernel)
+
+
+@program
+def _transposed_kernel(spec: ConvSpec, turned: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return jnp.transpose(turned_kernel(spec, kernel), np.argsort(turned.kernel_order).tolist())
 
 
 def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
@@ -116,7 +122,7 @@ def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
     return _kernel_matrix(spec, x)
 
 
-@jax.jit
+@program
 def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     dims, rows, columns, taps = entries(spec)
     matrix = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
@@ -178,7 +184,7 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
     return _matrix_vjp(spec, as_operand("matrix_bar", matrix_bar, spec, "shape"))
 
 
-@jax.jit
+@program
 def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
     dims, rows, columns, _ = entries(spec)
     kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
@@ -214,7 +220,12 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
     [[[1. 2.]]]
     """
     matrix = as_operand("matrix", matrix, spec, "shape")
-    kernel = _matrix_vjp(spec, _inexact(matrix))
+    return _nearest_kernel(spec, _inexact(matrix))
+
+
+@program
+def _nearest_kernel(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
+    kernel = _matrix_vjp(spec, matrix)
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         kernel = _solve_gram(axis, kernel, i)
     return kernel
@@ -267,7 +278,7 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
 _BLOCK = 2**20  # entries of M that are made at a time
 
 
-@jax.jit
+@program
 def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
     size = min(spec.out_size, max(1, _BLOCK // spec.in_size))
 
@@ -328,17 +339,30 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
     kernel2 = as_operand("second kernel", kernel2, spec2, "rhs_shape")
     spec1, spec2 = _plain(spec1, "first"), _plain(spec2, "second")
     order = _chained(spec2, spec1)
-    pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
-    axes = [_compose_axes(i, *pair) for i, pair in enumerate(pairs)]
+    pairs = tuple((spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True))
+    axes = tuple(_compose_axes(i, *pair) for i, pair in enumerate(pairs))
     _check_exact(spec2, spec1, pairs)
     groups = math.gcd(spec1.groups, spec2.groups)
-    spatial2 = [spec2.kernel_order[j] for j in order]
-    taps2 = jnp.transpose(kernel2, (*spatial2, *spec2.kernel_order[-2:]))
+    channels = spec1.in_channels // groups, spec2.out_channels
+    spec = _composed_spec(spec2, spec1, order, axes, groups, (*(a.taps for a in axes), *channels))
+    return spec, _composed_kernel(spec, spec2, spec1, pairs, kernel2, kernel1)
+
+
+@partial(program, static_argnums=3)
+def _composed_kernel(
+    spec: ConvSpec,
+    spec2: ConvSpec,
+    spec1: ConvSpec,
+    pairs: Sequence[tuple[Axis, Axis]],
+    kernel2: jax.Array,
+    kernel1: jax.Array,
+) -> jax.Array:
+    order, groups = _chained(spec2, spec1), spec.groups
+    taps2 = jnp.transpose(kernel2, (*(spec2.kernel_order[j] for j in order), *spec2.kernel_order[-2:]))
     taps1 = jnp.transpose(kernel1, spec1.kernel_order)
     taps2, taps1 = _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups)
-    kernel = _compose_kernels(pairs, axes, taps2, taps1, groups)
-    spec = _composed_spec(spec2, spec1, order, axes, groups, kernel.shape)
-    return spec, jnp.transpose(kernel, np.argsort(spec.kernel_order).tolist())
+    kernel = _compose_kernels(pairs, spec.axes, taps2, taps1, groups)
+    return jnp.transpose(kernel, np.argsort(spec.kernel_order).tolist())
 
 
 def _plain(spec: ConvSpec, name: str) -> ConvSpec:

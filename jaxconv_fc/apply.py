@@ -137,6 +137,7 @@ product_p = Primitive("conv_product")
 def _product(
     out: str, spec: ConvSpec, a: jax.Array, b: jax.Array, *, precision: Any, batches: tuple[str, ...] = ()
 ) -> jax.Array:
+    precision = tuple(precision) if isinstance(precision, list) else precision  # parameters are hashed
     return _bind(a, b, out=out, spec=spec, batches=batches, precision=precision, sharding=None)
 
 
@@ -159,9 +160,10 @@ def _labels(spec: ConvSpec, batches: tuple[str, ...], role: str) -> list[Any]:
     """A name for every dimension of an operand: dimensions of one name have one meaning and one size."""
     dims = range(len(spec.axes))
     inputs = "in" if spec.groups == 1 else "in, of a group"
+    batch_group = ["batch group"] if spec.batch_group_count > 1 else []
     order, names = {
         "k": (spec.kernel_order, [*(f"tap {a}" for a in dims), inputs, "out"]),
-        "x": (spec.in_order, [*(f"position {a}" for a in dims), *["group"] * (spec.batch_group_count > 1), "in"]),
+        "x": (spec.in_order, [*(f"position {a}" for a in dims), *batch_group, "in"]),
         "y": (spec.out_order, [*(f"position {a}" for a in dims), "out"]),
     }[role]
     named = dict(zip(order, names, strict=True))
@@ -195,7 +197,9 @@ def _cotangent(
     return _bind(*(given[role] for role in _OPERANDS[wanted]), out=wanted, sharding=sharding, **params)
 
 
-def _batched(args: Any, dims: Any, *, out: str, batches: tuple[str, ...], sharding: Any, **params: Any) -> Any:
+def _batched(
+    args: Any, dims: Any, *, out: str, batches: tuple[str, ...], sharding: Any, **params: Any
+) -> Any:
     fronted = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True)]
     roles = {out, *(role for role, d in zip(_OPERANDS[out], dims, strict=True) if d is not None)}
     label = "".join(role for role in "kxy" if role in roles)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxconv_fc.apply import apply
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.sharding import explicit_mesh, program
 from jaxconv_fc.sparse import as_bcsr
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, fits_in_memory
 
@@ -65,12 +67,22 @@ def batched_apply(
         raise TypeError(f"kernel is {kernel.dtype} and xs {stack.dtype}: cast one, xs.astype(kernel.dtype).")
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel and xs are bool, which have no sums: cast both with .astype(jnp.int32).")
+    if method is None and explicit_mesh((kernel, stack)) is not None:
+        method = "convolution"  # which alone keeps the stack partitioned
     if method is None:
         method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, or None to choose, got {method!r}.")
     if method == "convolution":
         return jax.vmap(lambda x: apply(spec, kernel, x, precision=precision))(stack)
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    return _matrix_product(spec, kernel, stack, method, precision)
+
+
+@partial(program, static_argnums=(3, 4))
+def _matrix_product(
+    spec: ConvSpec, kernel: jax.Array, stack: jax.Array, method: str, precision: Any
+) -> jax.Array:
     columns = stack.reshape(stack.shape[0], spec.in_size).T
     if method == "sparse":
         ys = as_bcsr(spec, kernel) @ columns

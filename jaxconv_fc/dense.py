@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxconv_fc.axis import Ints
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, index_dtype
 
 
@@ -51,7 +52,7 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _matrix(spec, kernel)
 
 
-@jax.jit
+@program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     dims, rows, columns, _ = entries(spec)
     values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
@@ -97,7 +98,7 @@ def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
     return _updated(spec, matrix, kernel)
 
 
-@jax.jit
+@program
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
     dims, rows, columns, _ = entries(spec)
     values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
@@ -137,16 +138,21 @@ def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Ar
         raise TypeError(
             f"bias is {bias.dtype}, the kernel {matrix.dtype}: cast one, bias.astype(kernel.dtype)."
         )
-    if bias.shape == spec.out_shape:
-        return matrix, bias.ravel()
-    if bias.shape != (spec.out_channels,):
+    if bias.shape not in (spec.out_shape, (spec.out_channels,)):
         raise ValueError(
             f"bias must have shape ({spec.out_channels},), one entry per output channel, or the output's "
             f"shape {spec.out_shape}, got {bias.shape}."
         )
-    channel_axis = spec.out_order[-1]
-    others = [i for i in range(len(spec.out_shape)) if i != channel_axis]
-    return matrix, jnp.broadcast_to(jnp.expand_dims(bias, others), spec.out_shape).ravel()
+    return matrix, _offset(spec, bias)
+
+
+@program
+def _offset(spec: ConvSpec, bias: jax.Array) -> jax.Array:
+    """The bias of every output, from a map or from one per channel."""
+    if bias.shape == spec.out_shape:
+        return bias.ravel()
+    others = [i for i in range(len(spec.out_shape)) if i != spec.out_order[-1]]
+    return jnp.broadcast_to(jnp.expand_dims(bias, others), spec.out_shape).ravel()
 
 
 def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
@@ -177,7 +183,7 @@ def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
     return _fill(_rows(spec, kernel, index), inside)
 
 
-@jax.jit
+@program
 def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.in_size)
     if not spec.out_size:
@@ -217,7 +223,7 @@ def matrix_columns(spec: ConvSpec, kernel: Any, columns: Any) -> jax.Array:
     return _fill(_transposed_columns(spec, kernel, index), inside).T
 
 
-@jax.jit
+@program
 def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.out_size)
     if not spec.in_size:

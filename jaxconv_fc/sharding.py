@@ -5,9 +5,11 @@ axis hold different values. Where a varying and an unvarying operand meet, the u
 to vary first (``lax.pcast``). The transpose of that cast is the sum over devices that the gradient of a
 replicated operand needs. JAX's own primitives cast by themselves; ours must do it too.
 
-On a mesh with explicit axes a type names the mesh axis that each dimension is partitioned over. Most of
-our programs reshape and scatter, for which JAX wants to be told the partition of every result. They run
-with those axes automatic instead (``jax.sharding.auto_axes``), and only their results get a partition.
+On a mesh with explicit axes a type names the mesh axis that each dimension is partitioned over, and JAX
+asks for the partition of the result of a reshape or a scatter.
+
+The products follow these types. Everything else is a :func:`program`: inside of it the types say nothing,
+as on one device, so that loops, reshapes and other libraries need not know of them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
+
+# -- varying axes --------------------------------------------------------------------------------
 
 
 def varying_axes(array: Any) -> frozenset[str]:
@@ -42,13 +48,28 @@ def _varying(array: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
+# The same value, whose type says that it varies over `axes`, whatever it said before. Unlike `lax.pcast`
+# it can take axes away, and its transpose puts them back and sums nothing. That is right only where the
+# computation between taking away and putting back has no communication.
+relabel_p = Primitive("relabel_varying_axes")
+relabel_p.def_impl(lambda x, *, axes: x)
+relabel_p.def_abstract_eval(lambda x, *, axes: x.update(manual_axis_type=ManualAxisType(varying=axes)))
+mlir.register_lowering(relabel_p, lambda _, x, *, axes: [x])
+ad.deflinear2(relabel_p, lambda ct, x, *, axes: [relabel_p.bind(ct, axes=x.aval.manual_axis_type.varying)])
+batching.defvectorized(relabel_p)
+
+
+def _relabelled(tree: Any, axes: frozenset[str]) -> Any:
+    return jax.tree.map(lambda leaf: relabel_p.bind(leaf, axes=axes), tree)
+
+
+# -- explicit partitions ---------------------------------------------------------------------------
+
+
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
     """The mesh of the types in ``tree``, if one of its axes is explicit."""
-    for leaf in jax.tree.leaves(tree):
-        mesh = jax.typeof(leaf).sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
+    meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def on_automatic_axes(fn: Callable[..., Any], out_sharding: NamedSharding) -> Callable[..., Any]:
@@ -56,28 +77,6 @@ def on_automatic_axes(fn: Callable[..., Any], out_sharding: NamedSharding) -> Ca
     mesh = out_sharding.mesh
     axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=out_sharding)
-
-
-def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ()) -> Callable[..., Any]:
-    """``jax.jit(fn)`` that also takes arrays with explicit partitions; its results are then replicated."""
-    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-
-    @functools.partial(jax.jit, static_argnums=static)
-    @functools.wraps(fn)
-    def run(*args: Any) -> Any:
-        arrays = [i for i in range(len(args)) if i not in static]
-        mesh = explicit_mesh([args[i] for i in arrays])
-        if mesh is None:
-            return fn(*args)
-
-        def of_arrays(*values: Any) -> Any:
-            filled = dict(zip(arrays, values, strict=True))
-            return fn(*(filled.get(i, arg) for i, arg in enumerate(args)))
-
-        replicated = NamedSharding(mesh, PartitionSpec())
-        return on_automatic_axes(of_arrays, replicated)(*(args[i] for i in arrays))
-
-    return run
 
 
 def result_sharding(
@@ -110,3 +109,44 @@ def result_sharding(
 def _axis_names(part: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec."""
     return part if isinstance(part, tuple) else () if part is None else (part,)
+
+
+# -- programs --------------------------------------------------------------------------------------
+
+
+def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ()) -> Callable[..., Any]:
+    """``jax.jit(fn)`` for a function without communication, computed as on one device.
+
+    Inside ``shard_map`` its results vary over the mesh axes over which any operand does. On explicit axes
+    its results are replicated.
+    """
+    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+
+    @functools.partial(jax.jit, static_argnums=static)
+    @functools.wraps(fn)
+    def run(*args: Any) -> Any:
+        arrays = [i for i in range(len(args)) if i not in static]
+
+        def of_arrays(*values: Any) -> Any:
+            filled = dict(zip(arrays, values, strict=True))
+            return fn(*(filled.get(i, arg) for i, arg in enumerate(args)))
+
+        return as_on_one_device(of_arrays)(*(args[i] for i in arrays))
+
+    return run
+
+
+def as_on_one_device(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` of arrays whose types say nothing of devices; see :func:`program`."""
+
+    @functools.wraps(fn)
+    def run(*args: Any) -> Any:
+        axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(args)))
+        if axes:
+            return _relabelled(fn(*_relabelled(vary_alike(args), frozenset())), axes)
+        mesh = explicit_mesh(args)
+        if mesh is None:
+            return fn(*args)
+        return on_automatic_axes(fn, NamedSharding(mesh, PartitionSpec()))(*args)
+
+    return run

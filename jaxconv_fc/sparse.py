@@ -32,6 +32,7 @@ from scipy.sparse import csr_array
 
 from jaxconv_fc.axis import Axis, Ints, Run
 from jaxconv_fc.dense import matrix_rows
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype
 
 _SMALL = 2**9  # entries of a table of one axis that a program may hold
@@ -225,7 +226,7 @@ class _Places(NamedTuple):
     tap: Ints  # index in the kernel, ravelled with out channels first
 
 
-@jax.jit
+@program
 def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(data, columns, indptr)``."""
     data, _, columns = _stored(spec, kernel)
@@ -240,7 +241,7 @@ def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     return data, columns.reshape(-1), jnp.append(starts, jnp.asarray(spec.nse, dtype))
 
 
-@jax.jit
+@program
 def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``."""
     data, rows, columns = _stored(spec, kernel)
@@ -523,7 +524,7 @@ def _pairs(axis: Axis) -> np.ndarray:
     return t
 
 
-@jax.jit
+@program
 def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     offsets = _offsets(spec)
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
 
@@ -63,7 +64,7 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _singular_values(spec, kernel)
 
 
-@jax.jit
+@program
 def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
@@ -160,7 +161,7 @@ def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _log_abs_det(spec, kernel)
 
 
-@jax.jit
+@program
 def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not spec.in_size:
         return jnp.zeros((), kernel.real.dtype)
@@ -195,7 +196,7 @@ def solve(spec: ConvSpec, kernel: Any, y: Any) -> jax.Array:
     return _solve(spec, kernel, y)
 
 
-@jax.jit
+@program
 def _solve(spec: ConvSpec, kernel: jax.Array, y: jax.Array) -> jax.Array:
     return _through_blocks(spec, kernel, y, jnp.linalg.solve)
 
@@ -228,7 +229,7 @@ def pseudo_inverse(spec: ConvSpec, kernel: Any, y: Any, *, rtol: float | None = 
     return _pseudo_inverse(spec, kernel, y, rtol)
 
 
-@partial(jax.jit, static_argnums=3)
+@partial(program, static_argnums=3)
 def _pseudo_inverse(spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None) -> jax.Array:
     def invert(blocks: jax.Array, ys: jax.Array) -> jax.Array:
         return _matmul(_pinv(_relative(spec, blocks.dtype, rtol), blocks), ys)

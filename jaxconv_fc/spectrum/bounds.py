@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, over_blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
@@ -61,7 +62,7 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Any) -> tuple[jax.Array, jax.Ar
     return _bounds(spec, as_inexact(spec, kernel))
 
 
-@jax.jit
+@program
 def _bounds(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     result = kernel.real.dtype
     if not min(spec.shape):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.operator import as_linear_operator, import_lineax
+from jaxconv_fc.linear_operator import as_linear_operator, import_lineax
 from jaxconv_fc.spec import ConvSpec, as_operand
 from jaxconv_fc.spectrum.norms import widened
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical, widened
 
@@ -190,14 +191,14 @@ def _each_group(search: Search, kernel: jax.Array, of: Callable[[jax.Array], Any
     return jax.vmap(of)(kernels)
 
 
-@jax.jit
+@program
 def _spectral_norm(search: Search, kernel: jax.Array) -> jax.Array:
     if not min(search.spec.shape):
         return jnp.zeros((), kernel.real.dtype)
     return jnp.max(_each_group(search, kernel, lambda k: _norms(search, 1, k)[0]))
 
 
-@jax.jit
+@program
 def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     spec = search.spec
     if not min(spec.shape):
@@ -217,7 +218,7 @@ def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     return SingularTriplet(values[best], left, right, residuals[best])
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(program, static_argnums=2)
 def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array:
     of_group = min(k, *search.group.shape)
     values = _each_group(search, kernel, lambda g: _norms(search, of_group, g)).ravel()

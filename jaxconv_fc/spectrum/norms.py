@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -49,7 +50,7 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _frobenius_norm(spec, as_inexact(spec, kernel))
 
 
-@jax.jit
+@program
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
@@ -86,7 +87,7 @@ def inf_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _largest_sum(spec, _numbers(spec, kernel), True)
 
 
-@jax.jit(static_argnums=2)
+@partial(program, static_argnums=2)
 def _largest_sum(spec: ConvSpec, kernel: jax.Array, rows: bool) -> jax.Array:
     return jnp.max(_line_sums(spec, kernel, 1, rows), initial=0)
 
@@ -140,7 +141,7 @@ def _line_norms(spec: ConvSpec, kernel: Any, ord: int, rows: bool) -> jax.Array:
     return _every_line(spec, kernel, ord, rows)
 
 
-@jax.jit(static_argnums=(2, 3))
+@partial(program, static_argnums=(2, 3))
 def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.Array:
     if ord == 1:
         sums = _line_sums(spec, kernel, 1, rows)
@@ -171,7 +172,7 @@ def trace(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _trace(spec, _numbers(spec, kernel))
 
 
-@jax.jit
+@program
 def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     size, dims = min(spec.shape), len(spec.axes)
     if not size:
@@ -224,7 +225,7 @@ def orthogonality_residual(spec: ConvSpec, kernel: Any) -> jax.Array:
     return _orthogonality_residual(spec, as_inexact(spec, kernel))
 
 
-@jax.jit
+@program
 def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     rows = spec.out_size <= spec.in_size
     if not min(spec.shape):  # the Gram matrix of the short side is empty

@@ -1,0 +1,84 @@
+"""M as an operator of lineax: for its solvers, and to be composed with its operators."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxconv_fc.apply import apply, apply_transpose
+from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
+    """M as an operator of lineax: ``operator.mv(x) == apply(spec, kernel, x)``.
+
+    Inputs and outputs are images, of ``spec.in_shape`` and ``spec.out_shape``. ``operator.T.mv`` is
+    :func:`apply_transpose`, and ``operator.as_matrix()`` is :func:`as_matrix`, its memory limit included.
+    The operator is a pytree whose leaf is the kernel,
+    so it passes through jit, and what is solved with it is differentiable in the kernel.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``, of a floating or complex dtype.
+
+    Returns:
+      A subclass of ``lineax.FunctionLinearOperator``.
+
+    Raises:
+      ImportError: lineax is missing (``pip install 'jaxconv_fc[spectrum]'``).
+      TypeError: the kernel is not an array, or not of a floating or complex dtype.
+      ValueError: the kernel has another shape.
+
+    Cost: none; a product costs one convolution.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> from jaxconv_fc.linear_operator import as_linear_operator
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> operator = as_linear_operator(spec, jnp.array([[[1., 2.]]]))
+    >>> print(operator.mv(jnp.array([[1., 0., 0., 3.]])), operator.out_size(), operator.in_size())
+    [[1. 0. 6.]] 3 4
+    """
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        raise TypeError(f"kernel is {kernel.dtype}, lineax takes floating dtypes: use .astype(float).")
+    import_lineax("as_linear_operator")
+    return _operator_type()(apply, spec, kernel)
+
+
+@functools.cache
+def _operator_type() -> Any:
+    """The class of the operators. It derives from one of lineax, which may be missing: made when needed."""
+    import lineax
+
+    class ConvolutionOperator(lineax.FunctionLinearOperator):
+        """M of ``fn = apply`` or M^T of ``fn = apply_transpose``, with spec and kernel bound.
+
+        The transpose that lineax derives from ``fn`` does not follow varying axes.
+        """
+
+        def __init__(self, product: Any, spec: ConvSpec, kernel: jax.Array):
+            shape = spec.in_shape if product is apply else spec.out_shape
+            # A Partial is a pytree already: closure conversion would bake the kernel into a program.
+            bound = jax.tree_util.Partial(product, spec, kernel)
+            super().__init__(bound, jax.ShapeDtypeStruct(shape, kernel.dtype), closure_convert=False)
+
+        def transpose(self) -> ConvolutionOperator:
+            return ConvolutionOperator(apply_transpose if self.fn.func is apply else apply, *self.fn.args)
+
+        def as_matrix(self) -> jax.Array:
+            matrix = as_matrix(*self.fn.args)
+            return matrix if self.fn.func is apply else matrix.T
+
+    return ConvolutionOperator
+
+
+def import_lineax(needed_by: str) -> Any:
+    try:
+        import lineax
+    except ImportError as error:
+        raise ImportError(f"{needed_by} needs lineax: pip install 'jaxconv_fc[spectrum]'.") from error
+    return lineax
