@@ -45,6 +45,9 @@ def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
     that meet in one entry (padding modes) are added first. A stored entry is 0 where the kernel is.
     Linear in the kernel, differentiable, and ``jax.vmap`` over kernels gives a batch of matrices.
 
+    JAX's products of BCOO and BCSR matrices lose the varying axes inside ``jax.shard_map``, so gradients
+    through them are wrong there. Use :func:`apply`, or :func:`shard_bcoo` outside of ``shard_map``.
+
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``, any dtype.
@@ -73,7 +76,8 @@ def as_bcsr(spec: ConvSpec, kernel: Any) -> BCSR:
     """M as a BCSR matrix: the entries of :func:`as_bcoo` with ``indptr`` in place of row numbers.
 
     Row ``i`` has the columns ``indices[indptr[i]:indptr[i + 1]]``, ascending, and the values ``data`` there.
-    Two thirds of the bytes of BCOO, and the faster product on CPU.
+    Two thirds of the bytes of BCOO, and the faster product on CPU. Inside ``jax.shard_map`` the product is
+    wrong, as that of :func:`as_bcoo` is.
 
     Args, Raises: as :func:`as_bcoo`.
 
@@ -685,6 +689,8 @@ def shard_matrix(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None 
         y = (M @ x)[:spec.out_size]                    # every device makes its part of y
         x = M.T @ jnp.pad(y, (0, len(M) - len(y)))     # parts added over the devices
 
+    The axes of the mesh count as automatic, unless ``jax.set_mesh`` has made them explicit.
+
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; every device gets it.
@@ -718,6 +724,8 @@ def shard_bcoo(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = 
     largest is filled up with entries of value 0 that lie one past the end, ``indices == spec.shape``, as
     JAX fills its own; only where there are none do the flags say sorted and unique. An ordinary BCOO of
     shape ``spec.shape``: ``M @ x`` and ``M.T @ y`` under jit add up what the devices make, M stays put.
+    Where ``jax.set_mesh`` has made the axes explicit, JAX refuses these products: put
+    ``jax.sharding.auto_axes`` around them.
 
     Args, Raises: as :func:`shard_matrix`.
 
@@ -743,8 +751,10 @@ def _on_mesh(spec: ConvSpec, kernel: Any, mesh: Any, axis_name: str | None) -> t
     axis_name = str(mesh.axis_names[0]) if axis_name is None else axis_name
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be one of the mesh's {mesh.axis_names}, got {axis_name!r}.")
-    # Explicit axes (jax.make_mesh) would put the sharding into types, which BCOO's products refuse.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
+    # Explicit axes (jax.make_mesh) would put the sharding into types, which BCOO's products refuse: they are
+    # taken as automatic, unless `jax.set_mesh` has made them explicit for all of the program.
+    context = jax.sharding.get_abstract_mesh()
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=None if context.empty else context.axis_types)
     if not isinstance(kernel, Tracer):
         kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
     return kernel, mesh, axis_name

@@ -150,6 +150,18 @@ def one_process():
     assert {s.data.shape[0] for s in fc.shard_matrix(spec, kernel, mesh, "rows").addressable_shards} == {
         -(-spec.out_size // 4)
     }
+    # A mesh whose axes are explicit for all of the program.
+    mesh = jax.make_mesh((8,), ("rows",))
+    with jax.set_mesh(mesh):
+        for build in (lambda k: fc.shard_matrix(spec, k, mesh), lambda k: fc.shard_bcoo(spec, k, mesh).data):
+            for made in (build(kernel), jax.jit(build)(kernel)):
+                assert jax.typeof(made).sharding.spec[0] == "rows"
+        dense = fc.shard_matrix(spec, kernel, mesh)
+        np.testing.assert_array_equal(np.asarray(dense)[: spec.out_size], fc.as_matrix(spec, kernel))
+        x = np.arange(spec.in_size, dtype=np.float32)
+        gradient = jax.grad(lambda k: (fc.shard_matrix(spec, k, mesh) @ x).sum())(kernel)
+    want = jax.grad(lambda k: (fc.as_matrix(spec, k) @ x).sum())(kernel)
+    np.testing.assert_array_equal(gradient, want)
 
 
 def two_processes(port, process):
