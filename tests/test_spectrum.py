@@ -173,14 +173,15 @@ def test_values_and_inverses(run_seed, number):
     close(spectrum.singular_values(spec, kernel), values)
     if not matrix.size:
         return
-    rank = np.linalg.matrix_rank(matrix)
-    assert spectrum.rank(spec, kernel) == rank, name
+    rank = oracle.rank(values)
+    if rank is None:
+        return  # not certain, whoever counts
+    assert spectrum.rank(spec, kernel, rtol=oracle.CUTOFF) == rank, name
     if not rank or top > 1e5 * values[rank - 1]:
         return  # inverses of no accuracy, in NumPy too
-    inverse = np.linalg.pinv(matrix, rcond=max(matrix.shape) * np.finfo(float).eps)
-    x = (inverse @ y.ravel()).reshape(spec.in_shape)
+    x = (oracle.pseudo_inverse(matrix) @ y.ravel()).reshape(spec.in_shape)
     close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * np.abs(x).max(), err_msg=name)
-    close(spectrum.pseudo_inverse(spec, kernel, y), x)
+    close(spectrum.pseudo_inverse(spec, kernel, y, rtol=oracle.CUTOFF), x)
     if spec.in_size == spec.out_size == rank:
         close(spectrum.solve(spec, kernel, y), x)
         want = np.linalg.slogdet(matrix)[1]
@@ -232,7 +233,7 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
     kernel, y = (geometries.normals(rng, shape, complex) for shape in (spec.rhs_shape, spec.out_shape))
     for k, v in ((kernel, y), (kernel.real, y.real)):
         matrix = np.asarray(fc.as_matrix(spec, k))
-        want = np.linalg.pinv(matrix) @ v.ravel()
+        want = oracle.pseudo_inverse(matrix) @ v.ravel()
         close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
         close(np.ravel(spectrum.pseudo_inverse(spec, k, v)), want)
         if spec.out_size == spec.in_size:
@@ -319,7 +320,7 @@ def test_what_is_zero_up_to_rounding_counts_as_zero():
         matrix = np.asarray(fc.as_matrix(spec, kernel))
         assert spectrum.rank(spec, kernel) == np.linalg.matrix_rank(matrix) == 7 - (mode == "circular")
         y = rng.standard_normal(spec.out_shape)
-        want = np.linalg.pinv(matrix, rcond=1e-13) @ y.ravel()
+        want = oracle.pseudo_inverse(matrix) @ y.ravel()
         got = np.ravel(spectrum.pseudo_inverse(spec, kernel, y))
         np.testing.assert_allclose(got, want, atol=1e-9 * np.abs(want).max())
 
