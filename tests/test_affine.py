@@ -308,10 +308,12 @@ def test_every_loser_of_a_maximum_is_a_switch():
         np.testing.assert_allclose(local.radius, 2**0.5, rtol=1e-15)  # (3 - 1) / |(1, -1)|
 
 
-def test_both_bounds_of_a_clip_are_switches():
+@pytest.mark.parametrize("clip", [lambda x: jnp.clip(x, -1.0, 2.0), lambda x: lax.clamp(-1.0, x, 2.0)])
+def test_both_bounds_of_a_clip_are_switches(clip):
     for value, radius in ((1.5, 0.5), (-0.75, 0.25), (0.5, 1.5), (3.0, 1.0), (-3.0, 2.0)):
-        local = fc.local_affine(lambda x: jnp.clip(x, -1.0, 2.0), jnp.array([value]))
+        local = fc.local_affine(clip, jnp.array([value]))
         np.testing.assert_array_equal(local.radius, radius)
+        np.testing.assert_array_equal(local.matrix, [[float(-1 < value < 2)]])
 
 
 def test_the_radius_is_the_least_of_all_layers():
