@@ -352,6 +352,14 @@ def test_composition_without_channels(channels):
     np.testing.assert_array_equal(fc.as_matrix(spec, kernel), np.zeros((4 * o, 4 * c)))
 
 
+def test_composition_of_no_outputs():
+    """The stride is larger than the window, which does not fit: there is nothing to crop for."""
+    first = fc.conv_spec((1, 1, 2), (1, 1, 1), (1,), "VALID")
+    second = fc.conv_spec((1, 1, 2), (1, 1, 3), (5,), "VALID")
+    spec, _ = fc.compose((second, jnp.ones((1, 1, 3))), (first, jnp.ones((1, 1, 1))))
+    assert spec.shape == (0, 2)
+
+
 # detection -------------------------------------------------------------------------------------------
 
 

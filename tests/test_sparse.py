@@ -391,6 +391,16 @@ def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
         np.testing.assert_array_equal(back.ravel(), matrix.T @ y[out_slice].ravel())
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_blocks_that_end_between_two_inputs(mode, rng):
+    """Stride 2 over inputs 3 apart: the last window of a block ends in a hole, one position short of the next."""
+    geometry = Geometry((1, 1, 7), (1, 1, 2), (2,), [(2, 3)], (3,), padding_mode=mode)
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+    assert spec.axes[0].grain == 3
+    for start, stop in ((0, 3), (3, 6), (6, 15), (0, spec.axes[0].out_size), (9, spec.axes[0].out_size)):
+        check_block(geometry, start, stop, kernel)
+
+
 @every_case
 def test_streaming(geometry, rng):
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
