@@ -434,7 +434,8 @@ def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, A
     for i, err in enumerate(errs):
         rows = [err if j == i else see for j, see in enumerate(sees)]
         wrong = wrong | reduce(np.multiply.outer, rows)
-    count = int(np.sum(wrong)) * bool(spec1.nse and spec2.nse)
+    # Without channels the composed kernel has no entries, or is a sum of none.
+    count = int(np.sum(wrong)) * bool(math.prod(spec1.rhs_shape) * math.prod(spec2.rhs_shape))
     if count:
         where = [np.flatnonzero(err).tolist() for err in errs]
         raise ValueError(

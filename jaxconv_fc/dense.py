@@ -162,7 +162,7 @@ def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
       rows: 1-D integers, static or traced; negative ones count from the end. A traced row out of
-        range comes back as ``jnp.take`` fills it (NaN, or the lowest integer).
+        range comes back as ``jnp.take`` fills it (NaN, the lowest signed or the largest unsigned integer).
 
     Returns:
       Array of shape ``(len(rows), spec.in_size)``.
@@ -375,5 +375,6 @@ def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:
     elif jnp.issubdtype(matrix.dtype, jnp.inexact):
         missing = jnp.nan
     else:
-        missing = jnp.iinfo(matrix.dtype).min
+        limits = jnp.iinfo(matrix.dtype)
+        missing = limits.min or limits.max  # unsigned integers have no lowest one that would show
     return jnp.where(inside[:, None], matrix, jnp.asarray(missing, matrix.dtype))

@@ -290,6 +290,31 @@ class _one_example:
         return getattr(self._geometry, name)
 
 
+# ranks -----------------------------------------------------------------------------------------------
+
+CUTOFF = 1e-8  # of the largest singular value: what is smaller is 0
+
+
+def rank(values):
+    """How many of these singular values are not 0; None where small ones cannot be told from rounding.
+
+    A singular value that is 0 comes out as some 1e-15 of the largest. NumPy's own cut-offs lie just
+    there, so that now and then they count it, and its inverse of 1e15 is then taken for a result.
+    A cut-off is honest if nothing lies near it.
+    """
+    largest = values.max(initial=0)
+    near = (values > 1e-13 * largest) & (values <= CUTOFF * largest)
+    return None if near.any() else int((values > CUTOFF * largest).sum())
+
+
+def pseudo_inverse(matrix):
+    """M^+ of a matrix whose rank is certain."""
+    if not matrix.size:
+        return np.zeros(matrix.shape[::-1], matrix.dtype)
+    assert rank(np.linalg.svd(matrix, compute_uv=False)) is not None, "no reference: the rank is uncertain"
+    return np.linalg.pinv(matrix, rcond=CUTOFF)
+
+
 # comparing -------------------------------------------------------------------------------------------
 
 

@@ -306,3 +306,34 @@ def test_every_loser_of_a_maximum_is_a_switch():
         local = fc.local_affine(largest, x)
         np.testing.assert_array_equal(local.matrix, [[0.0, 1.0, 0.0]])
         np.testing.assert_allclose(local.radius, 2**0.5, rtol=1e-15)  # (3 - 1) / |(1, -1)|
+
+
+@pytest.mark.parametrize("clip", [lambda x: jnp.clip(x, -1.0, 2.0), lambda x: lax.clamp(-1.0, x, 2.0)])
+def test_both_bounds_of_a_clip_are_switches(clip):
+    for value, radius in ((1.5, 0.5), (-0.75, 0.25), (0.5, 1.5), (3.0, 1.0), (-3.0, 2.0)):
+        local = fc.local_affine(clip, jnp.array([value]))
+        np.testing.assert_array_equal(local.radius, radius)
+        np.testing.assert_array_equal(local.matrix, [[float(-1 < value < 2)]])
+
+
+def test_the_radius_is_the_least_of_all_layers():
+    """The nearest switch in the first, the second, the last of three layers."""
+    for offsets, radius in (((1.0, 5.0, 9.0), 1.0), ((5.0, -4.0, 9.0), 1.0), ((5.0, 4.0, -8.5), 0.5)):
+
+        def network(x, offsets=offsets):
+            for offset in offsets:
+                x = jax.nn.relu(x + offset)
+            return x
+
+        np.testing.assert_allclose(fc.local_affine(network, jnp.zeros(1)).radius, radius, rtol=1e-12)
+
+
+def test_columns_that_are_made_in_several_parts_are_all_there():
+    """648 of them, more than fit the cache at once, and no multiple of how many do."""
+    rng = np.random.default_rng(4)
+    kernels = [jnp.asarray(rng.integers(-3, 4, (8, 8, 3, 3))).astype(float) for _ in range(2)]
+    x = jax.ShapeDtypeStruct((1, 8, 9, 9), float)
+    matrix, _ = fc.matrix_of(lambda x: conv(conv(x, kernels[0]), kernels[1]), x)
+    spec = fc.conv_spec(x.shape, (8, 8, 3, 3), (1, 1), "SAME")
+    first, second = (np.asarray(fc.as_matrix(spec, kernel)) for kernel in kernels)
+    np.testing.assert_array_equal(matrix, second @ first)

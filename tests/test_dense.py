@@ -323,6 +323,25 @@ def test_indices_of_a_wrong_kind_raise(part, indices):
         PARTS[part][0](PLAIN.spec(), np.ones(PLAIN.rhs_shape), indices)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "complex64", "int16", "uint8", "bool"])
+@both_parts
+def test_a_traced_index_out_of_range_is_filled_as_take_fills_it(part, dtype):
+    take, axis = PARTS[part]
+    spec, kernel = PLAIN.spec(), np.ones(PLAIN.rhs_shape).astype(dtype)
+    size = spec.shape[axis]
+    indices = np.array([0, size, -1, -size, -size - 1, 10**6, -(10**6)])
+    want = jnp.take(jnp.asarray(oracle.matrix(kernel, PLAIN)), indices, axis=axis)
+    np.testing.assert_array_equal(jax.jit(take)(spec, kernel, indices), want)
+
+
+@pytest.mark.parametrize("mode", ["edge", "reflect", "symmetric", "circular"])
+def test_columns_where_some_inputs_have_more_copies_than_others(mode, rng):
+    geometry = Geometry((1, 2, 3), (2, 2, 2), (1,), [(2, 1)], padding_mode=mode)
+    kernel = integers(rng, geometry.rhs_shape)
+    got = fc.matrix_columns(geometry.spec(), kernel, range(6))
+    np.testing.assert_array_equal(got, oracle.matrix(kernel, geometry))
+
+
 LAYER = Geometry((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), "SAME")  # M of it would take 161 GB
 
 

@@ -150,6 +150,8 @@ TABLE = [
     ("28: None y", verb("apply_transpose", KERNEL, None), TypeError, ["y", "None"]),
     ("28: strings", verb("as_matrix", KERNEL.astype(str)), TypeError, ["kernel", "U"]),
     ("28: objects", verb("as_matrix", KERNEL.astype(object)), TypeError, ["kernel", "object"]),
+    ("28: dates", verb("as_matrix", np.zeros(KERNEL.shape, "M8[s]")), TypeError, ["kernel", "datetime64"]),
+    ("28: spans", verb("apply", KERNEL, np.zeros(X.shape, "m8[s]")), TypeError, ["x", "timedelta64"]),
     ("28: order", partial(fc.apply, PLAIN.spec(), X, KERNEL), ValueError, ["kernel", "(6, 4, 3, 3)"]),
     ("28: arrays for shapes", partial(spec, lhs_shape=X), (TypeError, ValueError), ["lhs_shape"]),
     (
@@ -170,6 +172,12 @@ TABLE = [
         verb("as_affine", KERNEL, np.ones(6, np.int32)),
         TypeError,
         ["bias", "int32", "float32", "astype"],
+    ),
+    (
+        "29: wider bias",
+        verb("as_affine", KERNEL, np.ones(6, np.float64)),
+        TypeError,
+        ["bias", "float64", "float32", "astype"],
     ),
     ("30", verb("as_matrix", KERNEL[:5]), ValueError, ["kernel", "(6, 4, 3, 3)", "(5, 4, 3, 3)"]),
     ("30: rows", verb("matrix_rows", KERNEL[:, :3], [0]), ValueError, ["kernel", "(6, 3, 3, 3)"]),
@@ -280,11 +288,13 @@ def test_31_the_integer_adjoint():
 
 
 @pytest.mark.parametrize("mode", ["reflect", "symmetric", "circular", "edge"])
-def test_33_padding_beyond_the_axis_is_numpys(mode, rng):
-    """Mirrored again and again, where that many entries are asked for."""
-    x = integers(rng, (1, 3))
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_33_padding_beyond_the_axis_is_numpys(n, mode, rng):
+    """Mirrored again and again, where that many entries are asked for; an axis of one has no period."""
+    x = integers(rng, (1, n))
     extended = np.pad(x, [(0, 0), (11, 8)], mode=oracle.NUMPY_PAD_MODES[mode])
-    identity = fc.conv_spec((1, 1, 3), (1, 1, 1), (1,), [(11, 8)], padding_mode=mode)
+    identity = fc.conv_spec((1, 1, n), (1, 1, 1), (1,), [(11, 8)], padding_mode=mode)
+    np.testing.assert_array_equal(fc.as_matrix(identity, np.ones((1, 1, 1), int)) @ x.ravel(), extended.ravel())
     np.testing.assert_array_equal(fc.apply(identity, np.ones((1, 1, 1), int), x), extended)
 
 

@@ -45,6 +45,13 @@ def test_jit_grad_and_composition():
     np.testing.assert_allclose(matrix.T @ (matrix @ solution) + solution, x.ravel(), atol=1e-10)
 
 
+def test_an_operator_carries_derivatives_to_its_kernel():
+    spec, kernel, x, y = layer()
+    gradient = jax.grad(lambda kernel: jnp.sum(as_linear_operator(spec, kernel).mv(x) * y))(kernel)
+    np.testing.assert_allclose(gradient, fc.kernel_vjp(spec, x, y), rtol=1e-12)
+    assert [leaf.shape for leaf in jax.tree.leaves(as_linear_operator(spec, kernel))] == [kernel.shape]
+
+
 def test_errors():
     spec, kernel, *_ = layer()
     with pytest.raises(TypeError, match="lineax takes floating dtypes"):

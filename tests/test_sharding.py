@@ -75,6 +75,14 @@ def check(mesh):
             assert kept.sum() == stored[first : first + share].sum()
         most = max(stored[n : n + share].sum() for n in range(0, spec.out_size, share))
         assert {len(data) for data in local(sparse.data).values()} == {most}, name
+        # Shares that are filled up hold one index again and again, and it stands before those of the next.
+        full = most * devices == stored.sum()
+        assert (sparse.indices_sorted, sparse.unique_indices) == (full, full), name
+        nbytes = most * (4 + 2 * sparse.indices.dtype.itemsize)
+        with fc.memory_limit(nbytes):
+            fc.shard_bcoo(spec, kernel, mesh)
+        with fc.memory_limit(nbytes - 1), pytest.raises(ValueError, match="shard_bcoo: .* more devices"):
+            fc.shard_bcoo(spec, kernel, mesh)
 
         # One program from kernel to result: the matrix is made, used and dropped on the devices.
         def products(build, kernel, x, y, spec=spec):
@@ -147,9 +155,9 @@ def one_process():
 
     spec, mesh = specs()["uneven"], jax.make_mesh((2, 4), ("data", "rows"))
     kernel = np.ones(spec.rhs_shape, np.float32)
-    assert {s.data.shape[0] for s in fc.shard_matrix(spec, kernel, mesh, "rows").addressable_shards} == {
-        -(-spec.out_size // 4)
-    }
+    for axis_name, count in (("rows", 4), ("data", 2), (None, 2)):  # the first axis, where none is named
+        shards = fc.shard_matrix(spec, kernel, mesh, axis_name).addressable_shards
+        assert {shard.data.shape[0] for shard in shards} == {-(-spec.out_size // count)}
     # A mesh whose axes are explicit for all of the program.
     mesh = jax.make_mesh((8,), ("rows",))
     with jax.set_mesh(mesh):
@@ -162,6 +170,22 @@ def one_process():
         gradient = jax.grad(lambda k: (fc.shard_matrix(spec, k, mesh) @ x).sum())(kernel)
     want = jax.grad(lambda k: (fc.as_matrix(spec, k) @ x).sum())(kernel)
     np.testing.assert_array_equal(gradient, want)
+    check_sites(jax.sharding.Mesh(jax.devices(), ("rows",)))
+
+
+def check_sites(mesh):
+    """What find_convs says of a convolution of shards: that of one share, which has no value outside."""
+    import jax
+    import jax.numpy as jnp
+
+    import jaxconv_fc as fc
+
+    def convolve(x, kernel):
+        return jax.lax.conv(x, kernel, (1,), "SAME")
+
+    split = jax.shard_map(convolve, mesh=mesh, in_specs=(jax.P("rows"), jax.P()), out_specs=jax.P("rows"))
+    (site,) = fc.find_convs(split, jnp.ones((16, 3, 5)), jnp.ones((2, 3, 3)))
+    assert site.spec.lhs_shape == site.x.shape == (2, 3, 5)
 
 
 def two_processes(port, process):

@@ -132,6 +132,33 @@ def test_beyond_a_sensible_size_an_ellipsis(size, with_values):
     assert max(map(len, text.splitlines())) < 800
 
 
+def test_what_is_left_out_is_the_middle():
+    """Exactly as many rows and columns as are asked for; of an odd number one more of the first."""
+    spec = conv_1d(7, 2)
+    whole = text_of(spec)
+    assert fc.format_matrix(spec, max_rows=6, max_columns=7).splitlines() == whole
+    for most, first, last in ((5, 3, 2), (4, 2, 2), (1, 1, 0)):
+        lines = fc.format_matrix(spec, max_rows=most).splitlines()
+        assert lines == [*whole[:first], "...", *whole[len(whole) - last :]]
+        (line,) = fc.format_matrix(spec, max_rows=1, max_columns=most).splitlines()[:1]
+        row = tokens(whole[0])
+        assert tokens(line) == [*row[:first], "...", *row[len(row) - last :]]
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int8"])
+def test_colliding_taps_add_as_in_the_matrix(dtype):
+    """In their own dtype: a bool is or-ed, and a small integer wraps."""
+    spec = fc.conv_spec((1, 1, 1), (1, 1, 2), (1,), [(0, 1)], padding_mode="edge")
+    kernel = np.full((1, 1, 2), 100).astype(dtype)
+    (matrix,) = np.asarray(fc.as_matrix(spec, kernel)).ravel().astype(int)
+    assert text_of(spec, kernel) == [f"[{matrix}]"]
+
+
+def test_axes_of_one_position_have_no_bars():
+    spec = fc.conv_spec((1, 2, 3, 1), (1, 2, 1, 1), (1, 1), "VALID", None, None, ("NHWC", "HWIO", "NHWC"))
+    assert text_of(spec)[:2] == ["[a b 0|0 0 0]", "[0 a b|0 0 0]"]
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_empty_matrices_print(shape):
     rows, columns = shape

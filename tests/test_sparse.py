@@ -264,6 +264,27 @@ def test_guard_before_allocating(build):
         build(spec, kernel)
 
 
+@pytest.mark.parametrize(("build", "size"), [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")])
+def test_the_limit_is_that_of_the_format(build, size):
+    spec = CASES["plain"].spec()
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    needed = getattr(spec.nbytes("float32"), size)
+    with fc.memory_limit(needed):
+        build(spec, kernel)
+    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="stored entries need"):
+        build(spec, kernel)
+
+
+def test_the_limit_of_diagonals_counts_all_of_them():
+    spec = CASES["plain"].spec()
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    needed = sum(v.nbytes for v in fc.diagonals(spec, kernel).values())
+    with fc.memory_limit(needed):
+        fc.diagonals(spec, kernel)
+    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="diagonals: .* stored entries need"):
+        fc.diagonals(spec, kernel)
+
+
 def test_indices_beyond_int32():
     spec = fc.conv_spec((1, 64, 512, 512), (64, 64, 3, 3), (1, 1), "SAME")
     kernel = np.zeros(spec.rhs_shape, np.float32)
@@ -370,6 +391,16 @@ def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
         np.testing.assert_array_equal(back.ravel(), matrix.T @ y[out_slice].ravel())
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_blocks_that_end_between_two_inputs(mode, rng):
+    """Stride 2 over inputs 3 apart: the last window of a block ends in a hole, one position short of the next."""
+    geometry = Geometry((1, 1, 7), (1, 1, 2), (2,), [(2, 3)], (3,), padding_mode=mode)
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+    assert spec.axes[0].grain == 3
+    for start, stop in ((0, 3), (3, 6), (6, 15), (0, spec.axes[0].out_size), (9, spec.axes[0].out_size)):
+        check_block(geometry, start, stop, kernel)
+
+
 @every_case
 def test_streaming(geometry, rng):
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
@@ -396,6 +427,19 @@ def test_bad_blocks():
         fc.row_block(CASES["no spatial axes"].spec(), 0, 1)
     with pytest.raises(ValueError, match=r"nbytes=100 holds no block.*Write nbytes=\d+ or more"):
         fc.row_blocks(spec, np.ones(spec.rhs_shape), 100)
+
+
+@pytest.mark.parametrize("name", ["plain", "reflect", "NHWC", "padded, then dilated"])
+def test_the_least_block_that_is_named_is_the_least(name, rng):
+    geometry = CASES[name]
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+    with pytest.raises(ValueError, match=r"Write nbytes=\d+ or more") as caught:
+        fc.row_blocks(spec, kernel, 1)
+    least = int(str(caught.value).split("Write nbytes=")[1].split()[0])
+    with pytest.raises(ValueError, match=f"Write nbytes={least} or more"):
+        fc.row_blocks(spec, kernel, least - 1)
+    sizes = [sum(v.nbytes for v in triple(block.matrix)) for block in fc.row_blocks(spec, kernel, least)]
+    assert max(sizes) == least
 
 
 # rewriting the nonzeros of an earlier M --------------------------------------------------------------
@@ -463,6 +507,21 @@ def test_the_rule_for_stacks():
     assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "dense"
     with fc.memory_limit(1000):
         assert of(*depthwise, 64, "float32", groups=32) == "convolution"
+        assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "convolution"
+
+
+def test_the_rule_for_stacks_begins_where_its_text_says():
+    """From 16 examples on, from 64 in other dtypes; 4 channels at most."""
+
+    def of(channels, count, dtype, groups=1):
+        spec = fc.conv_spec(
+            (1, channels * groups, 28, 28), (32, channels, 3, 3), (1, 1), "SAME", feature_group_count=groups
+        )
+        return fastest_method(spec, count, np.dtype(dtype), "cpu")
+
+    assert [of(1, count, "float32", 32) for count in (15, 16)] == ["convolution", "sparse"]
+    assert [of(channels, 16, "float32") for channels in (4, 5)] == ["sparse", "convolution"]
+    assert [of(32, count, "float64") for count in (63, 64)] == ["convolution", "sparse"]
 
 
 def test_batched_apply_with_bad_operands():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import geometries
+from geometries import geometries, random_geometry
 from hypothesis import given
 from jax import lax
 
@@ -259,6 +259,43 @@ def test_huge_sizes_are_exact_python_ints_at_once(arguments, nse):
     assert spec.shape == (spec.out_size, spec.in_size)
     assert type(spec.out_size) is type(spec.in_size) is int
     assert time.perf_counter() - start < 2
+
+
+def test_nse_of_many_random_geometries(run_seed):
+    """Steps that do not divide the padding, where a tap begins to read at a quotient rounded up."""
+    for i in range(300):
+        geometry = random_geometry(np.random.default_rng([run_seed, i, 8]))
+        counted = len(np.unique(oracle.triples(geometry)[:2], axis=1).T)
+        assert geometry.spec().nse == counted, f"JAXCONV_FC_SEED={run_seed}, number {i}: {geometry}"
+
+
+def test_an_input_beyond_int32_with_few_entries():
+    """Three entries stand in columns up to 2**31: it is the width that decides, not their number."""
+    spec = fc.conv_spec((1, 1, 2**31 + 8), (1, 1, 1), (2**30,), "VALID")
+    assert (spec.out_size, spec.nse) == (3, 3)
+    assert spec.nbytes("float32").bcsr == 3 * (4 + 8) + 4 * 8
+    matrix = fc.as_scipy(spec, np.array([[[5.0]]]))
+    np.testing.assert_array_equal(matrix.indices, [0, 2**30, 2**31])
+    assert fc.as_bcsr(spec, np.array([[[5.0]]])).indices.tolist() == [0, 2**30, 2**31]
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
+        fc.as_bcsr(spec, np.ones((1, 1, 1), np.float32))
+
+
+def test_a_crop_beyond_int32():
+    """Cropped at one end and padded at the other: what is left is small, the positions on the way are not."""
+    spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), [(-3 * 10**9, 3 * 10**9)])
+    kernel = np.ones((1, 1, 2), np.float32)
+    assert spec.shape == (2, 3)
+    np.testing.assert_array_equal(fc.as_matrix(spec, kernel), np.zeros((2, 3)))
+    with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
+        fc.as_matrix(spec, kernel)
+
+
+def test_sizes_are_printed_in_the_largest_unit_that_is_not_beyond_them():
+    sizes = fc.conv_spec((1, 1, 16), (1, 1, 1), (1,), "VALID").nbytes("float32")
+    lines = str(sizes).splitlines()
+    assert lines[0].split() == ["dense", "1,024", "bytes", "1", "KiB"]
+    assert lines[1].split() == ["bcoo", "192", "bytes", "192", "bytes"]
 
 
 def test_a_window_that_does_not_fit_gives_no_rows():

@@ -66,3 +66,38 @@ def test_a_hermitian_error_is_caught(spec, monkeypatch):
     unconjugated = lambda s, k, y, **kw: right(s, k.real.astype(k.dtype), y, **kw)  # noqa: E731
     monkeypatch.setattr(testing, "apply_transpose", unconjugated)
     assert testing.dot_test(spec, lax.complex(KERNEL, KERNEL)) > 1e-3
+
+
+def test_an_error_beyond_rounding_is_caught(spec, monkeypatch):
+    """The bound is that of the few terms there are, not a generous one."""
+    right = fc.as_matrix
+    monkeypatch.setattr(testing, "as_matrix", lambda s, k: right(s, k * (1 + 1e-14)))
+    kernel = KERNEL.astype(jnp.float64)
+    with pytest.raises(AssertionError, match="M @ x and lax differ"):
+        testing.assert_matches_lax(spec, kernel)
+    with pytest.raises(AssertionError, match=r"apply_transpose and M\.T @ y differ"):
+        testing.assert_transpose(spec, kernel)
+
+
+def test_a_number_that_is_none_is_caught(spec, monkeypatch):
+    """NaN compares as neither larger nor smaller than a bound."""
+    monkeypatch.setattr(testing, "apply", lambda s, k, x, **kw: jnp.full(s.out_shape, jnp.nan))
+    with pytest.raises(AssertionError, match="apply and lax differ"):
+        testing.assert_matches_lax(spec, KERNEL)
+
+
+def test_a_wrong_product_is_caught(spec, monkeypatch):
+    right = fc.apply
+    monkeypatch.setattr(testing, "apply", lambda s, k, x, **kw: right(s, 2 * k, x, **kw))
+    with pytest.raises(AssertionError, match="apply and lax differ"):
+        testing.assert_matches_lax(spec, KERNEL)
+    with pytest.raises(AssertionError, match=r"jax\.linear_transpose\(apply\) and M\.T @ y differ"):
+        testing.assert_transpose(spec, KERNEL)
+
+
+def test_an_error_of_the_hermitian_transpose_alone_is_caught(spec, monkeypatch):
+    """The plain transpose is right where the imaginary part is positive, as that of this kernel is."""
+    right = fc.apply_transpose
+    one_sided = lambda s, k, y, **kw: right(s, lax.complex(k.real, abs(k.imag)), y, **kw)  # noqa: E731
+    monkeypatch.setattr(testing, "apply_transpose", one_sided)
+    assert testing.dot_test(spec, lax.complex(KERNEL, KERNEL)) > 1e-3

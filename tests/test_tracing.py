@@ -335,6 +335,20 @@ def test_times_and_loop_invariant_kernels():
     assert isinstance(site.kernel, jax.ShapeDtypeStruct)  # another one in each step
 
 
+def test_the_condition_of_a_while_loop_runs_no_one_knows_how_often():
+    def shrunk(x, kernel):
+        return lax.while_loop(lambda x: conv(x, kernel).sum() > 1, lambda x: x / 2, x)
+
+    (site,) = fc.find_convs(shrunk, *SHAPES)
+    assert site.times is None
+
+
+def test_a_convolution_without_outputs_is_listed_too():
+    (site,) = fc.find_convs(partial(conv, padding="VALID"), jnp.ones((1, 3, 2, 2)), K)
+    assert site.spec.shape == (0, 12)
+    assert "0x12       0    0.00%" in repr(site)
+
+
 def test_every_branch_is_looked_at():
     branches = [lambda x: conv(x, K), lambda x: conv(x, K[::-1])]
     sites = fc.find_convs(lambda i, x: lax.switch(i, branches, x), jnp.asarray(0), X)
