@@ -79,8 +79,8 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
         plain,
         lhs_shape=tuple(sizes[i] for i in range(len(sizes))),
         rhs_shape=tuple((taps | channels)[i] for i in range(len(rhs_spec))),
-        window_strides=plain.lhs_dilation,
-        lhs_dilation=plain.window_strides,
+        window_strides=tuple(a.stride for a in axes),
+        lhs_dilation=tuple(a.lhs_dilation for a in axes),
         padding=tuple((a.lo, a.hi) for a in axes),
         dimension_numbers=lax.ConvDimensionNumbers(out_spec, rhs_spec, lhs_spec),
     )
@@ -229,7 +229,7 @@ def _inexact(array: jax.Array) -> jax.Array:
 def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
     """The pseudo-inverse of the Gram matrix of one axis, applied along axis ``i`` of the kernel."""
     if not axis.collides:  # diagonal: every tap has entries of its own
-        counts = jnp.asarray(np.array(axis.tap_counts), kernel.real.dtype)
+        counts = jnp.asarray(axis.tap_counts, kernel.real.dtype)
         counts = jnp.expand_dims(counts, [j for j in range(kernel.ndim) if j != i])
         return jnp.where(counts > 0, kernel / jnp.maximum(counts, 1).astype(kernel.dtype), 0)
     inverse = np.linalg.pinv(axis.gram.astype(float), rcond=1e-12, hermitian=True)

@@ -2,15 +2,14 @@
 
 On one axis only a few *kinds* of rows, columns and entries exist: two outputs whose windows see the
 same taps are alike. A kind is a set of taps with the number of times that it occurs, listed on the host
-from the table of the axis; what holds for M is then one einsum of the kernel with the kinds of every
-axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
+from one line of each that repeat (:class:`Lines`); what holds for M is then one einsum of the kernel with
+the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.axis import Axis, Lines
+from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -53,8 +53,7 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
-    taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
-    value = _merge(by_group(spec, kernel), taps)
+    value = _merge(by_group(spec, kernel), [k.taps for k in kinds])
     return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
 
 
@@ -148,7 +147,10 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
         kernel, scale = _scaled(kernel)
         sums = scale * root(_line_sums(spec, kernel, 2, rows))
     for i, axis in enumerate(spec.axes):
-        sums = jnp.take(sums, _lines(axis, rows).kind, axis=2 + i, mode="clip")
+        lines = axis.output_lines if rows else axis.input_lines
+        sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
+        kind = jnp.take(jnp.asarray(_lines(axis, rows).kind, sample.dtype), sample, mode="clip")
+        sums = jnp.take(sums, kind, axis=2 + i, mode="clip")
     sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
     if rows:
         return from_canonical(sums.reshape(*sums.shape[:-2], spec.out_channels), spec.out_order).ravel()
@@ -255,93 +257,106 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 class _Kinds:
     """Distinct lists of taps, each with how often it occurs and which members are of its kind."""
 
-    taps: np.ndarray  # [kind, (slot,) tap]: how often the tap stands in the list
+    taps: np.ndarray | None  # [kind, (slot,) tap]: how often the tap stands in the list; None: each tap once
     count: np.ndarray  # [kind]
     kind: np.ndarray  # [member]
     diagonal: np.ndarray | None = None  # [kind]: whether members pair a position with itself
 
 
-@lru_cache(maxsize=256)
+@bounded_cache
 def _entries(axis: Axis) -> _Kinds:
     """Kinds of entries (o, t) of one axis: the taps that meet there, added up in M."""
     if not axis.collides:
-        return _Kinds(np.eye(axis.taps, dtype=int), np.array(axis.tap_counts), np.arange(axis.taps))
-    o, t, p = _relation(axis)
-    _, entry = np.unique(o * axis.size + t, return_inverse=True)
-    return _kinds(entry, p, entry.max() + 1, axis.taps)
+        return _Kinds(None, axis.tap_counts, np.arange(axis.taps))
+    lines = axis.output_lines
+    o, t, p = axis.reads(lines.samples)
+    entries, entry = np.unique(o * axis.size + t, return_inverse=True)
+    return _kinds(entry, p, lines.counts[entries // axis.size], axis.taps)
 
 
-@lru_cache(maxsize=256)
+@bounded_cache
 def _lines(axis: Axis, rows: bool) -> _Kinds:
-    """Kinds of rows or columns of one axis.
+    """Kinds of rows or columns of one axis; its members are the samples of the lines.
 
     Where taps collide, each entry of the line has a slot of its own: ``taps[kind, slot, tap]``. Slots are
     ordered by their first tap, so that lines which differ by a shift are alike.
     """
-    o, t, p = _relation(axis)
-    line, other, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
+    lines = axis.output_lines if rows else axis.input_lines
+    line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
-        return _kinds(line, p, size, axis.taps)
+        return _kinds(line, p, lines.counts, axis.taps)
     _, entry = np.unique(line * (other.max(initial=0) + 1) + other, return_inverse=True)
     first_tap = np.full(entry.max(initial=-1) + 1, axis.taps)
     np.minimum.at(first_tap, entry, p)
     order = np.lexsort((entry, first_tap[entry], line))
     rank = np.cumsum(np.diff(entry[order], prepend=-1) != 0) - 1
-    begins = np.searchsorted(line[order], np.arange(size))
+    begins = np.searchsorted(line[order], np.arange(len(lines.counts)))
     slot = rank - rank[np.minimum(begins[line[order]], max(rank.size - 1, 0))]
     slots = int(slot.max(initial=0)) + 1
-    kinds = _kinds(line[order], slot * axis.taps + p[order], size, slots * axis.taps)
+    kinds = _kinds(line[order], slot * axis.taps + p[order], lines.counts, slots * axis.taps)
     return _Kinds(kinds.taps.reshape(-1, slots, axis.taps), kinds.count, kinds.kind)
 
 
-@lru_cache(maxsize=256)
+@bounded_cache
 def _pairs(axis: Axis, rows: bool) -> _Kinds:
     """Kinds of entries of ``M M^T`` (rows) or ``M^T M`` of one axis, by their pairs of taps ``p*k + p'``.
 
     Entry (o, o') adds a pair of taps for each input that both read. Entries that add nothing are left
     out, save on the diagonal, where the unit matrix has its ones.
     """
-    o, t, p = _relation(axis)
-    line, shared, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
-    order = np.argsort(shared, kind="stable")
-    line, shared, p = line[order], shared[order], p[order]
-    counts = np.bincount(shared)
+    lines = _pair_lines(axis, rows)
+    own = np.append(lines.samples, lines.size)  # one past the end: the lines without a relation
+    line, shared, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
+    # All lines that have one of these shared positions, the samples among them.
+    met, at = np.unique(shared, return_inverse=True)
+    where, other, q = axis.readers(met) if rows else axis.reads(met)
+    order = np.argsort(where, kind="stable")
+    other, q = other[order], q[order]
+    counts = np.bincount(where, minlength=len(met))
     # Every entry meets all entries with the same shared position: a run of `counts` of them.
-    repeats = counts[shared]
-    starts = (np.cumsum(counts) - counts)[shared]
+    repeats = counts[at]
+    starts = (np.cumsum(counts) - counts)[at]
     left = np.repeat(np.arange(line.size), repeats)
     within = np.arange(left.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     right = starts[left] + within
-    lonely = np.setdiff1d(np.arange(size), line)  # rows of zeros
-    key = np.concatenate([line[left] * size + line[right], lonely * (size + 1)])
+    lonely = np.setdiff1d(np.arange(len(lines.counts)), line)  # rows of zeros
+    width = lines.size + 1
+    key = np.concatenate([line[left] * width + other[right], lonely * width + own[lonely]])
     keys, member = np.unique(key, return_inverse=True)
-    pair = p[left] * axis.taps + p[right]
+    pair = p[left] * axis.taps + q[right]
     # On the diagonal a mark is added, so that no kind mixes it with other entries.
-    marks = np.flatnonzero(keys // size == keys % size)
+    marks = np.flatnonzero(own[keys // width] == keys % width)
     members = np.concatenate([member[: pair.size], marks])
     codes = np.concatenate([pair, np.full(marks.size, axis.taps**2)])
-    kinds = _kinds(members, codes, keys.size, axis.taps**2 + 1)
+    kinds = _kinds(members, codes, lines.counts[keys // width], axis.taps**2 + 1)
     return _Kinds(kinds.taps[:, :-1], kinds.count, kinds.kind, kinds.taps[:, -1])
 
 
-def _relation(axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All related (o, t, p) of an axis."""
-    table = axis.input_table()
-    o, p = np.nonzero(table >= 0)
-    return o, table[o, p], p
+def _pair_lines(axis: Axis, rows: bool) -> Lines:
+    """The lines of one axis by what they share with others: those repeat that meet repeating lines only."""
+    s, l, z, reach = axis.stride, axis.lhs_dilation, axis.shift, axis.dilated_taps - 1
+    if rows:  # output o reads from (o*s - z) / l to (o*s - z + reach) / l
+        met = axis.input_lines.repeating
+        part = range(((met.start - 1) * l + z) // s + 1, -(-(met.stop * l + z - reach) // s))
+        return axis.output_lines.within(part)
+    met = axis.output_lines.repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
+    part = range(((met.start - 1) * s + reach - z) // l + 1, -(-(met.stop * s - z) // l))
+    return axis.input_lines.within(part)
 
 
-def _kinds(member: np.ndarray, code: np.ndarray, members: int, codes: int) -> _Kinds:
-    """Members told apart by the codes that they hold."""
+def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
+    """Members told apart by the codes that they hold; each stands for so many as its weight."""
     order = np.lexsort((code, member))
     member, code = member[order], code[order]
-    held = np.bincount(member, minlength=members)
-    table = np.full((members, held.max(initial=0) + 1), -1)
+    held = np.bincount(member, minlength=len(weights))
+    table = np.full((len(weights), held.max(initial=0) + 1), -1)
     table[member, np.arange(member.size) - (np.cumsum(held) - held)[member]] = code
-    distinct, kind, count = np.unique(table, axis=0, return_inverse=True, return_counts=True)
+    distinct, kind = np.unique(table, axis=0, return_inverse=True)
     which, column = np.nonzero(distinct >= 0)
     taps = np.zeros((len(distinct), codes), int)
     np.add.at(taps, (which, distinct[which, column]), 1)
+    count = np.zeros(len(distinct), np.int64)
+    np.add.at(count, kind.reshape(-1), weights)
     return _Kinds(taps, count, kind.reshape(-1))
 
 
