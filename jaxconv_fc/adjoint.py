@@ -614,17 +614,104 @@ def _detect_axis(tensor: np.ndarray, tol: float) -> Axis:
     sketch = tensor.reshape(m, n, -1) @ weights  # equal entries have equal sketches, others surely not
     scale = np.abs(sketch).max(initial=0)
     used = np.abs(sketch).max(-1, initial=0) > tol * scale
-    found = []
-    for s in range(1, n + 1):
-        for l in range(1, m + 1):
-            if math.gcd(s, l) > 1:
-                continue
-            error = np.abs(sketch[l:, s:] - sketch[: max(m - l, 0), : max(n - s, 0)]).max(initial=0)
-            axis = _fitting(used, s, l)
-            # Where no tap is shared, anything is a convolution: accept it only without an unused tap.
-            shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps <= used.sum() < used.size
-            found.append((not shares, max(error - 8 * tol * scale, 0), axis.taps, s + l, s, axis))
-    return min(found, key=lambda entry: entry[:-1])[-1]
+    s, l, taps = _step_pairs(used)
+    return _fitting(used, *_most_constant(sketch, 8 * tol * scale, s, l))
+
+
+def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``(s, l, taps)``: the pairs of steps that a matrix with these used entries may have, simplest first,
+    and the taps that each needs.
+
+    Taps are ``(max q - min q) / r + 1`` over the used ``q = t*l - o*s``. The corners of their convex hull
+    tell the range. The differences of used positions are a lattice, of which two vectors tell r, the
+    greatest common divisor of the differences of q.
+    """
+    m, n = used.shape
+    s, l = (v.ravel() for v in np.meshgrid(np.arange(1, max(n, 1) + 1), np.arange(1, max(m, 1) + 1)))
+    s, l = s[np.gcd(s, l) == 1], l[np.gcd(s, l) == 1]
+    corners, basis = _corners(used), _difference_basis(used)
+    q = [t * l - o * s for o, t in corners] or [np.zeros_like(s)]
+    low, high = reduce(np.minimum, q), reduce(np.maximum, q)
+    r = reduce(np.gcd, [np.abs(t * l - o * s) for o, t in basis], np.zeros_like(s))
+    taps = (high - low) // np.maximum(r, 1) + 1
+    # Where no tap is shared, anything is a convolution: accept it only without an unused tap.
+    shares = ((s < n) & (l < m)) | (min(m, n) <= 1) | ((taps <= used.sum()) & (used.sum() < used.size))
+    s, l, taps = s[shares], l[shares], taps[shares]
+    order = np.lexsort((s, s + l, taps))
+    return s[order], l[order], taps[order]
+
+
+def _corners(used: np.ndarray) -> list[tuple[int, int]]:
+    """Used positions (o, t) among which every linear function of o and t has its extremes.
+
+    They are on the convex hull, so first or last of their row. Of those, a chain keeps the ones where it
+    turns one way (Andrew 1979).
+    """
+    rows = np.flatnonzero(used.any(1)).tolist()
+    corners = []
+    for side, turn in ((used.argmax(1), 1), (used.shape[1] - 1 - used[:, ::-1].argmax(1), -1)):
+        chain: list[tuple[int, int]] = []
+        for o, t in zip(rows, side[rows].tolist(), strict=True):
+            while len(chain) > 1 and turn * _turns(*chain[-2:], (o, t)) <= 0:
+                chain.pop()
+            chain.append((o, t))
+        corners += chain
+    return corners
+
+
+def _turns(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> int:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _difference_basis(used: np.ndarray) -> list[tuple[int, int]]:
+    """Two vectors (o, t) whose whole multiples add up to the differences of all used positions.
+
+    The first has the greatest common divisor of all o, by Euclid's algorithm; what is left of every
+    difference has o = 0.
+    """
+    o, t = (v - v[:1] for v in np.nonzero(used))
+    divisor, along = 0, 0
+    for step, move in np.unique(np.stack([o, t], 1)[np.searchsorted(o, np.unique(o))], axis=0).tolist():
+        a, b = (divisor, along), (step, move)
+        while b[0]:
+            quotient = a[0] // b[0]
+            a, b = b, (a[0] - quotient * b[0], a[1] - quotient * b[1])
+        divisor, along = a
+    rest = t - o // divisor * along if divisor else t
+    return [(divisor, along), (0, int(np.gcd.reduce(rest, initial=0)))]
+
+
+def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarray) -> tuple[int, int]:
+    """The first of the pairs (s, l) for which entries differ least from those l outputs and s inputs on.
+
+    Differences up to ``slack`` count as none. A pair is compared in full only when nothing known speaks
+    against it more than against the others. The entry where it fails most is then compared for all pairs
+    at once, which spares most of them the full comparison.
+    """
+    least = np.zeros(sketch.shape[:2])  # [l - 1, s - 1]: the error of a pair is this or more
+    exact = np.zeros(sketch.shape[:2], bool)
+    while True:
+        best = int(np.argmin(np.maximum(least[l - 1, s - 1] - slack, 0)))
+        step, dilation = int(s[best]), int(l[best])
+        if exact[dilation - 1, step - 1]:
+            return step, dilation
+        here, there = sketch[: max(len(sketch) - dilation, 0), : max(sketch.shape[1] - step, 0)], sketch[dilation:, step:]
+        error = np.abs(there - here).max(-1, initial=0)
+        exact[dilation - 1, step - 1] = True
+        if error.size:
+            least[dilation - 1, step - 1] = error.max()
+            o, t = np.unravel_index(np.argmax(error), error.shape)
+            size_here, size_there = (np.abs(v[o, t]).max() for v in (here, there))
+            at = (o, t) if size_here >= size_there else (o + dilation, t + step)
+            _compare(sketch, least, *at)
+
+
+def _compare(sketch: np.ndarray, least: np.ndarray, o: int, t: int) -> None:
+    """Raise ``least`` to how much one entry differs from those any l and s further on, and before it."""
+    for there, here in ((sketch[o:, t:], sketch[o, t]), (sketch[o::-1, t::-1], sketch[o, t])):
+        error = np.abs(there[1:, 1:] - here).max(-1, initial=0)
+        part = least[: error.shape[0], : error.shape[1]]
+        np.maximum(part, error, out=part)
 
 
 def _fitting(used: np.ndarray, s: int, l: int) -> Axis:

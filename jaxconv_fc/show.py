@@ -61,16 +61,22 @@ def _separator(spec: ConvSpec, column: int) -> str:
     return "|" * bars or " "
 
 
-def _entries(spec: ConvSpec, row: int, columns: Sequence[int]) -> dict[int, list[int]]:
+def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
     """Of some columns of a row of M, the flat indices of the kernel entries that meet there."""
     positions, d = spec.split_row(row)
-    tables = [a.table(np.array([o]))[0] for a, o in zip(spec.axes, positions, strict=True)]
+    columns = {column: spec.split_column(column) for column in shown}
+    met = []  # per axis, the taps of every input that the columns stand for
+    for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
+        table = axis.table(np.array([o]))[0]
+        taps: dict[int, list[int]] = {}
+        for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
+            taps.setdefault(int(table[p]), []).append(p)
+        met.append(taps)
     first = d // (spec.out_channels // spec.groups) * spec.group_channels
     entries = {}
-    for column in columns:
-        inputs, channel = spec.split_column(column)
+    for column, (inputs, channel) in columns.items():
         if first <= channel < first + spec.group_channels:
-            taps = [np.flatnonzero(v == t).tolist() for v, t in zip(tables, inputs, strict=True)]
+            taps = [v.get(t, []) for v, t in zip(met, inputs, strict=True)]
             entries[column] = [spec.tap(p, channel - first, d) for p in product(*taps)]
     return entries
 
