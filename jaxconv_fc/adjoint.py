@@ -536,7 +536,12 @@ def detect_conv(
     True
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
-    spec, kernel, distance = _nearest(host, in_shape, out_shape, tol)
+    views = _axis_views(host, in_shape, out_shape)
+    axes = [_detect_axis(view, tol) for view in views]
+    # What is not constant along one axis is no convolution, and need not be projected to see it.
+    if any(_axis_distance(view, axis) > 2 * tol for view, axis in zip(views, axes, strict=True)):
+        return None
+    spec, kernel, distance = _nearest(host, in_shape, out_shape, axes, tol)
     return (spec, kernel) if distance <= tol else None
 
 
@@ -563,7 +568,8 @@ def nearest_conv(
     0.211
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
-    return _nearest(host, in_shape, out_shape, tol)
+    axes = [_detect_axis(view, tol) for view in _axis_views(host, in_shape, out_shape)]
+    return _nearest(host, in_shape, out_shape, axes, tol)
 
 
 def _host_matrix(
@@ -586,14 +592,21 @@ def _host_matrix(
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
 
 
-def _nearest(
-    matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int], tol: float
-) -> tuple[ConvSpec, jax.Array, float]:
-    d = len(in_shape) - 1
+def _tensor(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> np.ndarray:
     wide = matrix.astype(np.complex128 if matrix.dtype.kind == "c" else np.float64)
-    tensor = wide.reshape(*out_shape, *in_shape)
-    axes = [_detect_axis(np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)), tol) for a in range(d)]
-    groups = _detect_groups(np.moveaxis(tensor, 1 + d, 1), tol)
+    return wide.reshape(*out_shape, *in_shape)
+
+
+def _axis_views(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> list[np.ndarray]:
+    """Per spatial axis, M as (outputs, inputs, everything else)."""
+    tensor, d = _tensor(matrix, in_shape, out_shape), len(in_shape) - 1
+    return [np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)) for a in range(d)]
+
+
+def _nearest(
+    matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int], axes: Sequence[Axis], tol: float
+) -> tuple[ConvSpec, jax.Array, float]:
+    groups = _detect_groups(np.moveaxis(_tensor(matrix, in_shape, out_shape), len(in_shape), 1), tol)
     spec = conv_spec(
         (1, *in_shape),
         (out_shape[0], in_shape[0] // groups, *(a.taps for a in axes)),
@@ -614,13 +627,12 @@ def _detect_axis(tensor: np.ndarray, tol: float) -> Axis:
     sketch = tensor.reshape(m, n, -1) @ weights  # equal entries have equal sketches, others surely not
     scale = np.abs(sketch).max(initial=0)
     used = np.abs(sketch).max(-1, initial=0) > tol * scale
-    s, l, taps = _step_pairs(used)
-    return _fitting(used, *_most_constant(sketch, 8 * tol * scale, s, l))
+    return _fitting(used, *_most_constant(sketch, 8 * tol * scale, *_step_pairs(used)))
 
 
-def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``(s, l, taps)``: the pairs of steps that a matrix with these used entries may have, simplest first,
-    and the taps that each needs.
+def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(s, l)``: the pairs of steps that a matrix with these used entries may have: by the number of taps
+    that they need, then by s + l, then by s.
 
     Taps are ``(max q - min q) / r + 1`` over the used ``q = t*l - o*s``. The corners of their convex hull
     tell the range. The differences of used positions are a lattice, of which two vectors tell r, the
@@ -628,7 +640,8 @@ def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     m, n = used.shape
     s, l = (v.ravel() for v in np.meshgrid(np.arange(1, max(n, 1) + 1), np.arange(1, max(m, 1) + 1)))
-    s, l = s[np.gcd(s, l) == 1], l[np.gcd(s, l) == 1]
+    coprime = np.gcd(s, l) == 1
+    s, l = s[coprime], l[coprime]
     corners, basis = _corners(used), _difference_basis(used)
     q = [t * l - o * s for o, t in corners] or [np.zeros_like(s)]
     low, high = reduce(np.minimum, q), reduce(np.maximum, q)
@@ -638,7 +651,7 @@ def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shares = ((s < n) & (l < m)) | (min(m, n) <= 1) | ((taps <= used.sum()) & (used.sum() < used.size))
     s, l, taps = s[shares], l[shares], taps[shares]
     order = np.lexsort((s, s + l, taps))
-    return s[order], l[order], taps[order]
+    return s[order], l[order]
 
 
 def _corners(used: np.ndarray) -> list[tuple[int, int]]:
@@ -695,7 +708,8 @@ def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarra
         step, dilation = int(s[best]), int(l[best])
         if exact[dilation - 1, step - 1]:
             return step, dilation
-        here, there = sketch[: max(len(sketch) - dilation, 0), : max(sketch.shape[1] - step, 0)], sketch[dilation:, step:]
+        there = sketch[dilation:, step:]
+        here = sketch[: there.shape[0], : there.shape[1]]
         error = np.abs(there - here).max(-1, initial=0)
         exact[dilation - 1, step - 1] = True
         if error.size:
@@ -712,6 +726,23 @@ def _compare(sketch: np.ndarray, least: np.ndarray, o: int, t: int) -> None:
         error = np.abs(there[1:, 1:] - here).max(-1, initial=0)
         part = least[: error.shape[0], : error.shape[1]]
         np.maximum(part, error, out=part)
+
+
+def _axis_distance(tensor: np.ndarray, axis: Axis) -> float:
+    """How far M as (outputs, inputs, everything else) is from depending on ``q = t*l - o*s`` alone, relative
+    to its norm: no convolution with this axis is nearer."""
+    m, n = tensor.shape[:2]
+    o, t = np.indices((m, n)).reshape(2, -1)
+    q = t * axis.lhs_dilation - o * axis.stride
+    order = np.argsort(q, kind="stable")
+    starts = np.flatnonzero(np.diff(q[order], prepend=q.min(initial=0) - 1))
+    size = np.abs(tensor).max(initial=0)
+    if not size:
+        return 0.0
+    values = tensor.reshape(m * n, -1)[order] / size
+    counts = np.diff(np.append(starts, m * n))
+    means = np.add.reduceat(values, starts, axis=0) / counts[:, None]
+    return float(np.linalg.norm(values - np.repeat(means, counts, axis=0)) / np.linalg.norm(values))
 
 
 def _fitting(used: np.ndarray, s: int, l: int) -> Axis:
