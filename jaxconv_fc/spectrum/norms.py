@@ -8,8 +8,9 @@ the kinds of every axis. Taps that meet in an entry of M (boundary modes) are ad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from jax import lax
 from jaxconv_fc.axis import Axis, Lines
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+_SMALL = 2**12  # entries of a matrix of kinds that a program may hold
 
 
 def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -53,7 +57,8 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
-    value = _merge(by_group(spec, kernel), [k.taps for k in kinds])
+    merged = [k if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
+    value = _merge(by_group(spec, kernel), merged)
     return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
 
 
@@ -149,7 +154,7 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
     for i, axis in enumerate(spec.axes):
         lines = axis.output_lines if rows else axis.input_lines
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
-        kind = jnp.take(jnp.asarray(_lines(axis, rows).kind, sample.dtype), sample, mode="clip")
+        kind = jnp.take(jnp.asarray(_lines(axis, rows)[0].kind, sample.dtype), sample, mode="clip")
         sums = jnp.take(sums, kind, axis=2 + i, mode="clip")
     sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
     if rows:
@@ -243,7 +248,7 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     )
     for axis, kind in zip(spec.axes, kinds, strict=True):
         gram = gram.reshape(*gram.shape[:3], axis.taps**2, *gram.shape[5:])
-        gram = jnp.tensordot(gram, jnp.asarray(kind.taps, gram.dtype), [[3], [1]], precision="highest")
+        gram = jnp.tensordot(gram, kind.matrix(gram.dtype), [[3], [1]], precision="highest")
     unit = jnp.eye(value.shape[1], dtype=gram.dtype)
     for kind in kinds:
         unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
@@ -255,19 +260,31 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Kinds:
-    """Distinct lists of taps, each with how often it occurs and which members are of its kind."""
+    """Distinct lists of codes (most often taps), each with how often it occurs and which members have it."""
 
-    taps: np.ndarray | None  # [kind, (slot,) tap]: how often the tap stands in the list; None: each tap once
+    listed: np.ndarray  # [place]: the codes of all kinds, one kind after the other
+    owner: np.ndarray  # [place]: the kind whose list it is in
     count: np.ndarray  # [kind]
     kind: np.ndarray  # [member]
+    codes: int  # there are codes from 0 up to this
     diagonal: np.ndarray | None = None  # [kind]: whether members pair a position with itself
+
+    def matrix(self, dtype: Any) -> jax.Array:
+        """``[kind, code]``: how often the code stands in the list. A large one is made by the program, which
+        holds the list alone; the barrier keeps XLA from making it while it compiles, which takes seconds."""
+        shape, place = (len(self.count), self.codes), self.owner * self.codes + self.listed
+        if math.prod(shape) <= _SMALL:
+            return jnp.asarray(np.bincount(place, minlength=math.prod(shape)).reshape(shape), dtype)
+        owner, listed = lax.optimization_barrier((jnp.asarray(self.owner), jnp.asarray(self.listed)))
+        return jnp.zeros(shape, dtype).at[owner, listed].add(jnp.ones((), dtype))
 
 
 @bounded_cache
 def _entries(axis: Axis) -> _Kinds:
     """Kinds of entries (o, t) of one axis: the taps that meet there, added up in M."""
+    taps = np.arange(axis.taps)
     if not axis.collides:
-        return _Kinds(None, axis.tap_counts, np.arange(axis.taps))
+        return _Kinds(taps, taps, axis.tap_counts, taps, axis.taps)
     lines = axis.output_lines
     o, t, p = axis.reads(lines.samples)
     entries, entry = np.unique(o * axis.size + t, return_inverse=True)
@@ -275,26 +292,19 @@ def _entries(axis: Axis) -> _Kinds:
 
 
 @bounded_cache
-def _lines(axis: Axis, rows: bool) -> _Kinds:
+def _lines(axis: Axis, rows: bool) -> tuple[_Kinds, _Kinds | None]:
     """Kinds of rows or columns of one axis; its members are the samples of the lines.
 
-    Where taps collide, each entry of the line has a slot of its own: ``taps[kind, slot, tap]``. Slots are
-    ordered by their first tap, so that lines which differ by a shift are alike.
+    Where taps collide, a line is a list of kinds of entries, which come second. Elsewhere it is one of taps.
     """
     lines = axis.output_lines if rows else axis.input_lines
     line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
-        return _kinds(line, p, lines.counts, axis.taps)
-    _, entry = np.unique(line * (other.max(initial=0) + 1) + other, return_inverse=True)
-    first_tap = np.full(entry.max(initial=-1) + 1, axis.taps)
-    np.minimum.at(first_tap, entry, p)
-    order = np.lexsort((entry, first_tap[entry], line))
-    rank = np.cumsum(np.diff(entry[order], prepend=-1) != 0) - 1
-    begins = np.searchsorted(line[order], np.arange(len(lines.counts)))
-    slot = rank - rank[np.minimum(begins[line[order]], max(rank.size - 1, 0))]
-    slots = int(slot.max(initial=0)) + 1
-    kinds = _kinds(line[order], slot * axis.taps + p[order], lines.counts, slots * axis.taps)
-    return _Kinds(kinds.taps.reshape(-1, slots, axis.taps), kinds.count, kinds.kind)
+        return _kinds(line, p, lines.counts, axis.taps), None
+    width = int(other.max(initial=0)) + 1
+    places, entry = np.unique(line * width + other, return_inverse=True)
+    entries = _kinds(entry, p, np.ones(len(places), np.int64), axis.taps)
+    return _kinds(places // width, entries.kind, lines.counts, len(entries.count)), entries
 
 
 @bounded_cache
@@ -329,7 +339,11 @@ def _pairs(axis: Axis, rows: bool) -> _Kinds:
     members = np.concatenate([member[: pair.size], marks])
     codes = np.concatenate([pair, np.full(marks.size, axis.taps**2)])
     kinds = _kinds(members, codes, lines.counts[keys // width], axis.taps**2 + 1)
-    return _Kinds(kinds.taps[:, :-1], kinds.count, kinds.kind, kinds.taps[:, -1])
+    marked = kinds.listed == axis.taps**2
+    diagonal = np.bincount(kinds.owner[marked], minlength=len(kinds.count))
+    return replace(
+        kinds, listed=kinds.listed[~marked], owner=kinds.owner[~marked], codes=axis.taps**2, diagonal=diagonal
+    )
 
 
 def _pair_lines(axis: Axis, rows: bool) -> Lines:
@@ -347,17 +361,19 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
 def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
     """Members told apart by the codes that they hold; each stands for so many as its weight."""
     order = np.lexsort((code, member))
-    member, code = member[order], code[order]
-    held = np.bincount(member, minlength=len(weights))
-    table = np.full((len(weights), held.max(initial=0) + 1), -1)
-    table[member, np.arange(member.size) - (np.cumsum(held) - held)[member]] = code
-    distinct, kind = np.unique(table, axis=0, return_inverse=True)
-    which, column = np.nonzero(distinct >= 0)
-    taps = np.zeros((len(distinct), codes), int)
-    np.add.at(taps, (which, distinct[which, column]), 1)
-    count = np.zeros(len(distinct), np.int64)
-    np.add.at(count, kind.reshape(-1), weights)
-    return _Kinds(taps, count, kind.reshape(-1))
+    code = np.ascontiguousarray(code[order])
+    ends = np.cumsum(np.bincount(member, minlength=len(weights)))
+    numbers: dict[bytes, int] = {}
+    held, begin = memoryview(code).cast("B"), 0
+    kind = np.empty(len(weights), np.int64)
+    for i, end in enumerate((ends * code.itemsize).tolist()):
+        kind[i] = numbers.setdefault(held[begin:end].tobytes(), len(numbers))
+        begin = end
+    lists = [np.frombuffer(key, code.dtype) for key in numbers]
+    owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
+    count = np.zeros(len(lists), np.int64)
+    np.add.at(count, kind, weights)
+    return _Kinds(np.concatenate([code[:0], *lists]), owner, count, kind, codes)
 
 
 # -- the kernel contracted with the kinds --------------------------------------------------------
@@ -365,34 +381,24 @@ def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int
 
 def _line_sums(spec: ConvSpec, kernel: jax.Array, power: int, rows: bool) -> jax.Array:
     """Sums of ``|M|**power`` over each kind of row or column: (group, channel of the line, kinds...)."""
-    kinds = [_lines(axis, rows) for axis in spec.axes]
-    value = by_group(spec, kernel)
-    value = value if rows else jnp.swapaxes(value, 1, 2)
-    collides = [axis.collides for axis in spec.axes]
-    merged = _merge(value, [k.taps if c else None for k, c in zip(kinds, collides, strict=True)])
-    merged = _power(merged, power)
-    # Merged axes already stand for (kind, slot); the others are summed over their taps.
-    operand, operands, result = [0, 1, 2], [], [0, 1]
-    for a, (kind, collided) in enumerate(zip(kinds, collides, strict=True)):
-        operand += [10 + a, 30 + a] if collided else [30 + a]
-        if not collided:
-            operands += [jnp.asarray(kind.taps, merged.dtype), [10 + a, 30 + a]]
-        result.append(10 + a)
-    return jnp.einsum(merged, operand, *operands, result, precision="highest")
+    lines, entries = zip(*(_lines(axis, rows) for axis in spec.axes), strict=True) if spec.axes else ((), ())
+    value = _power(_merge(by_group(spec, kernel), entries), power)
+    value = value.sum(2 if rows else 1, dtype=value.dtype)  # (group, channel, kinds of entries or taps...)
+    return _contract(value, lines, 2)
 
 
-def _merge(value: jax.Array, taps: Sequence[np.ndarray | None]) -> jax.Array:
-    """The taps of every axis that has a list of kinds, added up per kind (and slot)."""
-    operand, operands, result = [0, 1, 2], [], [0, 1, 2]
-    for a, kinds in enumerate(taps):
-        operand.append(10 + a)
-        if kinds is None:
-            result.append(10 + a)
-            continue
-        labels = [20 + a] if kinds.ndim == 2 else [20 + a, 30 + a]
-        operands += [jnp.asarray(kinds, value.dtype), [*labels, 10 + a]]
-        result += labels
-    return jnp.einsum(value, operand, *operands, result, precision="highest") if operands else value
+def _merge(value: jax.Array, kinds: Sequence[_Kinds | None]) -> jax.Array:
+    """The taps of every axis that has a list of kinds, added up per kind."""
+    return _contract(value, kinds, 3)
+
+
+def _contract(value: jax.Array, kinds: Sequence[_Kinds | None], first: int) -> jax.Array:
+    """Sums over the list of each kind in place of the codes, on the axes from ``first`` on."""
+    for a, kind in enumerate(kinds, start=first):
+        if kind is not None:
+            value = jnp.tensordot(value, kind.matrix(value.dtype), [[a], [1]], precision="highest")
+            value = jnp.moveaxis(value, -1, a)
+    return value
 
 
 def _weigh(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
