@@ -422,6 +422,8 @@ def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, A
 
 def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Per output of the second: does it see any input, and does it see one through its own padding?"""
+    for axis in (second, first):
+        axis.check_held_by(np.int32)
     o, p = np.arange(second.out_size)[:, None], np.arange(second.taps)
     at = o * second.stride + p * second.rhs_dilation - second.lo
     u = at // second.lhs_dilation

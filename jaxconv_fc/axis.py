@@ -101,7 +101,7 @@ class Axis:
         n = self.size
         if self.mode == "zeros":
             return j
-        self._check_holds(j)
+        self._check_indices(j)
         i = j - self.lo
         if self.mode == "circular":
             return i % n
@@ -113,7 +113,7 @@ class Axis:
 
     def input_of(self, o: Ints, p: Ints) -> tuple[Ints, Ints]:
         """``(t, valid)``: the input position that output ``o`` reads through tap ``p``."""
-        self._check_holds(o, p)
+        self._check_indices(o, p)
         inner = self.inner
         u = o * self.stride + p * self.rhs_dilation - inner.lo
         j = u // self.lhs_dilation
@@ -122,21 +122,25 @@ class Axis:
 
     def output_of(self, j: Ints, p: Ints) -> tuple[Ints, Ints]:
         """``(o, valid)``: the output that reads *padded* position ``j`` through tap ``p``."""
-        self._check_holds(j, p)
+        self._check_indices(j, p)
         v = j * self.lhs_dilation + self.inner.lo - p * self.rhs_dilation
         o = v // self.stride
         return o, (v % self.stride == 0) & (o >= 0) & (o < self.out_size)
 
-    def _check_holds(self, *indices: Ints) -> None:
-        """ValueError if positions of this axis are beyond the dtype of an index array: they would wrap."""
-        for dtype in (index.dtype for index in indices if hasattr(index, "dtype")):
-            if dtype.kind in "iu" and self.reach > np.iinfo(dtype).max:
-                raise ValueError(
-                    f"a spatial axis with window stride {self.stride}, lhs_dilation {self.lhs_dilation}, "
-                    f"rhs_dilation {self.rhs_dilation} and padding {(self.lo, self.hi)} has positions up to "
-                    f"{self.reach:,}, beyond {dtype}. Use smaller steps or pads, or as_scipy, which counts "
-                    "on the host."
-                )
+    def check_held_by(self, dtype: Any) -> None:
+        """ValueError if this dtype does not hold the positions of the axis: they would wrap."""
+        if np.dtype(dtype).kind in "iu" and self.reach > np.iinfo(dtype).max:
+            raise ValueError(
+                f"a spatial axis with window stride {self.stride}, lhs_dilation {self.lhs_dilation}, "
+                f"rhs_dilation {self.rhs_dilation} and padding {(self.lo, self.hi)} has positions up to "
+                f"{self.reach:,}, beyond {np.dtype(dtype)}. Use smaller steps or pads, or as_scipy, which "
+                "counts on the host."
+            )
+
+    def _check_indices(self, *indices: Ints) -> None:
+        for index in indices:
+            if hasattr(index, "dtype"):
+                self.check_held_by(index.dtype)
 
     # -- tables and counts, on the host --------------------------------------------------------
 
@@ -153,8 +157,8 @@ class Axis:
 
     def readers(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All ``(i, o, p)``: output ``o`` reads ``inputs[i]`` through tap ``p``; inputs ascend."""
-        j = inputs + (self.lo if self.mode != "zeros" else 0)
-        o, valid = self.output_of(self._exact(j)[:, None], self._exact(np.arange(self.taps)))
+        j = self._exact(inputs) + (self.lo if self.mode != "zeros" else 0)
+        o, valid = self.output_of(j[:, None], self._exact(np.arange(self.taps)))
         valid = valid & (o >= self.direct.start) & (o < self.direct.stop)
         i, p = np.nonzero(valid)
         border = self.border(self.direct)
@@ -546,7 +550,7 @@ def _runs(axis: Axis) -> tuple[Run, ...]:
         reads, firsts = np.unique(table[i, taps], return_index=True)
         o = int(outputs[i])
         same = range(o, inside.stop, period) if inside.start <= o < inside.stop else range(o, o + 1)
-        advance = period * axis.stride // axis.lhs_dilation
+        advance = period * axis.stride // axis.lhs_dilation if len(same) > 1 else 0
         runs.append(Run(same, reads, advance, taps, firsts, int(starts[i]), cycle))
     return tuple(runs)
 

@@ -491,6 +491,7 @@ def diagonals(spec: ConvSpec, kernel: Any) -> dict[int, jax.Array]:
     3 [0 1 1 1]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    check_stored("diagonals", spec, spec.nbytes(kernel.dtype).bcoo, "row_blocks or apply")  # all are visited
     offsets = _offsets(spec)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
     check_stored("diagonals", spec, nbytes, "row_blocks or apply")
