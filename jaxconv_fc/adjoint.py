@@ -80,8 +80,8 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
         plain,
         lhs_shape=tuple(sizes[i] for i in range(len(sizes))),
         rhs_shape=tuple((taps | channels)[i] for i in range(len(rhs_spec))),
-        window_strides=plain.lhs_dilation,
-        lhs_dilation=plain.window_strides,
+        window_strides=tuple(a.stride for a in axes),
+        lhs_dilation=tuple(a.lhs_dilation for a in axes),
         padding=tuple((a.lo, a.hi) for a in axes),
         dimension_numbers=lax.ConvDimensionNumbers(out_spec, rhs_spec, lhs_spec),
     )
@@ -240,7 +240,7 @@ def _inexact(array: jax.Array) -> jax.Array:
 def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
     """The pseudo-inverse of the Gram matrix of one axis, applied along axis ``i`` of the kernel."""
     if not axis.collides:  # diagonal: every tap has entries of its own
-        counts = jnp.asarray(np.array(axis.tap_counts), kernel.real.dtype)
+        counts = jnp.asarray(axis.tap_counts, kernel.real.dtype)
         counts = jnp.expand_dims(counts, [j for j in range(kernel.ndim) if j != i])
         return jnp.where(counts > 0, kernel / jnp.maximum(counts, 1).astype(kernel.dtype), 0)
     inverse = np.linalg.pinv(axis.gram.astype(float), rcond=1e-12, hermitian=True)
@@ -447,6 +447,8 @@ def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, A
 
 def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
     """Per output of the second: does it see any input, and does it see one through its own padding?"""
+    for axis in (second, first):
+        axis.check_held_by(np.int32)
     o, p = np.arange(second.out_size)[:, None], np.arange(second.taps)
     at = o * second.stride + p * second.rhs_dilation - second.lo
     u = at // second.lhs_dilation
@@ -561,7 +563,12 @@ def detect_conv(
     True
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
-    spec, kernel, distance = _nearest(host, in_shape, out_shape, tol)
+    views = _axis_views(host, in_shape, out_shape)
+    axes = [_detect_axis(view, tol) for view in views]
+    # What is not constant along one axis is no convolution, and need not be projected to see it.
+    if any(_axis_distance(view, axis) > 2 * tol for view, axis in zip(views, axes, strict=True)):
+        return None
+    spec, kernel, distance = _nearest(host, in_shape, out_shape, axes, tol)
     return (spec, kernel) if distance <= tol else None
 
 
@@ -588,7 +595,8 @@ def nearest_conv(
     0.211
     """
     host, tol = _host_matrix(matrix, in_shape, out_shape, tol)
-    return _nearest(host, in_shape, out_shape, tol)
+    axes = [_detect_axis(view, tol) for view in _axis_views(host, in_shape, out_shape)]
+    return _nearest(host, in_shape, out_shape, axes, tol)
 
 
 def _host_matrix(
@@ -611,14 +619,21 @@ def _host_matrix(
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
 
 
-def _nearest(
-    matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int], tol: float
-) -> tuple[ConvSpec, jax.Array, float]:
-    d = len(in_shape) - 1
+def _tensor(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> np.ndarray:
     wide = matrix.astype(np.complex128 if matrix.dtype.kind == "c" else np.float64)
-    tensor = wide.reshape(*out_shape, *in_shape)
-    axes = [_detect_axis(np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)), tol) for a in range(d)]
-    groups = _detect_groups(np.moveaxis(tensor, 1 + d, 1), tol)
+    return wide.reshape(*out_shape, *in_shape)
+
+
+def _axis_views(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> list[np.ndarray]:
+    """Per spatial axis, M as (outputs, inputs, everything else)."""
+    tensor, d = _tensor(matrix, in_shape, out_shape), len(in_shape) - 1
+    return [np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)) for a in range(d)]
+
+
+def _nearest(
+    matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int], axes: Sequence[Axis], tol: float
+) -> tuple[ConvSpec, jax.Array, float]:
+    groups = _detect_groups(np.moveaxis(_tensor(matrix, in_shape, out_shape), len(in_shape), 1), tol)
     spec = conv_spec(
         (1, *in_shape),
         (out_shape[0], in_shape[0] // groups, *(a.taps for a in axes)),
@@ -639,17 +654,122 @@ def _detect_axis(tensor: np.ndarray, tol: float) -> Axis:
     sketch = tensor.reshape(m, n, -1) @ weights  # equal entries have equal sketches, others surely not
     scale = np.abs(sketch).max(initial=0)
     used = np.abs(sketch).max(-1, initial=0) > tol * scale
-    found = []
-    for s in range(1, n + 1):
-        for l in range(1, m + 1):
-            if math.gcd(s, l) > 1:
-                continue
-            error = np.abs(sketch[l:, s:] - sketch[: max(m - l, 0), : max(n - s, 0)]).max(initial=0)
-            axis = _fitting(used, s, l)
-            # Where no tap is shared, anything is a convolution: accept it only without an unused tap.
-            shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps <= used.sum() < used.size
-            found.append((not shares, max(error - 8 * tol * scale, 0), axis.taps, s + l, s, axis))
-    return min(found, key=lambda entry: entry[:-1])[-1]
+    return _fitting(used, *_most_constant(sketch, 8 * tol * scale, *_step_pairs(used)))
+
+
+def _step_pairs(used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(s, l)``: the pairs of steps that a matrix with these used entries may have: by the number of taps
+    that they need, then by s + l, then by s.
+
+    Taps are ``(max q - min q) / r + 1`` over the used ``q = t*l - o*s``. The corners of their convex hull
+    tell the range. The differences of used positions are a lattice, of which two vectors tell r, the
+    greatest common divisor of the differences of q.
+    """
+    m, n = used.shape
+    s, l = (v.ravel() for v in np.meshgrid(np.arange(1, max(n, 1) + 1), np.arange(1, max(m, 1) + 1)))
+    coprime = np.gcd(s, l) == 1
+    s, l = s[coprime], l[coprime]
+    corners, basis = _corners(used), _difference_basis(used)
+    q = [t * l - o * s for o, t in corners] or [np.zeros_like(s)]
+    low, high = reduce(np.minimum, q), reduce(np.maximum, q)
+    r = reduce(np.gcd, [np.abs(t * l - o * s) for o, t in basis], np.zeros_like(s))
+    taps = (high - low) // np.maximum(r, 1) + 1
+    # Where no tap is shared, anything is a convolution: accept it only without an unused tap.
+    shares = ((s < n) & (l < m)) | (min(m, n) <= 1) | ((taps <= used.sum()) & (used.sum() < used.size))
+    s, l, taps = s[shares], l[shares], taps[shares]
+    order = np.lexsort((s, s + l, taps))
+    return s[order], l[order]
+
+
+def _corners(used: np.ndarray) -> list[tuple[int, int]]:
+    """Used positions (o, t) among which every linear function of o and t has its extremes.
+
+    They are on the convex hull, so first or last of their row. Of those, a chain keeps the ones where it
+    turns one way (Andrew 1979).
+    """
+    rows = np.flatnonzero(used.any(1)).tolist()
+    corners = []
+    for side, turn in ((used.argmax(1), 1), (used.shape[1] - 1 - used[:, ::-1].argmax(1), -1)):
+        chain: list[tuple[int, int]] = []
+        for o, t in zip(rows, side[rows].tolist(), strict=True):
+            while len(chain) > 1 and turn * _turns(*chain[-2:], (o, t)) <= 0:
+                chain.pop()
+            chain.append((o, t))
+        corners += chain
+    return corners
+
+
+def _turns(a: tuple[int, int], b: tuple[int, int], c: tuple[int, int]) -> int:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _difference_basis(used: np.ndarray) -> list[tuple[int, int]]:
+    """Two vectors (o, t) whose whole multiples add up to the differences of all used positions.
+
+    The first has the greatest common divisor of all o, by Euclid's algorithm; what is left of every
+    difference has o = 0.
+    """
+    o, t = (v - v[:1] for v in np.nonzero(used))
+    divisor, along = 0, 0
+    for step, move in np.unique(np.stack([o, t], 1)[np.searchsorted(o, np.unique(o))], axis=0).tolist():
+        a, b = (divisor, along), (step, move)
+        while b[0]:
+            quotient = a[0] // b[0]
+            a, b = b, (a[0] - quotient * b[0], a[1] - quotient * b[1])
+        divisor, along = a
+    rest = t - o // divisor * along if divisor else t
+    return [(divisor, along), (0, int(np.gcd.reduce(rest, initial=0)))]
+
+
+def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarray) -> tuple[int, int]:
+    """The first of the pairs (s, l) for which entries differ least from those l outputs and s inputs on.
+
+    Differences up to ``slack`` count as none. A pair is compared in full only when nothing known speaks
+    against it more than against the others. The entry where it fails most is then compared for all pairs
+    at once, which spares most of them the full comparison.
+    """
+    least = np.zeros(sketch.shape[:2])  # [l - 1, s - 1]: the error of a pair is this or more
+    exact = np.zeros(sketch.shape[:2], bool)
+    while True:
+        best = int(np.argmin(np.maximum(least[l - 1, s - 1] - slack, 0)))
+        step, dilation = int(s[best]), int(l[best])
+        if exact[dilation - 1, step - 1]:
+            return step, dilation
+        there = sketch[dilation:, step:]
+        here = sketch[: there.shape[0], : there.shape[1]]
+        error = np.abs(there - here).max(-1, initial=0)
+        exact[dilation - 1, step - 1] = True
+        if error.size:
+            least[dilation - 1, step - 1] = error.max()
+            o, t = np.unravel_index(np.argmax(error), error.shape)
+            size_here, size_there = (np.abs(v[o, t]).max() for v in (here, there))
+            at = (o, t) if size_here >= size_there else (o + dilation, t + step)
+            _compare(sketch, least, *at)
+
+
+def _compare(sketch: np.ndarray, least: np.ndarray, o: int, t: int) -> None:
+    """Raise ``least`` to how much one entry differs from those any l and s further on, and before it."""
+    for there, here in ((sketch[o:, t:], sketch[o, t]), (sketch[o::-1, t::-1], sketch[o, t])):
+        error = np.abs(there[1:, 1:] - here).max(-1, initial=0)
+        part = least[: error.shape[0], : error.shape[1]]
+        np.maximum(part, error, out=part)
+
+
+def _axis_distance(tensor: np.ndarray, axis: Axis) -> float:
+    """How far M as (outputs, inputs, everything else) is from depending on ``q = t*l - o*s`` alone, relative
+    to its norm: no convolution with this axis is nearer."""
+    m, n = tensor.shape[:2]
+    o, t = np.indices((m, n)).reshape(2, -1)
+    q = t * axis.lhs_dilation - o * axis.stride
+    order = np.argsort(q, kind="stable")
+    starts = np.flatnonzero(np.diff(q[order], prepend=q.min(initial=0) - 1))
+    size = np.abs(tensor).max(initial=0)
+    if not size:
+        return 0.0
+    values = tensor.reshape(m * n, -1)[order] / size
+    counts = np.diff(np.append(starts, m * n))
+    means = np.add.reduceat(values, starts, axis=0) / counts[:, None]
+    return float(np.linalg.norm(values - np.repeat(means, counts, axis=0)) / np.linalg.norm(values))
 
 
 def _fitting(used: np.ndarray, s: int, l: int) -> Axis:

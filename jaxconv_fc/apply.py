@@ -223,6 +223,9 @@ def _evaluate(
     a: jax.Array, b: jax.Array, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any
 ) -> jax.Array:
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
+    for axis in spec.axes:
+        if axis.mode != "zeros":  # what it pads is an array, read through indices of 32 bits
+            axis.check_held_by(np.int32)
     roles = _OPERANDS[out]
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
     stacked = _lead(batches, "k")

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, index_dtype
+from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, index_dtype, native
 
 
 def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -354,7 +354,7 @@ def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array
     if isinstance(values, Tracer):
         index = values
     else:
-        index = np.asarray(values)
+        index = native(np.asarray(values))
         index = index.astype(np.int64) if index.size == 0 else index  # [] is a float array to NumPy
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {index.dtype}: {values!r}.")
@@ -362,10 +362,12 @@ def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array
         raise ValueError(f"{name} must be 1-D, got shape {index.shape}. Write jnp.atleast_1d({name}).")
     if isinstance(index, np.ndarray) and index.size and (index.min() < -size or index.max() >= size):
         raise IndexError(f"{name} must lie in [{-size}, {size}), got {index.min()} to {index.max()}.")
-    index = jnp.asarray(index).astype(spec.index_dtype)
-    index = jnp.where(index < 0, index + size, index)
-    inside = (index >= 0) & (index < size)
-    return jnp.where(inside, index, 0), inside
+    # Compared before any cast, in their own dtype: the bounds are cut to what it holds.
+    least, most = jnp.iinfo(index.dtype).min, jnp.iinfo(index.dtype).max
+    low, high = max(-size, int(least)), min(size - 1, int(most))
+    inside = (index >= low) & (index <= high) if low <= high else jnp.zeros(index.shape, bool)
+    index = jnp.where(inside, index, 0).astype(spec.index_dtype)
+    return jnp.where(index < 0, index + size, index), jnp.asarray(inside)
 
 
 def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:

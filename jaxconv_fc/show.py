@@ -39,7 +39,7 @@ def format_matrix(spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max
     columns = _ends(spec.in_size, max_columns)
     lines = []
     for row in _ends(spec.out_size, max_rows):
-        entries = _entries(spec, row) if row is not None else {}
+        entries = _entries(spec, row, [c for c in columns if c is not None]) if row is not None else {}
         cells = ["..." if c is None else text(entries.get(c, [])) for c in columns]
         lines.append(cells if row is not None else None)
     width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
@@ -61,18 +61,23 @@ def _separator(spec: ConvSpec, column: int) -> str:
     return "|" * bars or " "
 
 
-def _entries(spec: ConvSpec, row: int) -> dict[int, list[int]]:
-    """Per column of a row of M, the flat indices of the kernel entries that meet there."""
+def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
+    """Of some columns of a row of M, the flat indices of the kernel entries that meet there."""
     positions, d = spec.split_row(row)
-    reads = [[(p, int(t)) for p, t in enumerate(a.input_table()[o]) if t >= 0]
-             for a, o in zip(spec.axes, positions, strict=True)]  # fmt: skip
+    columns = {column: spec.split_column(column) for column in shown}
+    met = []  # per axis, the taps of every input that the columns stand for
+    for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
+        table = axis.table(np.array([o]))[0]
+        taps: dict[int, list[int]] = {}
+        for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
+            taps.setdefault(int(table[p]), []).append(p)
+        met.append(taps)
     first = d // (spec.out_channels // spec.groups) * spec.group_channels
-    entries: dict[int, list[int]] = {}
-    for i, read in product(range(spec.group_channels), product(*reads)):
-        index = np.empty(len(spec.rhs_shape), int)
-        index[list(spec.kernel_order)] = [*(p for p, _ in read), i, d]
-        column = spec.column([t for _, t in read], first + i)
-        entries.setdefault(column, []).append(int(np.ravel_multi_index(tuple(index), spec.rhs_shape)))
+    entries = {}
+    for column, (inputs, channel) in columns.items():
+        if first <= channel < first + spec.group_channels:
+            taps = [v.get(t, []) for v, t in zip(met, inputs, strict=True)]
+            entries[column] = [spec.tap(p, channel - first, d) for p in product(*taps)]
     return entries
 
 

@@ -17,7 +17,6 @@ import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from scipy.sparse import csr_array
 from jaxconv_fc.axis import Axis, Ints, Run
 from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype
+from jaxconv_fc.spec import ConvSpec, as_int, as_operand, check_spec, check_stored, index_dtype, native
 
 _SMALL = 2**9  # entries of a table of one axis that a program may hold
 
@@ -152,7 +151,7 @@ def _host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
     if isinstance(kernel, Tracer):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
     as_operand("kernel", kernel, spec, "rhs_shape")
-    values = np.asarray(kernel)
+    values = native(np.asarray(kernel))
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")
     return values
@@ -497,6 +496,7 @@ def diagonals(spec: ConvSpec, kernel: Any) -> dict[int, jax.Array]:
     3 [0 1 1 1]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    check_stored("diagonals", spec, spec.nbytes(kernel.dtype).bcoo, "row_blocks or apply")  # all are visited
     offsets = _offsets(spec)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
     check_stored("diagonals", spec, nbytes, "row_blocks or apply")
@@ -582,12 +582,7 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
             f"first spatial axis, got {start} and {stop}."
         )
     axis, reads = spec.axes[0].rows(start, stop)
-    where = spec.dimension_numbers.lhs_spec[2]
-    block = replace(
-        spec,
-        lhs_shape=(*spec.lhs_shape[:where], axis.size, *spec.lhs_shape[where + 1 :]),
-        padding=((axis.lo, axis.hi), *spec.padding[1:]),
-    )
+    block = spec.having([axis, *spec.axes[1:]])
     in_slice = [slice(None)] * len(spec.in_shape)
     out_slice = [slice(None)] * len(spec.out_shape)
     in_slice[spec.in_order[0]] = slice(reads.start, reads.stop)

@@ -68,7 +68,13 @@ class ConvSpec:
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The relation of each spatial axis, in the order of ``window_strides``."""
+        """The relation of each spatial axis, in the order of ``window_strides``: in steps that int32 holds,
+        where there are any, even if those of the arguments are larger."""
+        return tuple(axis.within_int32() for axis in self._given_axes)
+
+    @property
+    def _given_axes(self) -> tuple[Axis, ...]:
+        """The spatial axes as the arguments have them."""
         n = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
         k = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
         pads = self.padding
@@ -167,8 +173,7 @@ class ConvSpec:
         """
         if self.padding_mode != "zeros":
             return self
-        axes = [a.ending_at(a.out_size) for a in self.axes]
-        spec = replace(self, padding=tuple((a.lo, a.hi) for a in axes))
+        spec = self.having([a.ending_at(a.out_size) for a in self.axes])
         batch, feature, *_ = self.dimension_numbers.lhs_spec
         groups = self.batch_group_count
         if groups == 1 or feature != batch + 1:
@@ -176,6 +181,20 @@ class ConvSpec:
         lhs = list(self.lhs_shape)
         lhs[batch], lhs[feature] = lhs[batch] // groups, lhs[feature] * groups
         return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
+
+    def having(self, axes: Sequence[Axis]) -> ConvSpec:
+        """The same geometry with other spatial axes, all but the number of their taps."""
+        lhs = list(self.lhs_shape)
+        for i, axis in zip(self.dimension_numbers.lhs_spec[2:], axes, strict=True):
+            lhs[i] = axis.size
+        return replace(
+            self,
+            lhs_shape=tuple(lhs),
+            window_strides=tuple(a.stride for a in axes),
+            padding=tuple((a.lo, a.hi) for a in axes),
+            lhs_dilation=tuple(a.lhs_dilation for a in axes),
+            rhs_dilation=tuple(a.rhs_dilation for a in axes),
+        )
 
     # -- positions -----------------------------------------------------------------------------
 
@@ -238,8 +257,7 @@ class ConvSpec:
     @property
     def index_dtype(self) -> Any:
         """The narrowest integer dtype that holds every position; ValueError if JAX has none now."""
-        reach = [abs(a.lo) + abs(a.hi) + a.span + a.stride * a.out_size + a.dilated_taps for a in self.axes]
-        return index_dtype(max(self.in_size, self.out_size, *reach, 0), self)
+        return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self)
 
 
 def conv_spec(
@@ -310,7 +328,7 @@ def conv_spec(
     ]  # fmt: skip
     pads = _resolve_padding(padding, unpadded)
     spec = ConvSpec(lhs, rhs, strides, pads, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
-    for i, axis in enumerate(spec.axes):
+    for i, axis in enumerate(spec._given_axes):
         _check_axis(i, axis, rhs)
     return spec
 
@@ -548,7 +566,14 @@ def as_array(name: str, value: Any) -> jax.Array:
         )
     if isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm":
         raise TypeError(f"{name} must hold numbers, got dtype {value.dtype}. Cast it: {name}.astype(float).")
-    return jnp.asarray(value)
+    return jnp.asarray(native(value))
+
+
+def native(value: Any) -> Any:
+    """A NumPy array whose bytes stand in the other order, in the order of this machine: the same numbers."""
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
 
 
 def check_spec(spec: Any) -> None:
@@ -631,6 +656,11 @@ def index_dtype(largest: int, spec: ConvSpec) -> Any:
     """int32 where ``largest`` fits, else int64 with x64, else a ValueError."""
     if largest <= np.iinfo(np.int32).max:
         return jnp.int32
+    if largest > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs positions up to {largest:,}, "
+            "beyond 64 bits. Use smaller strides, dilations and pads."
+        )
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return jnp.int64
     raise ValueError(

@@ -289,12 +289,11 @@ class BlockAxis:
     def of(cls, axis: Axis) -> BlockAxis:
         """Wrapped around if that describes the axis: if no tap ever meets padding (or what it copies)."""
         around, shift = axis.size * axis.lhs_dilation, None
-        if axis.size and axis.out_size * axis.stride == around:
-            lo = axis.lo if axis.mode == "zeros" else axis.lo * axis.lhs_dilation
-            o, p = np.arange(axis.out_size)[:, None], np.arange(axis.taps)
-            u = o * axis.stride + p * axis.rhs_dilation - lo
+        if axis.size and axis.out_size * axis.stride == around and axis.reach <= np.iinfo(np.int32).max:
+            border, p = axis.border(axis.interior), np.arange(axis.taps)  # the interior meets no padding
+            u = border[:, None] * axis.stride + p * axis.rhs_dilation - axis.shift
             wrapped = np.where(u % axis.lhs_dilation == 0, u // axis.lhs_dilation % axis.size, -1)
-            shift = lo if np.array_equal(wrapped, axis.input_table()) else None
+            shift = axis.shift if np.array_equal(wrapped, axis.table(border)) else None
         return cls(axis, axis.size, axis.out_size, shift)
 
     @property

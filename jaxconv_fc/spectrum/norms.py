@@ -2,15 +2,16 @@
 
 On one axis only a few *kinds* of rows, columns and entries exist: two outputs whose windows see the
 same taps are alike. A kind is a set of taps with the number of times that it occurs, listed on the host
-from the table of the axis; what holds for M is then one einsum of the kernel with the kinds of every
-axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
+from one line of each that repeat (:class:`Lines`); what holds for M is then one einsum of the kernel with
+the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.axis import Axis, Lines
+from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+_SMALL = 2**12  # entries of a matrix of kinds that a program may hold
 
 
 def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -54,8 +59,8 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
-    taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
-    value = _merge(by_group(spec, kernel), taps)
+    merged = [k if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
+    value = _merge(by_group(spec, kernel), merged)
     return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
 
 
@@ -149,7 +154,10 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
         kernel, scale = _scaled(kernel)
         sums = scale * root(_line_sums(spec, kernel, 2, rows))
     for i, axis in enumerate(spec.axes):
-        sums = jnp.take(sums, _lines(axis, rows).kind, axis=2 + i, mode="clip")
+        lines = axis.output_lines if rows else axis.input_lines
+        sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
+        kind = jnp.take(jnp.asarray(_lines(axis, rows)[0].kind, sample.dtype), sample, mode="clip")
+        sums = jnp.take(sums, kind, axis=2 + i, mode="clip")
     sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
     if rows:
         return from_canonical(sums.reshape(*sums.shape[:-2], spec.out_channels), spec.out_order).ravel()
@@ -242,7 +250,7 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     )
     for axis, kind in zip(spec.axes, kinds, strict=True):
         gram = gram.reshape(*gram.shape[:3], axis.taps**2, *gram.shape[5:])
-        gram = jnp.tensordot(gram, jnp.asarray(kind.taps, gram.dtype), [[3], [1]], precision="highest")
+        gram = jnp.tensordot(gram, kind.matrix(gram.dtype), [[3], [1]], precision="highest")
     unit = jnp.eye(value.shape[1], dtype=gram.dtype)
     for kind in kinds:
         unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
@@ -254,96 +262,120 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class _Kinds:
-    """Distinct lists of taps, each with how often it occurs and which members are of its kind."""
+    """Distinct lists of codes (most often taps), each with how often it occurs and which members have it."""
 
-    taps: np.ndarray  # [kind, (slot,) tap]: how often the tap stands in the list
+    listed: np.ndarray  # [place]: the codes of all kinds, one kind after the other
+    owner: np.ndarray  # [place]: the kind whose list it is in
     count: np.ndarray  # [kind]
     kind: np.ndarray  # [member]
+    codes: int  # there are codes from 0 up to this
     diagonal: np.ndarray | None = None  # [kind]: whether members pair a position with itself
 
+    def matrix(self, dtype: Any) -> jax.Array:
+        """``[kind, code]``: how often the code stands in the list. A large one is made by the program, which
+        holds the list alone; the barrier keeps XLA from making it while it compiles, which takes seconds."""
+        shape, place = (len(self.count), self.codes), self.owner * self.codes + self.listed
+        if math.prod(shape) <= _SMALL:
+            return jnp.asarray(np.bincount(place, minlength=math.prod(shape)).reshape(shape), dtype)
+        owner, listed = lax.optimization_barrier((jnp.asarray(self.owner), jnp.asarray(self.listed)))
+        return jnp.zeros(shape, dtype).at[owner, listed].add(jnp.ones((), dtype))
 
-@lru_cache(maxsize=256)
+
+@bounded_cache
 def _entries(axis: Axis) -> _Kinds:
     """Kinds of entries (o, t) of one axis: the taps that meet there, added up in M."""
+    taps = np.arange(axis.taps)
     if not axis.collides:
-        return _Kinds(np.eye(axis.taps, dtype=int), np.array(axis.tap_counts), np.arange(axis.taps))
-    o, t, p = _relation(axis)
-    _, entry = np.unique(o * axis.size + t, return_inverse=True)
-    return _kinds(entry, p, entry.max() + 1, axis.taps)
+        return _Kinds(taps, taps, axis.tap_counts, taps, axis.taps)
+    lines = axis.output_lines
+    o, t, p = axis.reads(lines.samples)
+    entries, entry = np.unique(o * axis.size + t, return_inverse=True)
+    return _kinds(entry, p, lines.counts[entries // axis.size], axis.taps)
 
 
-@lru_cache(maxsize=256)
-def _lines(axis: Axis, rows: bool) -> _Kinds:
-    """Kinds of rows or columns of one axis.
+@bounded_cache
+def _lines(axis: Axis, rows: bool) -> tuple[_Kinds, _Kinds | None]:
+    """Kinds of rows or columns of one axis; its members are the samples of the lines.
 
-    Where taps collide, each entry of the line has a slot of its own: ``taps[kind, slot, tap]``. Slots are
-    ordered by their first tap, so that lines which differ by a shift are alike.
+    Where taps collide, a line is a list of kinds of entries, which come second. Elsewhere it is one of taps.
     """
-    o, t, p = _relation(axis)
-    line, other, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
+    lines = axis.output_lines if rows else axis.input_lines
+    line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
-        return _kinds(line, p, size, axis.taps)
-    _, entry = np.unique(line * (other.max(initial=0) + 1) + other, return_inverse=True)
-    first_tap = np.full(entry.max(initial=-1) + 1, axis.taps)
-    np.minimum.at(first_tap, entry, p)
-    order = np.lexsort((entry, first_tap[entry], line))
-    rank = np.cumsum(np.diff(entry[order], prepend=-1) != 0) - 1
-    begins = np.searchsorted(line[order], np.arange(size))
-    slot = rank - rank[np.minimum(begins[line[order]], max(rank.size - 1, 0))]
-    slots = int(slot.max(initial=0)) + 1
-    kinds = _kinds(line[order], slot * axis.taps + p[order], size, slots * axis.taps)
-    return _Kinds(kinds.taps.reshape(-1, slots, axis.taps), kinds.count, kinds.kind)
+        return _kinds(line, p, lines.counts, axis.taps), None
+    width = int(other.max(initial=0)) + 1
+    places, entry = np.unique(line * width + other, return_inverse=True)
+    entries = _kinds(entry, p, np.ones(len(places), np.int64), axis.taps)
+    return _kinds(places // width, entries.kind, lines.counts, len(entries.count)), entries
 
 
-@lru_cache(maxsize=256)
+@bounded_cache
 def _pairs(axis: Axis, rows: bool) -> _Kinds:
     """Kinds of entries of ``M M^T`` (rows) or ``M^T M`` of one axis, by their pairs of taps ``p*k + p'``.
 
     Entry (o, o') adds a pair of taps for each input that both read. Entries that add nothing are left
     out, save on the diagonal, where the unit matrix has its ones.
     """
-    o, t, p = _relation(axis)
-    line, shared, size = (o, t, axis.out_size) if rows else (t, o, axis.size)
-    order = np.argsort(shared, kind="stable")
-    line, shared, p = line[order], shared[order], p[order]
-    counts = np.bincount(shared)
+    lines = _pair_lines(axis, rows)
+    own = np.append(lines.samples, lines.size)  # one past the end: the lines without a relation
+    line, shared, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
+    # All lines that have one of these shared positions, the samples among them.
+    met, at = np.unique(shared, return_inverse=True)
+    where, other, q = axis.readers(met) if rows else axis.reads(met)
+    order = np.argsort(where, kind="stable")
+    other, q = other[order], q[order]
+    counts = np.bincount(where, minlength=len(met))
     # Every entry meets all entries with the same shared position: a run of `counts` of them.
-    repeats = counts[shared]
-    starts = (np.cumsum(counts) - counts)[shared]
+    repeats = counts[at]
+    starts = (np.cumsum(counts) - counts)[at]
     left = np.repeat(np.arange(line.size), repeats)
     within = np.arange(left.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     right = starts[left] + within
-    lonely = np.setdiff1d(np.arange(size), line)  # rows of zeros
-    key = np.concatenate([line[left] * size + line[right], lonely * (size + 1)])
+    lonely = np.setdiff1d(np.arange(len(lines.counts)), line)  # rows of zeros
+    width = lines.size + 1
+    key = np.concatenate([line[left] * width + other[right], lonely * width + own[lonely]])
     keys, member = np.unique(key, return_inverse=True)
-    pair = p[left] * axis.taps + p[right]
+    pair = p[left] * axis.taps + q[right]
     # On the diagonal a mark is added, so that no kind mixes it with other entries.
-    marks = np.flatnonzero(keys // size == keys % size)
+    marks = np.flatnonzero(own[keys // width] == keys % width)
     members = np.concatenate([member[: pair.size], marks])
     codes = np.concatenate([pair, np.full(marks.size, axis.taps**2)])
-    kinds = _kinds(members, codes, keys.size, axis.taps**2 + 1)
-    return _Kinds(kinds.taps[:, :-1], kinds.count, kinds.kind, kinds.taps[:, -1])
+    kinds = _kinds(members, codes, lines.counts[keys // width], axis.taps**2 + 1)
+    marked = kinds.listed == axis.taps**2
+    diagonal = np.bincount(kinds.owner[marked], minlength=len(kinds.count))
+    return replace(
+        kinds, listed=kinds.listed[~marked], owner=kinds.owner[~marked], codes=axis.taps**2, diagonal=diagonal
+    )
 
 
-def _relation(axis: Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All related (o, t, p) of an axis."""
-    table = axis.input_table()
-    o, p = np.nonzero(table >= 0)
-    return o, table[o, p], p
+def _pair_lines(axis: Axis, rows: bool) -> Lines:
+    """The lines of one axis by what they share with others: those repeat that meet repeating lines only."""
+    s, l, z, reach = axis.stride, axis.lhs_dilation, axis.shift, axis.dilated_taps - 1
+    if rows:  # output o reads from (o*s - z) / l to (o*s - z + reach) / l
+        met = axis.input_lines.repeating
+        part = range(((met.start - 1) * l + z) // s + 1, -(-(met.stop * l + z - reach) // s))
+        return axis.output_lines.within(part)
+    met = axis.output_lines.repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
+    part = range(((met.start - 1) * s + reach - z) // l + 1, -(-(met.stop * s - z) // l))
+    return axis.input_lines.within(part)
 
 
-def _kinds(member: np.ndarray, code: np.ndarray, members: int, codes: int) -> _Kinds:
-    """Members told apart by the codes that they hold."""
+def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
+    """Members told apart by the codes that they hold; each stands for so many as its weight."""
     order = np.lexsort((code, member))
-    member, code = member[order], code[order]
-    held = np.bincount(member, minlength=members)
-    table = np.full((members, held.max(initial=0) + 1), -1)
-    table[member, np.arange(member.size) - (np.cumsum(held) - held)[member]] = code
-    distinct, kind, count = np.unique(table, axis=0, return_inverse=True, return_counts=True)
-    which, column = np.nonzero(distinct >= 0)
-    taps = np.zeros((len(distinct), codes), int)
-    np.add.at(taps, (which, distinct[which, column]), 1)
-    return _Kinds(taps, count, kind.reshape(-1))
+    code = np.ascontiguousarray(code[order])
+    ends = np.cumsum(np.bincount(member, minlength=len(weights)))
+    numbers: dict[bytes, int] = {}
+    held, begin = memoryview(code).cast("B"), 0
+    kind = np.empty(len(weights), np.int64)
+    for i, end in enumerate((ends * code.itemsize).tolist()):
+        kind[i] = numbers.setdefault(held[begin:end].tobytes(), len(numbers))
+        begin = end
+    lists = [np.frombuffer(key, code.dtype) for key in numbers]
+    owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
+    count = np.zeros(len(lists), np.int64)
+    np.add.at(count, kind, weights)
+    return _Kinds(np.concatenate([code[:0], *lists]), owner, count, kind, codes)
 
 
 # -- the kernel contracted with the kinds --------------------------------------------------------
@@ -351,34 +383,24 @@ def _kinds(member: np.ndarray, code: np.ndarray, members: int, codes: int) -> _K
 
 def _line_sums(spec: ConvSpec, kernel: jax.Array, power: int, rows: bool) -> jax.Array:
     """Sums of ``|M|**power`` over each kind of row or column: (group, channel of the line, kinds...)."""
-    kinds = [_lines(axis, rows) for axis in spec.axes]
-    value = by_group(spec, kernel)
-    value = value if rows else jnp.swapaxes(value, 1, 2)
-    collides = [axis.collides for axis in spec.axes]
-    merged = _merge(value, [k.taps if c else None for k, c in zip(kinds, collides, strict=True)])
-    merged = _power(merged, power)
-    # Merged axes already stand for (kind, slot); the others are summed over their taps.
-    operand, operands, result = [0, 1, 2], [], [0, 1]
-    for a, (kind, collided) in enumerate(zip(kinds, collides, strict=True)):
-        operand += [10 + a, 30 + a] if collided else [30 + a]
-        if not collided:
-            operands += [jnp.asarray(kind.taps, merged.dtype), [10 + a, 30 + a]]
-        result.append(10 + a)
-    return jnp.einsum(merged, operand, *operands, result, precision="highest")
+    lines, entries = zip(*(_lines(axis, rows) for axis in spec.axes), strict=True) if spec.axes else ((), ())
+    value = _power(_merge(by_group(spec, kernel), entries), power)
+    value = value.sum(2 if rows else 1, dtype=value.dtype)  # (group, channel, kinds of entries or taps...)
+    return _contract(value, lines, 2)
 
 
-def _merge(value: jax.Array, taps: Sequence[np.ndarray | None]) -> jax.Array:
-    """The taps of every axis that has a list of kinds, added up per kind (and slot)."""
-    operand, operands, result = [0, 1, 2], [], [0, 1, 2]
-    for a, kinds in enumerate(taps):
-        operand.append(10 + a)
-        if kinds is None:
-            result.append(10 + a)
-            continue
-        labels = [20 + a] if kinds.ndim == 2 else [20 + a, 30 + a]
-        operands += [jnp.asarray(kinds, value.dtype), [*labels, 10 + a]]
-        result += labels
-    return jnp.einsum(value, operand, *operands, result, precision="highest") if operands else value
+def _merge(value: jax.Array, kinds: Sequence[_Kinds | None]) -> jax.Array:
+    """The taps of every axis that has a list of kinds, added up per kind."""
+    return _contract(value, kinds, 3)
+
+
+def _contract(value: jax.Array, kinds: Sequence[_Kinds | None], first: int) -> jax.Array:
+    """Sums over the list of each kind in place of the codes, on the axes from ``first`` on."""
+    for a, kind in enumerate(kinds, start=first):
+        if kind is not None:
+            value = jnp.tensordot(value, kind.matrix(value.dtype), [[a], [1]], precision="highest")
+            value = jnp.moveaxis(value, -1, a)
+    return value
 
 
 def _weigh(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:

@@ -1,0 +1,57 @@
+"""A cache of results that is bounded by the bytes that they hold."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+LIMIT = 2**23  # bytes that one cache may hold
+
+
+def bounded_cache(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Remember what ``function`` returned for hashable arguments, the latest results up to ``LIMIT`` bytes.
+
+    A count of entries bounds nothing where one entry may be as large as a layer. A result that exceeds the
+    limit alone is not kept. ``held()`` of the decorated function says how many bytes it holds.
+    """
+    results: OrderedDict[Any, tuple[_R, int]] = OrderedDict()
+    lock = Lock()
+
+    @wraps(function)
+    def cached(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        key = (args, tuple(kwargs.items()))
+        with lock:
+            if key in results:
+                results.move_to_end(key)
+                return results[key][0]
+        result = function(*args, **kwargs)
+        with lock:
+            results[key] = result, size_of(result)
+            while sum(size for _, size in results.values()) > LIMIT:
+                results.popitem(last=False)
+        return result
+
+    cached.held = lambda: sum(size for _, size in results.values())  # type: ignore[attr-defined]
+    return cached
+
+
+def size_of(value: Any) -> int:
+    """The bytes of a value and of all that it consists of."""
+    size = sys.getsizeof(value)
+    if isinstance(value, np.ndarray):
+        return size + (value.base.nbytes if isinstance(value.base, np.ndarray) else 0)
+    if is_dataclass(value):
+        return size + sum(size_of(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, tuple | list):
+        return size + sum(map(size_of, value))
+    return size

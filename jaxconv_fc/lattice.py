@@ -1,0 +1,106 @@
+"""Integer points on a plane ``o*s + p*r == t*l + lo`` within a box: how many there are, and smaller steps.
+
+Arithmetic of Python ints alone, exact for numbers of any size. A vector is a triple ``(o, p, t)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+Triple = tuple[int, int, int]
+
+
+def solve_congruence(a: int, b: int, modulus: int) -> int | None:
+    """The smallest ``x >= 0`` with ``a*x == b`` modulo ``modulus``, if there is one."""
+    g = math.gcd(a, modulus)
+    if b % g:
+        return None
+    reduced = modulus // g
+    return b // g * pow(a // g, -1, reduced) % reduced
+
+
+def floor_sum(count: int, a: int, b: int, divisor: int) -> int:
+    """``sum of (a*x + b) // divisor`` over ``0 <= x < count``, for ``a, b >= 0``.
+
+    The points below a line are counted as in Euclid's algorithm: take out whole multiples, exchange
+    the two axes, repeat.
+    """
+    total = 0
+    while count > 0:
+        total += a // divisor * (count * (count - 1) // 2) + b // divisor * count
+        top = a % divisor * count + b % divisor
+        count, b = divmod(top, divisor)
+        a, divisor = divisor, a % divisor
+    return total
+
+
+def count_below(bound: int, s: int, outputs: int, r: int, taps: int) -> int:
+    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``."""
+    some = min(outputs, max(0, -(-bound // s)))  # outputs with at least one such tap
+    every = min(some, max(0, -(-(bound - (taps - 1) * r) // s)))  # and those for which all taps are
+    # In between, output q has ceil((bound - q*s) / r) of them; the last output comes first in the sum.
+    last = bound - (some - 1) * s
+    return taps * every + floor_sum(some - every, s, last + r - 1, r)
+
+
+def small_steps(sizes: Triple, steps: Triple, points: Iterable[Triple]) -> tuple[Triple, Triple | None]:
+    """``((s, r, l), point)``: small steps that relate the same points of the box, and one point of them.
+
+    ``sizes`` are those of the box, ``points`` enough of the related ones to span all of them. There is no
+    point where the box has none: any steps do then, with a shift that keeps everything apart.
+
+    Two points belong to one plane if and only if their difference ``d`` has ``s*d_o + r*d_p == l*d_t``. So
+    only the differences within the box that solve this count. They span a space of dimension
+
+    - 2: the steps are their normal, unique up to a factor;
+    - 1: they are multiples of one vector v. The steps are orthogonal to v, and large enough against each
+      other that no other difference in the box is;
+    - 0: the steps are the place values of a number with one digit per axis.
+    """
+    m, k, n = sizes
+    first: Triple | None = None
+    v: Triple | None = None
+    for point in points:
+        if first is None:
+            first = point
+            continue
+        d = _minus(point, first)
+        if v is None:
+            v = d
+        elif any(_cross(v, d)):
+            return _primitive(steps), first
+    if v is None:
+        return (k, 1, m * k), first
+    return _primitive(_orthogonal(sizes, _primitive(v))), first
+
+
+def _orthogonal(sizes: Triple, v: Triple) -> Triple:
+    """Steps with ``s*x + r*y == l*z`` for ``v = (x, y, z)``, and for no other direction within the box."""
+    m, k, n = sizes
+    x, y, z = v if v[2] >= 0 else _minus((0, 0, 0), v)
+    if y == 0:  # s*x == l*z; p is fixed, if the other two move in steps of more than it can
+        return k * abs(z), 1, k * abs(x)
+    if x == 0:
+        return 1, m * abs(z), m * abs(y)
+    if z == 0:
+        return n * abs(y), n * abs(x), 1
+    # z*(g*o + p) == (g*x + y)*t splits into z*o == x*t and z*p == y*t where g is beyond what z*p - y*t can be.
+    if x > 0:
+        g = z * k + abs(y) * (n + 1)
+        return z * g, z, g * x + y
+    g = z * m + abs(x) * (n + 1)
+    return z, z * g, g * y + x
+
+
+def _minus(a: Triple, b: Triple) -> Triple:
+    return a[0] - b[0], a[1] - b[1], a[2] - b[2]
+
+
+def _cross(a: Triple, b: Triple) -> Triple:
+    return a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+def _primitive(v: Triple) -> Triple:
+    g = math.gcd(*v)
+    return v[0] // g, v[1] // g, v[2] // g
