@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import entries, flat_index, matrix_rows
+from jaxconv_fc.numerics import homogeneous, host_unit_scale, root, squares
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, conv_spec
 
 
@@ -241,7 +242,7 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
 
     K* is :func:`kernel_from_matrix`. 0 for a convolution (and for A = 0), 1 for a matrix orthogonal to all
-    of them. The difference is summed row by row, so no second matrix is made.
+    of them, NaN where A holds NaN or Inf. Independent of the scale of A. The difference is summed row by row, so no second matrix is made.
 
     Args:
       spec: the geometry.
@@ -261,15 +262,20 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     matrix = _inexact(as_operand("matrix", matrix, spec, "shape"))
     if not matrix.size:
         return jnp.zeros((), matrix.real.dtype)
-    return _conv_distance(spec, matrix, kernel_from_matrix(spec, matrix))
+    return _conv_distance(spec, matrix)
 
 
 _BLOCK = 2**20  # entries of M that are made at a time
 
 
 @jax.jit
-def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
-    size = min(spec.out_size, max(1, _BLOCK // spec.in_size))
+def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
+    return homogeneous(partial(_unit_distance, spec), (0,), matrix)
+
+
+def _unit_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
+    """The distance of a matrix at unit scale: not even its smallest difference has a square that vanishes."""
+    kernel, size = kernel_from_matrix(spec, matrix), min(spec.out_size, max(1, _BLOCK // spec.in_size))
 
     def residual(first: jax.Array) -> jax.Array:
         start = jnp.minimum(first, spec.out_size - size)  # the last block overlaps the one before it
@@ -279,16 +285,13 @@ def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.
 
     firsts = lax.iota(spec.index_dtype, -(-spec.out_size // size)) * size
     off, total = lax.map(residual, firsts).sum(), _sum_of_squares(matrix)
-    # The square root has no derivative at 0, where the distance is least: its gradient is 0 there.
-    ratio = jnp.where(off > 0, off, 1) / jnp.where(total > 0, total, 1)
-    return jnp.where(off > 0, jnp.sqrt(ratio), 0).astype(matrix.real.dtype)
+    # Only a matrix of zeros has no length, and is a convolution.
+    return root(off / jnp.where(total == 0, jnp.ones_like(total), total)).astype(matrix.real.dtype)
 
 
 def _sum_of_squares(values: jax.Array) -> jax.Array:
-    """At least in float32, so that half precision does not overflow."""
-    parts = [values.real, values.imag] if jnp.iscomplexobj(values) else [values]
-    wide = jnp.float32 if parts[0].dtype.itemsize < 4 else parts[0].dtype
-    return sum((jnp.sum(jnp.square(part.astype(wide))) for part in parts), jnp.zeros((), wide))
+    """At least in float32, so that sums of many do not overflow half precision."""
+    return squares(values.astype(jnp.promote_types(values.dtype, jnp.float32))).sum()
 
 
 # -- one convolution for two -------------------------------------------------------------------
@@ -525,7 +528,8 @@ def detect_conv(
       ``(spec, kernel)`` with ``as_matrix(spec, kernel)`` equal to the matrix within ``tol``, or None.
 
     Raises:
-      TypeError, ValueError: as :func:`nearest_conv`.
+      TypeError: the matrix is not an array, or traced.
+      ValueError: it has another shape, or holds NaN or Inf, which say nothing about a geometry.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> matrix = jnp.array([[1., 2., 0., 0.], [0., 0., 1., 2.]])
@@ -583,6 +587,12 @@ def _host_matrix(
         raise ValueError(
             f"matrix must have the shape {sizes}, the sizes of out_shape and in_shape, got {array.shape}."
         )
+    finite = np.isfinite(np.asarray(array))
+    if not finite.all():
+        raise ValueError(
+            f"matrix must hold finite numbers, got {finite.size - finite.sum()} NaN or Inf: they say nothing "
+            "about the geometry. Replace them, e.g. by jnp.nan_to_num(matrix)."
+        )
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
 
 
@@ -591,7 +601,7 @@ def _nearest(
 ) -> tuple[ConvSpec, jax.Array, float]:
     d = len(in_shape) - 1
     wide = matrix.astype(np.complex128 if matrix.dtype.kind == "c" else np.float64)
-    tensor = wide.reshape(*out_shape, *in_shape)
+    tensor = host_unit_scale(wide).reshape(*out_shape, *in_shape)
     axes = [_detect_axis(np.moveaxis(tensor, (1 + a, 2 + d + a), (0, 1)), tol) for a in range(d)]
     groups = _detect_groups(np.moveaxis(tensor, 1 + d, 1), tol)
     spec = conv_spec(

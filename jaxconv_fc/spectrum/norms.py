@@ -8,9 +8,9 @@ axis. Taps that meet in an entry of M (boundary modes) are added before absolute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -51,11 +52,12 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @jax.jit
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
     taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
-    value = _merge(by_group(spec, kernel), taps)
-    return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
+    counts = [k.count for k in kinds]
+    # At the scale of the entries of M: taps that meet may cancel.
+    entries = _merge(by_group(spec, kernel), taps)
+    return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
 
 
 def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -88,7 +90,12 @@ def inf_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @jax.jit(static_argnums=2)
 def _largest_sum(spec: ConvSpec, kernel: jax.Array, rows: bool) -> jax.Array:
-    return jnp.max(_line_sums(spec, kernel, 1, rows), initial=0)
+    return _linear_in_scale(lambda k: largest(_line_sums(spec, k, 1, rows)), kernel)
+
+
+def _linear_in_scale(of: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
+    """``of`` of degree 1 at unit scale, so that no partial sum overflows; integers as they are."""
+    return homogeneous(of, (1,), kernel) if jnp.issubdtype(kernel.dtype, jnp.inexact) else of(kernel)
 
 
 def row_norms(spec: ConvSpec, kernel: Any, *, ord: int = 2) -> jax.Array:
@@ -143,10 +150,9 @@ def _line_norms(spec: ConvSpec, kernel: Any, ord: int, rows: bool) -> jax.Array:
 @jax.jit(static_argnums=(2, 3))
 def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.Array:
     if ord == 1:
-        sums = _line_sums(spec, kernel, 1, rows)
+        sums = _linear_in_scale(partial(_line_sums, spec, power=1, rows=rows), kernel)
     else:
-        kernel, scale = _scaled(kernel)
-        sums = scale * root(_line_sums(spec, kernel, 2, rows))
+        sums = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
     for i, axis in enumerate(spec.axes):
         sums = jnp.take(sums, _lines(axis, rows).kind, axis=2 + i, mode="clip")
     sums = jnp.moveaxis(sums, (0, 1), (-2, -1))  # (positions..., group, channel)
@@ -173,6 +179,10 @@ def trace(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @jax.jit
 def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return _linear_in_scale(partial(_sum_of_diagonal, spec), kernel)
+
+
+def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     size, dims = min(spec.shape), len(spec.axes)
     if not size:
         return jnp.zeros((), kernel.dtype)
@@ -229,6 +239,9 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     rows = spec.out_size <= spec.in_size
     if not min(spec.shape):  # the Gram matrix of the short side is empty
         return jnp.zeros((), kernel.real.dtype)
+    # With k = 2**e u it is 2**2e ||u u^H - 2**-2e I||; a small k needs no scale, its squares may vanish.
+    exponent = jnp.maximum(unit_scale(kernel)[1], 0)
+    kernel = times_power_of_two(kernel, -exponent)
     value = by_group(spec, kernel)
     value = value if rows else jnp.swapaxes(value, 1, 2)
     dims = range(len(spec.axes))
@@ -245,7 +258,10 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     unit = jnp.eye(value.shape[1], dtype=gram.dtype)
     for kind in kinds:
         unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
-    return root(_weigh(_power(gram - unit[None], 2), [k.count for k in kinds]))
+    unit = times_power_of_two(unit, -2 * exponent)
+    counts = [k.count for k in kinds]
+    size = homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), gram - unit[None])
+    return times_power_of_two(size, 2 * exponent)
 
 
 # -- kinds of entries, rows, columns and pairs of an axis, on the host ---------------------------
@@ -388,23 +404,7 @@ def _weigh(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
 
 
 def _power(value: jax.Array, power: int) -> jax.Array:
-    if power == 1:
-        return jnp.abs(value)
-    return (value * value.conj()).real
-
-
-def root(value: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
-    positive = value > 0
-    root = jnp.sqrt(jnp.where(positive, value, jnp.ones_like(value)))
-    return jnp.where(positive, root, jnp.zeros_like(root))
-
-
-def _scaled(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(kernel / scale, scale)``: squares of it neither overflow nor vanish."""
-    scale = lax.stop_gradient(jnp.max(jnp.abs(kernel), initial=0))
-    scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, jnp.ones_like(scale))
-    return kernel / scale.astype(kernel.dtype), scale
+    return jnp.abs(value) if power == 1 else squares(value)
 
 
 # -- operands ------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def _numbers(spec: ConvSpec, kernel: Any) -> jax.Array:
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
-    return kernel
+    return seen(spec, kernel)
 
 
 def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -423,6 +423,16 @@ def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         return kernel.astype(jnp.result_type(float))
     return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+
+
+def seen(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The kernel with 0 for taps that never read an input: M does not hold them, so no scale may be theirs."""
+    for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
+        reads = np.asarray(axis.tap_counts) > 0
+        if not reads.all():
+            shape = [axis.taps if j == i else 1 for j in range(kernel.ndim)]
+            kernel = jnp.where(reads.reshape(shape), kernel, jnp.zeros((), kernel.dtype))
+    return kernel
 
 
 def widened(array: jax.Array) -> jax.Array:
