@@ -8,7 +8,7 @@ kernels to matrices. This file turns each of them around.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import entries, flat_index, matrix_rows
-from jaxconv_fc.numerics import homogeneous, host_unit_scale, root, squares
+from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, conv_spec
 
 
@@ -181,12 +181,19 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
 
 @jax.jit
 def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
+    return _sums_over_outputs(spec, matrix_bar, lambda read: read)
+
+
+def _sums_over_outputs(
+    spec: ConvSpec, matrix_bar: jax.Array, of: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Per kernel entry the sum of ``of`` the entries of the matrix that it fills."""
     dims, rows, columns, _ = entries(spec)
     kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
     if not matrix_bar.size or 0 in dims:
         return jnp.zeros(spec.rhs_shape, matrix_bar.dtype)
     places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
-    read = matrix_bar.ravel().at[places].get(mode="fill", fill_value=0)
+    read = of(matrix_bar.ravel().at[places].get(mode="fill", fill_value=0))
     kernel = read.sum(tuple(range(2, 2 + len(spec.axes))), dtype=matrix_bar.dtype).reshape(kernel_dims)
     return jnp.transpose(kernel, np.argsort(spec.dimension_numbers.rhs_spec).tolist())
 
@@ -215,7 +222,11 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
     [[[1. 2.]]]
     """
     matrix = as_operand("matrix", matrix, spec, "shape")
-    kernel = _matrix_vjp(spec, _inexact(matrix))
+    return _projected(spec, _matrix_vjp(spec, _inexact(matrix)))
+
+
+def _projected(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """``(G^+ x ...)`` of the sums over outputs."""
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         kernel = _solve_gram(axis, kernel, i)
     return kernel
@@ -242,7 +253,8 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
 
     K* is :func:`kernel_from_matrix`. 0 for a convolution (and for A = 0), 1 for a matrix orthogonal to all
-    of them, NaN where A holds NaN or Inf. Independent of the scale of A. The difference is summed row by row, so no second matrix is made.
+    of them, NaN where A holds NaN or Inf. Independent of the scale of A. The difference is summed row by
+    row, so no second matrix is made.
 
     Args:
       spec: the geometry.
@@ -270,28 +282,35 @@ _BLOCK = 2**20  # entries of M that are made at a time
 
 @jax.jit
 def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
-    return homogeneous(partial(_unit_distance, spec), (0,), matrix)
-
-
-def _unit_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
-    """The distance of a matrix at unit scale: not even its smallest difference has a square that vanishes."""
-    kernel, size = kernel_from_matrix(spec, matrix), min(spec.out_size, max(1, _BLOCK // spec.in_size))
-
-    def residual(first: jax.Array) -> jax.Array:
-        start = jnp.minimum(first, spec.out_size - size)  # the last block overlaps the one before it
-        rows = start + lax.iota(start.dtype, size)
-        difference = lax.dynamic_slice_in_dim(matrix, start, size) - matrix_rows(spec, kernel, rows)
-        return _sum_of_squares(jnp.where((rows >= first)[:, None], difference, 0))
-
+    size = min(spec.out_size, max(1, _BLOCK // spec.in_size))
     firsts = lax.iota(spec.index_dtype, -(-spec.out_size // size)) * size
-    off, total = lax.map(residual, firsts).sum(), _sum_of_squares(matrix)
+
+    def block(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(rows, entries)``; the last block overlaps the one before it, with zeros."""
+        start = jnp.minimum(first, spec.out_size - size)
+        rows = start + lax.iota(start.dtype, size)
+        entries = lax.dynamic_slice_in_dim(matrix, start, size)
+        return rows, jnp.where((rows >= first)[:, None], entries, jnp.zeros((), matrix.dtype))
+
+    # At unit scale, where not even the smallest difference has a square that vanishes.
+    exponent = scale_exponent(lax.map(lambda first: largest_part(block(first)[1]), firsts))
+    unit = partial(to_unit_scale, exponent=exponent)
+    kernel = _projected(spec, _sums_over_outputs(spec, matrix, unit))
+
+    def sums(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, entries = block(first)
+        entries, nearest = unit(entries), matrix_rows(spec, kernel, rows)
+        difference = jnp.where((rows >= first)[:, None], entries - nearest, jnp.zeros((), matrix.dtype))
+        return _sum_of_squares(difference), _sum_of_squares(entries)
+
+    off, total = (s.sum() for s in lax.map(sums, firsts))
     # Only a matrix of zeros has no length, and is a convolution.
     return root(off / jnp.where(total == 0, jnp.ones_like(total), total)).astype(matrix.real.dtype)
 
 
 def _sum_of_squares(values: jax.Array) -> jax.Array:
     """At least in float32, so that sums of many do not overflow half precision."""
-    return squares(values.astype(jnp.promote_types(values.dtype, jnp.float32))).sum()
+    return squares(values.astype(np.promote_types(values.dtype, np.float32))).sum()
 
 
 # -- one convolution for two -------------------------------------------------------------------

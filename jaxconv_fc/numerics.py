@@ -29,8 +29,8 @@ from jax import lax
 def homogeneous(of: Callable[..., Any], degrees: Sequence[int], *arrays: jax.Array) -> Any:
     """``of(*arrays)``, computed at unit scale, for ``of`` homogeneous of degree ``degrees[i]`` in array i.
 
-    ``of(..., 2**e * a_i, ...) == 2**(degrees[i] * e) * of(..., a_i, ...)``, so with ``a_i = 2**e_i u_i`` it is
-    ``2**(sum of degrees[i] * e_i) * of(u_1, u_2, ...)``. The derivative in array i is homogeneous too, of
+    ``of(..., 2**e * a_i, ...) == 2**(degrees[i] * e) * of(..., a_i, ...)``, so with ``a_i = 2**e_i u_i`` it
+    is ``2**(sum of degrees[i] * e_i) * of(u_1, u_2, ...)``. The derivative in array i is homogeneous too, of
     one degree less; tangents are multiplied by what remains of the scales, which is 1 for a norm, so that
     derivatives neither overflow nor vanish where the function itself does not.
     """
@@ -54,7 +54,7 @@ def _at_unit_scale(degrees: Sequence[int], arrays: Sequence[jax.Array]) -> tuple
 
 
 def unit_scale(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(unit, e)`` with ``array == 2**e * unit`` exactly, the largest finite magnitude of ``unit`` in [1, 2).
+    """``(unit, e)`` with ``array == 2**e * unit`` exactly, the largest magnitude of ``unit`` in [1, 2).
 
     Real and imaginary parts count as entries of their own. Inf and NaN are left as they are; where nothing
     else is in the array, or only zeros are, e is 0. Subnormal numbers become ordinary ones, also where the
@@ -62,10 +62,29 @@ def unit_scale(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     both ``2**e`` and ``2**-e`` are normal numbers: ``unit`` is in [2, 4) of the very largest magnitudes, and
     below 1 of subnormal ones.
     """
-    parts = [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
-    exponent = _exponent([lax.stop_gradient(part) for part in parts])
-    units = [_normal(part, exponent) for part in parts]
-    return (lax.complex(*units) if len(units) == 2 else units[0]), exponent
+    exponent = scale_exponent(array)
+    return to_unit_scale(array, exponent), exponent
+
+
+def scale_exponent(array: jax.Array) -> jax.Array:
+    """The exponent of :func:`unit_scale`."""
+    return _exponent([lax.stop_gradient(part) for part in _parts(array)])
+
+
+def largest_part(array: jax.Array) -> jax.Array:
+    """The largest finite magnitude of a real or imaginary part, without derivative: of the same exponent."""
+    sizes = jnp.stack([jnp.abs(lax.stop_gradient(part)) for part in _parts(array)])
+    return jnp.max(jnp.where(jnp.isfinite(sizes), sizes, jnp.zeros_like(sizes)), initial=0)
+
+
+def to_unit_scale(array: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``array * 2**-exponent``, of the array whose exponent it is or a part of it."""
+    units = [_normal(part, exponent) for part in _parts(array)]
+    return lax.complex(*units) if len(units) == 2 else units[0]
+
+
+def _parts(array: Any) -> list[Any]:
+    return [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
 
 
 def times_power_of_two(value: jax.Array, exponent: Any) -> jax.Array:
@@ -83,9 +102,15 @@ def times_power_of_two(value: jax.Array, exponent: Any) -> jax.Array:
     return value
 
 
+def nan_unless_finite(result: Any, *operands: jax.Array) -> Any:
+    """The result, or NaN in all of it if an operand holds NaN or Inf: for algorithms that would hide one."""
+    finite = jnp.stack([jnp.isfinite(operand).all() for operand in operands]).all()
+    return jax.tree.map(lambda v: jnp.where(finite, v, jnp.full_like(v, jnp.nan)), result)
+
+
 def host_unit_scale(array: np.ndarray) -> np.ndarray:
     """The unit of :func:`unit_scale` on the host, for a NumPy array of finite numbers in double precision."""
-    parts = [array.real, array.imag] if np.iscomplexobj(array) else [array]
+    parts = _parts(array)
     _, exponent = np.frexp(max(float(np.abs(part).max(initial=0)) for part in parts))
     units = [np.ldexp(part, 1 - int(exponent)) for part in parts]
     return units[0] + 1j * units[1] if len(units) == 2 else units[0]

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.numerics import homogeneous, unit_scale
+from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
 
@@ -96,9 +96,10 @@ def _descending_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def condition_number(spec: ConvSpec, kernel: Any) -> jax.Array:
-    """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0, as for M = 0.
+    """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
 
-    Arguments, errors, cost and exactness as in :func:`singular_values`; a matrix without entries has no
+    The zero matrix has condition number inf. Arguments, errors, cost and exactness as in
+    :func:`singular_values`; a matrix without entries has no
     condition number and gives a ValueError.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
@@ -186,7 +187,8 @@ def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     # det(2**e M) == 2**(n e) det(M)
     kernel, exponent = unit_scale(kernel)
     logarithms = over_blocks(lambda blocks: jnp.linalg.slogdet(blocks)[1], spec, kernel, block_axes(spec))
-    return logarithms.sum() + exponent.astype(logarithms.dtype) * (spec.in_size * math.log(2))
+    value = logarithms.sum() + exponent.astype(logarithms.dtype) * (spec.in_size * math.log(2))
+    return nan_unless_finite(value, kernel)
 
 
 def solve(spec: ConvSpec, kernel: Any, y: Any) -> jax.Array:
@@ -486,7 +488,8 @@ def _through_blocks(spec: ConvSpec, kernel: jax.Array, y: jax.Array, invert: Any
     """``x`` of every block's ``x = invert(block, y)``, of degree -1 in the kernel and 1 in y."""
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, y.dtype)
-    return homogeneous(partial(_through_unit_blocks, spec, invert), (-1, 1), kernel, y)
+    x = homogeneous(partial(_through_unit_blocks, spec, invert), (-1, 1), kernel, y)
+    return nan_unless_finite(x, kernel, y)
 
 
 def _through_unit_blocks(spec: ConvSpec, invert: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:

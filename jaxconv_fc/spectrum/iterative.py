@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.numerics import homogeneous
+from jaxconv_fc.numerics import homogeneous, nan_unless_finite
 from jaxconv_fc.operator import as_linear_operator, import_lineax
 from jaxconv_fc.spec import ConvSpec, as_operand
 from jaxconv_fc.spectrum.norms import seen, widened
@@ -63,7 +63,8 @@ def _lstsq(
     spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None, max_steps: int | None
 ) -> jax.Array:
     rtol = 10 * float(jnp.finfo(kernel.dtype).eps) if rtol is None else rtol
-    return homogeneous(partial(_unit_lstsq, spec, rtol, max_steps), (-1, 1), kernel, y)
+    x = homogeneous(partial(_unit_lstsq, spec, rtol, max_steps), (-1, 1), kernel, y)
+    return nan_unless_finite(x, kernel, y)
 
 
 def _unit_lstsq(

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.numerics import largest, times_power_of_two, unit_scale
+from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical, widened
 
@@ -278,11 +278,14 @@ def _scaled_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     unit, exponent = unit_scale(kernel)
     found = _triplet(search, unit)
     value, residual = (times_power_of_two(v, exponent) for v in (found.value, found.residual))
-    return SingularTriplet(value, found.left, found.right, residual)
+    return nan_unless_finite(SingularTriplet(value, found.left, found.right, residual), kernel)
 
 
 def _triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
-    """Restarted bidiagonalisation of one group, its kernel at unit scale; each restart begins with the best vector so far."""
+    """Restarted bidiagonalisation of one group, its kernel at unit scale.
+
+    Each restart begins with the best vector so far.
+    """
     spec, dtype, kernel = search.group, kernel.dtype, widened(kernel)
     affordable = max(4, _BASIS_ENTRIES // max(spec.shape))
     product = _real_product(spec, kernel)

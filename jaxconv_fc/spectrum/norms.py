@@ -426,7 +426,7 @@ def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 
 def seen(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The kernel with 0 for taps that never read an input: M does not hold them, so no scale may be theirs."""
+    """The kernel with 0 for taps that never read an input: M does not hold them, nor has their scale."""
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         reads = np.asarray(axis.tap_counts) > 0
         if not reads.all():
