@@ -8,7 +8,7 @@ kernels to matrices. This file turns each of them around.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
@@ -22,6 +22,7 @@ from jax.core import Tracer
 from jaxconv_fc.apply import kernel_product, turned_kernel
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import entries, flat_index, matrix_rows
+from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, conv_spec
 
@@ -186,12 +187,19 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
 
 @program
 def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
+    return _sums_over_outputs(spec, matrix_bar, lambda read: read)
+
+
+def _sums_over_outputs(
+    spec: ConvSpec, matrix_bar: jax.Array, of: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Per kernel entry the sum of ``of`` the entries of the matrix that it fills."""
     dims, rows, columns, _ = entries(spec)
     kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
     if not matrix_bar.size or 0 in dims:
         return jnp.zeros(spec.rhs_shape, matrix_bar.dtype)
     places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
-    read = matrix_bar.ravel().at[places].get(mode="fill", fill_value=0)
+    read = of(matrix_bar.ravel().at[places].get(mode="fill", fill_value=0))
     kernel = read.sum(tuple(range(2, 2 + len(spec.axes))), dtype=matrix_bar.dtype).reshape(kernel_dims)
     return jnp.transpose(kernel, np.argsort(spec.dimension_numbers.rhs_spec).tolist())
 
@@ -225,7 +233,11 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
 
 @program
 def _nearest_kernel(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
-    kernel = _matrix_vjp(spec, matrix)
+    return _projected(spec, _matrix_vjp(spec, matrix))
+
+
+def _projected(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """``(G^+ x ...)`` of the sums over outputs."""
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         kernel = _solve_gram(axis, kernel, i)
     return kernel
@@ -252,7 +264,8 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
 
     K* is :func:`kernel_from_matrix`. 0 for a convolution (and for A = 0), 1 for a matrix orthogonal to all
-    of them. The difference is summed row by row, so no second matrix is made.
+    of them, NaN where A holds NaN or Inf. Independent of the scale of A. The difference is summed row by
+    row, so no second matrix is made.
 
     Args:
       spec: the geometry.
@@ -272,34 +285,43 @@ def conv_distance(spec: ConvSpec, matrix: Any) -> jax.Array:
     matrix = _inexact(as_operand("matrix", matrix, spec, "shape"))
     if not matrix.size:
         return jnp.zeros((), matrix.real.dtype)
-    return _conv_distance(spec, matrix, kernel_from_matrix(spec, matrix))
+    return _conv_distance(spec, matrix)
 
 
 _BLOCK = 2**20  # entries of M that are made at a time
 
 
 @program
-def _conv_distance(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
     size = min(spec.out_size, max(1, _BLOCK // spec.in_size))
-
-    def residual(first: jax.Array) -> jax.Array:
-        start = jnp.minimum(first, spec.out_size - size)  # the last block overlaps the one before it
-        rows = start + lax.iota(start.dtype, size)
-        difference = lax.dynamic_slice_in_dim(matrix, start, size) - matrix_rows(spec, kernel, rows)
-        return _sum_of_squares(jnp.where((rows >= first)[:, None], difference, 0))
-
     firsts = lax.iota(spec.index_dtype, -(-spec.out_size // size)) * size
-    off, total = lax.map(residual, firsts).sum(), _sum_of_squares(matrix)
-    # The square root has no derivative at 0, where the distance is least: its gradient is 0 there.
-    ratio = jnp.where(off > 0, off, 1) / jnp.where(total > 0, total, 1)
-    return jnp.where(off > 0, jnp.sqrt(ratio), 0).astype(matrix.real.dtype)
+
+    def block(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``(rows, entries)``; the last block overlaps the one before it, with zeros."""
+        start = jnp.minimum(first, spec.out_size - size)
+        rows = start + lax.iota(start.dtype, size)
+        entries = lax.dynamic_slice_in_dim(matrix, start, size)
+        return rows, jnp.where((rows >= first)[:, None], entries, jnp.zeros((), matrix.dtype))
+
+    # At unit scale, where not even the smallest difference has a square that vanishes.
+    exponent = scale_exponent(lax.map(lambda first: largest_part(block(first)[1]), firsts))
+    unit = partial(to_unit_scale, exponent=exponent)
+    kernel = _projected(spec, _sums_over_outputs(spec, matrix, unit))
+
+    def sums(first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows, entries = block(first)
+        entries, nearest = unit(entries), matrix_rows(spec, kernel, rows)
+        difference = jnp.where((rows >= first)[:, None], entries - nearest, jnp.zeros((), matrix.dtype))
+        return _sum_of_squares(difference), _sum_of_squares(entries)
+
+    off, total = (s.sum() for s in lax.map(sums, firsts))
+    # Only a matrix of zeros has no length, and is a convolution.
+    return root(off / jnp.where(total == 0, jnp.ones_like(total), total)).astype(matrix.real.dtype)
 
 
 def _sum_of_squares(values: jax.Array) -> jax.Array:
-    """At least in float32, so that half precision does not overflow."""
-    parts = [values.real, values.imag] if jnp.iscomplexobj(values) else [values]
-    wide = jnp.float32 if parts[0].dtype.itemsize < 4 else parts[0].dtype
-    return sum((jnp.sum(jnp.square(part.astype(wide))) for part in parts), jnp.zeros((), wide))
+    """At least in float32, so that sums of many do not overflow half precision."""
+    return squares(values.astype(np.promote_types(values.dtype, np.float32))).sum()
 
 
 # -- one convolution for two -------------------------------------------------------------------
@@ -552,7 +574,8 @@ def detect_conv(
       ``(spec, kernel)`` with ``as_matrix(spec, kernel)`` equal to the matrix within ``tol``, or None.
 
     Raises:
-      TypeError, ValueError: as :func:`nearest_conv`.
+      TypeError: the matrix is not an array, or traced.
+      ValueError: it has another shape, or holds NaN or Inf, which say nothing about a geometry.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> matrix = jnp.array([[1., 2., 0., 0.], [0., 0., 1., 2.]])
@@ -616,12 +639,18 @@ def _host_matrix(
         raise ValueError(
             f"matrix must have the shape {sizes}, the sizes of out_shape and in_shape, got {array.shape}."
         )
+    finite = np.isfinite(np.asarray(array))
+    if not finite.all():
+        raise ValueError(
+            f"matrix must hold finite numbers, got {finite.size - finite.sum()} NaN or Inf: they say nothing "
+            "about the geometry. Replace them, e.g. by jnp.nan_to_num(matrix)."
+        )
     return np.asarray(array), 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
 
 
 def _tensor(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> np.ndarray:
     wide = matrix.astype(np.complex128 if matrix.dtype.kind == "c" else np.float64)
-    return wide.reshape(*out_shape, *in_shape)
+    return host_unit_scale(wide).reshape(*out_shape, *in_shape)
 
 
 def _axis_views(matrix: np.ndarray, in_shape: Sequence[int], out_shape: Sequence[int]) -> list[np.ndarray]:

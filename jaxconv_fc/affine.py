@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from jaxconv_fc.apply import stacked_product
 from jaxconv_fc.columns import MOVES, Pick, carried, compiled, moved_by, window_axes
+from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.spec import fits_in_memory
 from jaxconv_fc.tracing import (
     CALLS,
@@ -138,7 +139,8 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
 
     Returns:
       A named tuple ``(matrix, offset, radius)``: shapes ``(out size, in size)``, ``(out size,)``, ``()``.
-      The radius is 0 where x lies on a boundary, and infinite for an affine function. Jittable.
+      The radius is 0 where x lies on a boundary, and infinite for an affine function. All three are NaN
+      where x or a value that decides a switch is. Jittable.
 
     Raises:
       ValueError: ``fn`` is not piecewise linear; the message names the primitive and where it is. Or A is
@@ -171,15 +173,20 @@ def _around(linear: Any, point: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     norms, (value, *differences) = norms[:switches], norms[switches:]
     product = jnp.matmul(matrix, point.ravel().astype(matrix.dtype))
     radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
-    radius = jnp.min(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
-    return matrix, value.ravel() - product, radius
+    radius = least(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
+    # A switch at NaN has no side: its radius is NaN, and the map is none.
+    unknown = jnp.isnan(radius)
+    return nan_unless_finite(
+        (matrix, value.ravel() - product, radius), point, jnp.where(unknown, radius, jnp.zeros_like(radius))
+    )
 
 
 def _nearest(values: Any, norms: Any) -> Any:
     """How far from x the first of these values crosses 0, given the norms of their gradients."""
-    moving = norms > 0
+    moving = norms != 0  # NaN too
     distance = abs(values) / jnp.where(moving, norms, jnp.ones((), norms.dtype))
-    return jnp.min(jnp.where(moving, distance, jnp.asarray(jnp.inf, distance.dtype)), initial=jnp.inf)
+    never = jnp.full(1, jnp.inf, distance.dtype)
+    return least(jnp.append(jnp.where(moving, distance, never[0]).ravel(), never))
 
 
 def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
+from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.tracing import CALLS, bind, inner_jaxprs, opened
 
@@ -87,7 +88,7 @@ class Columns:
         return self.array
 
     def norms(self) -> Any:
-        return jnp.sqrt(jnp.sum(self.array * self.array, axis=-1))
+        return lengths(self.array)
 
 
 # -- jaxprs ------------------------------------------------------------------------------------

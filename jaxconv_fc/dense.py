@@ -370,6 +370,7 @@ def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array
     return jnp.where(index < 0, index + size, index), jnp.asarray(inside)
 
 
+@jax.jit  # where only what comes out is checked for NaN, if jax_debug_nans asks for it
 def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:
     """Rows whose index was out of range, filled as ``jnp.take`` fills them."""
     if matrix.dtype == jnp.bool_:

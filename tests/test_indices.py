@@ -129,7 +129,9 @@ def test_small_steps_relate_the_same_points(factor, run_seed):
         assert related(small) == related(axis), (axis, small)
         assert small.reach < 10**6, (axis, small)
         assert axis.pair_count == small.pair_count, axis
-        np.testing.assert_array_equal(axis.table(np.arange(axis.out_size)), small.table(np.arange(small.out_size)))
+        np.testing.assert_array_equal(
+            axis.table(np.arange(axis.out_size)), small.table(np.arange(small.out_size))
+        )
 
 
 # geometries beyond int32 -------------------------------------------------------------------------------------
@@ -173,7 +175,9 @@ HUGE = {
 REFUSED = {
     "circular pads": Geometry((1, 1, 5), (1, 1, 3), (BIG,), [(BIG, BIG)], padding_mode="circular"),
     "edge pads": Geometry((1, 1, 5), (1, 1, 3), (BIG,), [(BIG, BIG)], padding_mode="edge"),
-    "reflect pads beyond 64 bits": Geometry((1, 1, 5), (1, 1, 3), (10**30,), [(10**30, 10**30)], padding_mode="reflect"),
+    "reflect pads beyond 64 bits": Geometry(
+        (1, 1, 5), (1, 1, 3), (10**30,), [(10**30, 10**30)], padding_mode="reflect"
+    ),
 }
 
 
@@ -183,8 +187,14 @@ def on_square(function):
 
 def every_function():
     """Of every public function that takes a geometry: what it makes, as one array."""
+
     def composed(s, k, x, y, m):
-        one = fc.conv_spec((1, s.out_channels, *(a.out_size for a in s.axes)), (1, s.out_channels, *(1,) * len(s.axes)), (1,) * len(s.axes), "VALID")
+        one = fc.conv_spec(
+            (1, s.out_channels, *(a.out_size for a in s.axes)),
+            (1, s.out_channels, *(1,) * len(s.axes)),
+            (1,) * len(s.axes),
+            "VALID",
+        )
         return fc.as_matrix(*fc.compose((one, jnp.ones(one.rhs_shape, k.dtype)), (s, k)))
 
     mesh = jax.make_mesh((1,), ("rows",))
@@ -289,7 +299,9 @@ def test_ten_to_the_twelve_outputs_are_refused_or_counted():
     refused = "as_matrix matrix_rows matrix_columns as_bcoo as_bcsr as_scipy diagonals row_norms column_norms"
     with jax.enable_x64(False):
         for name in [*refused.split(), "singular_values", "trace", "update_matrix"]:
-            assert outcome(name, spec, kernel, None, None, jnp.ones((1, 1), np.float32)).startswith("ValueError")
+            assert outcome(name, spec, kernel, None, None, jnp.ones((1, 1), np.float32)).startswith(
+                "ValueError"
+            )
         assert spec.nse == 3 * BIG - 2
         assert float(spectrum.one_norm(spec, kernel)) == float(spectrum.inf_norm(spec, kernel)) == 7
         np.testing.assert_allclose(spectrum.frobenius_norm(spec, kernel), (21 * BIG) ** 0.5, rtol=1e-5)
@@ -466,7 +478,9 @@ def test_detection_keeps_the_pair_of_steps_that_a_full_search_keeps(kind, run_se
         }.get(kind)
         if tensor is None:
             axis = random_axis(rng, "zeros")
-            axis = Axis(n, axis.taps, axis.stride, axis.lo % 7, 0, axis.lhs_dilation, axis.rhs_dilation).ending_at(m)
+            axis = Axis(
+                n, axis.taps, axis.stride, axis.lo % 7, 0, axis.lhs_dilation, axis.rhs_dilation
+            ).ending_at(m)
             tensor, values = np.zeros((m, n, 2)), rng.standard_normal((axis.taps, 2))
             for o, t, p in related(axis):
                 tensor[o, t] = values[p]

@@ -264,7 +264,9 @@ def test_guard_before_allocating(build):
         build(spec, kernel)
 
 
-@pytest.mark.parametrize(("build", "size"), [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")])
+@pytest.mark.parametrize(
+    ("build", "size"), [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")]
+)
 def test_the_limit_is_that_of_the_format(build, size):
     spec = CASES["plain"].spec()
     kernel = np.ones(spec.rhs_shape, np.float32)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
@@ -59,13 +60,16 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
     >>> print(fc.spectrum.singular_values(spec, jnp.array([[[1., 1.]]])).round(4) + 0)
     [2.     1.4142 1.4142 0.    ]
     """
-    kernel = as_inexact(spec, kernel)
-    _check_blocks("singular_values", spec, kernel, "top_singular_values or spectral_norm")
-    return _singular_values(spec, kernel)
+    return _singular_values(spec, _for_blocks("singular_values", spec, kernel))
 
 
 @program
 def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return homogeneous(partial(_unit_values, spec), (1,), kernel)
+
+
+def _unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The singular values of a kernel at unit scale."""
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
     return _descending(over_blocks(_block_values, spec, kernel, block_axes(spec)).ravel())
@@ -95,8 +99,8 @@ def _descending_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def condition_number(spec: ConvSpec, kernel: Any) -> jax.Array:
     """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
 
-    Arguments, errors, cost and exactness as in :func:`singular_values`; a matrix without entries has no
-    condition number and gives a ValueError.
+    The zero matrix has condition number inf. Arguments, errors, cost and exactness as in
+    :func:`singular_values`; a matrix without entries has no condition number and gives a ValueError.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (1,), "VALID")
@@ -104,8 +108,17 @@ def condition_number(spec: ConvSpec, kernel: Any) -> jax.Array:
     2.0
     """
     _check_entries("condition_number", spec)
-    values = singular_values(spec, kernel)
-    return values[0] / values[-1]
+    return _condition_number(spec, _for_blocks("condition_number", spec, kernel))
+
+
+@program
+def _condition_number(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    def ratio(kernel: jax.Array) -> jax.Array:
+        values = _unit_values(spec, kernel)
+        most, least = values[0], values[-1]
+        return jnp.where(least == 0, jnp.inf, most / jnp.where(least == 0, jnp.ones_like(least), least))
+
+    return homogeneous(ratio, (0,), kernel)
 
 
 def rank(spec: ConvSpec, kernel: Any, *, rtol: float | None = None) -> jax.Array:
@@ -118,16 +131,22 @@ def rank(spec: ConvSpec, kernel: Any, *, rtol: float | None = None) -> jax.Array
         ``numpy.linalg.matrix_rank``.
 
     Returns:
-      An integer scalar.  Errors and cost as in :func:`singular_values`.
+      An integer scalar; -1, which is the rank of no matrix, where M holds NaN or Inf.  Errors and cost as
+      in :func:`singular_values`.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 3), (1,), "SAME", padding_mode="circular")
     >>> print(fc.spectrum.rank(spec, jnp.array([[[-1., 2., -1.]]])))  # constants are its kernel
     7
     """
-    values = singular_values(spec, kernel)
+    return _rank(spec, _for_blocks("rank", spec, kernel), rtol)
+
+
+@partial(program, static_argnums=2)
+def _rank(spec: ConvSpec, kernel: jax.Array, rtol: float | None) -> jax.Array:
+    values = _unit_values(spec, unit_scale(kernel)[0])
     cutoff = jnp.asarray(_relative(spec, values.dtype, rtol), values.dtype) * values.max(initial=0)
-    return jnp.sum(values > cutoff)
+    return jnp.where(jnp.isfinite(values).all(), jnp.sum(values > cutoff), -1)
 
 
 def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -165,7 +184,11 @@ def log_abs_det(spec: ConvSpec, kernel: Any) -> jax.Array:
 def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not spec.in_size:
         return jnp.zeros((), kernel.real.dtype)
-    return over_blocks(lambda blocks: jnp.linalg.slogdet(blocks)[1], spec, kernel, block_axes(spec)).sum()
+    # det(2**e M) == 2**(n e) det(M)
+    kernel, exponent = unit_scale(kernel)
+    logarithms = over_blocks(lambda blocks: jnp.linalg.slogdet(blocks)[1], spec, kernel, block_axes(spec))
+    value = logarithms.sum() + exponent.astype(logarithms.dtype) * (spec.in_size * math.log(2))
+    return nan_unless_finite(value, kernel)
 
 
 def solve(spec: ConvSpec, kernel: Any, y: Any) -> jax.Array:
@@ -461,8 +484,14 @@ def block_count(axes: Sequence[BlockAxis]) -> int:
 
 
 def _through_blocks(spec: ConvSpec, kernel: jax.Array, y: jax.Array, invert: Any) -> jax.Array:
+    """``x`` of every block's ``x = invert(block, y)``, of degree -1 in the kernel and 1 in y."""
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, y.dtype)
+    x = homogeneous(partial(_through_unit_blocks, spec, invert), (-1, 1), kernel, y)
+    return nan_unless_finite(x, kernel, y)
+
+
+def _through_unit_blocks(spec: ConvSpec, invert: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
     axes = block_axes(spec)
     blocks = frequency_blocks(spec, kernel, axes, block_frequencies(axes))
     y = jnp.transpose(y, spec.out_order)
@@ -508,6 +537,12 @@ def _system(spec: ConvSpec, kernel: Any, y: Any) -> tuple[jax.Array, jax.Array]:
         raise TypeError(f"kernel is {kernel.dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
     kernel = as_inexact(spec, kernel)
     return kernel, y.astype(kernel.dtype)
+
+
+def _for_blocks(name: str, spec: ConvSpec, kernel: Any) -> jax.Array:
+    kernel = as_inexact(spec, kernel)
+    _check_blocks(name, spec, kernel, "top_singular_values or spectral_norm")
+    return kernel
 
 
 def _check_blocks(name: str, spec: ConvSpec, kernel: jax.Array, instead: str) -> None:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, over_blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, root, widened
+from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, widened
 
 _SQUARINGS = 7  # of the Gram iteration
 _DENSE = 512  # rows or columns of a group's M up to which M itself is squared
@@ -67,10 +68,18 @@ def _bounds(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     result = kernel.real.dtype
     if not min(spec.shape):
         return jnp.zeros((), result), jnp.zeros((), result)
-    kernel = widened(kernel)
-    lower, upper = _lower(spec, lax.stop_gradient(kernel)), _upper(spec, kernel)
     outward = 2 * float(jnp.finfo(result).eps)  # of the cast back
-    return (lower * (1 - outward)).astype(result), (upper * (1 + outward)).astype(result)
+
+    def upper(kernel: jax.Array) -> jax.Array:
+        return (_upper(spec, widened(kernel)) * (1 + outward)).astype(result)
+
+    unit, exponent = unit_scale(lax.stop_gradient(kernel))
+    lower = (_lower(spec, widened(unit)) * (1 - outward)).astype(result)
+    # Beyond the largest number and below the smallest normal one the certificate is rounded outward too.
+    info = jnp.finfo(result)
+    low, high = times_power_of_two(lower, exponent), homogeneous(upper, (1,), kernel)
+    low = jnp.where(jnp.isfinite(lower), jnp.minimum(low, info.max), low)
+    return low, jnp.where((high < info.tiny) & (unit != 0).any(), info.tiny.astype(result), high)
 
 
 def _lower(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -87,7 +96,7 @@ def _upper(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     bounds = [_hoelder(spec, kernel)]
     for axes, factor in _covers(spec):
         bounds.append(factor * _largest_block(spec, kernel, axes))
-    return jnp.min(jnp.stack(bounds))
+    return least(jnp.stack(bounds))
 
 
 def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -154,7 +163,7 @@ def _largest_block(spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis])
     unit, terms = float(jnp.finfo(kernel.dtype).eps), math.prod(a.taps for a in spec.axes)
     magnitude = jnp.abs(by_group(spec, kernel)).sum(range(3, 3 + len(spec.axes)))
     slack = (terms + 64) * unit * _frobenius(magnitude)[..., 0, 0]  # of the entries of the blocks
-    return jnp.max(bounds) + jnp.max(slack)
+    return largest(bounds) + largest(slack)
 
 
 def _gram_bound(matrix: jax.Array, squarings: int) -> jax.Array:
@@ -167,14 +176,20 @@ def _gram_bound(matrix: jax.Array, squarings: int) -> jax.Array:
     unit, terms = float(jnp.finfo(matrix.dtype).eps), sum(matrix.shape[-2:])
     scale = _frobenius(matrix)
     if not squarings:
-        rows = jnp.max(jnp.abs(matrix).sum(-1), axis=-1)
-        return jnp.minimum(rows, scale[..., 0, 0]) * (1 + (terms + 8) * unit)
+        return _least_bound(jnp.abs(matrix).sum(-1), scale[..., 0, 0]) * (1 + (terms + 8) * unit)
     matrix = matrix / jnp.where(scale > 0, scale, jnp.ones_like(scale)).astype(matrix.dtype)
     gram = jnp.matmul(jnp.swapaxes(matrix, -1, -2).conj(), matrix, precision="highest")
     square = _gram_bound(gram, squarings - 1) + (terms + 8) * unit
     return scale[..., 0, 0] * (1 + (terms + 8) * unit) * jnp.sqrt(square)
 
 
+def _least_bound(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    """The smaller of the largest row sum and the Frobenius norm, for every matrix."""
+    if scale.ndim:
+        return jax.vmap(_least_bound)(rows, scale)
+    return least(jnp.stack([largest(rows), scale]))
+
+
 def _frobenius(matrix: jax.Array) -> jax.Array:
     """Frobenius norms over the last two axes, kept; derivative 0 at 0."""
-    return root((matrix * matrix.conj()).real.sum(-1, keepdims=True).sum(-2, keepdims=True))
+    return root(squares(matrix).sum(-1, keepdims=True).sum(-2, keepdims=True))

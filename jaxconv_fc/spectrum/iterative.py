@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.linear_operator import as_linear_operator, import_lineax
+from jaxconv_fc.numerics import homogeneous, nan_unless_finite
+from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
-from jaxconv_fc.spectrum.norms import widened
+from jaxconv_fc.spectrum.norms import seen, widened
 
 
 def lstsq(
@@ -52,13 +55,29 @@ def lstsq(
         raise TypeError(f"kernel is {dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, dtype)
+    import_lineax("lstsq")
+    return _lstsq(spec, seen(spec, jnp.asarray(kernel)), y, rtol, max_steps)
+
+
+@partial(program, static_argnums=(3, 4))
+def _lstsq(
+    spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None, max_steps: int | None
+) -> jax.Array:
+    rtol = 10 * float(jnp.finfo(kernel.dtype).eps) if rtol is None else rtol
+    x = homogeneous(partial(_unit_lstsq, spec, rtol, max_steps), (-1, 1), kernel, y)
+    return nan_unless_finite(x, kernel, y)
+
+
+def _unit_lstsq(
+    spec: ConvSpec, rtol: float, max_steps: int | None, kernel: jax.Array, y: jax.Array
+) -> jax.Array:
+    """At unit scale, where ``atol`` means what ``rtol`` does."""
     lineax = import_lineax("lstsq")
-    operator = as_linear_operator(spec, widened(jnp.asarray(kernel)))
-    rtol = 10 * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+    operator = as_linear_operator(spec, widened(kernel))
     # Singular directions never enter the iterates, so no condition number may stop them.
     solver = lineax.LSMR(rtol=rtol, atol=rtol, max_steps=max_steps, conlim=float("inf"))
     solution = lineax.linear_solve(operator, widened(y), solver, throw=False)
-    value = solution.value.astype(dtype)
+    value = solution.value.astype(kernel.dtype)
     if max_steps is not None:
         return value
     converged = solution.result == lineax.RESULTS.successful

@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical, widened
@@ -195,7 +196,7 @@ def _each_group(search: Search, kernel: jax.Array, of: Callable[[jax.Array], Any
 def _spectral_norm(search: Search, kernel: jax.Array) -> jax.Array:
     if not min(search.spec.shape):
         return jnp.zeros((), kernel.real.dtype)
-    return jnp.max(_each_group(search, kernel, lambda k: _norms(search, 1, k)[0]))
+    return largest(_each_group(search, kernel, lambda k: _norms(search, 1, k)[0]))
 
 
 @program
@@ -204,7 +205,7 @@ def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     if not min(spec.shape):
         zero, left, right = (jnp.zeros(shape, kernel.dtype) for shape in ((), spec.out_shape, spec.in_shape))
         return SingularTriplet(zero.real, left, right, zero.real)
-    values, lefts, rights, residuals = _each_group(search, kernel, partial(_triplet, search))
+    values, lefts, rights, residuals = _each_group(search, kernel, partial(_scaled_triplet, search))
     best = jnp.argmax(values)
 
     def embedded(images: jax.Array, shape: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
@@ -250,6 +251,7 @@ def _norms_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[jax
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _vectors(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Values and vectors of one group; NaN, all of them, where the search has not converged."""
+    kernel, exponent = unit_scale(kernel)
     if k > 1 and min(search.group.shape) <= _steps(k):
         *found, converged = *_dense(search.group, k, kernel), True
     elif k > 1:
@@ -259,7 +261,7 @@ def _vectors(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, jax.
         *found, _ = jax.tree.map(lambda v: v[None], triplet)
         converged = triplet.residual <= search.relative(kernel.dtype) * triplet.value
     values, lefts, rights = (jnp.where(converged, v, jnp.full_like(v, jnp.nan)) for v in found)
-    return values, lefts, rights
+    return times_power_of_two(values, exponent), lefts, rights
 
 
 @_vectors.defjvp
@@ -272,8 +274,19 @@ def _vectors_jvp(search: Search, k: int, primals: Any, tangents: Any) -> Any:
 # -- the iterations ------------------------------------------------------------------------------
 
 
+def _scaled_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
+    """:func:`_triplet` of a kernel at any scale: value and residual have its, the vectors length 1."""
+    unit, exponent = unit_scale(kernel)
+    found = _triplet(search, unit)
+    value, residual = (times_power_of_two(v, exponent) for v in (found.value, found.residual))
+    return nan_unless_finite(SingularTriplet(value, found.left, found.right, residual), kernel)
+
+
 def _triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
-    """Restarted bidiagonalisation of one group; each restart begins with the best vector so far."""
+    """Restarted bidiagonalisation of one group, its kernel at unit scale.
+
+    Each restart begins with the best vector so far.
+    """
     spec, dtype, kernel = search.group, kernel.dtype, widened(kernel)
     affordable = max(4, _BASIS_ENTRIES // max(spec.shape))
     product = _real_product(spec, kernel)
@@ -319,6 +332,7 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, ...
     product = _real_product(spec, kernel)
     tolerance = search.relative(dtype)
     kept = min(k, steps)
+    finite = jnp.isfinite(kernel).all()  # of a kernel that is not, no round would converge
 
     def off(rights: jax.Array, v: jax.Array) -> jax.Array:
         """``v`` without its part in the locked vectors, twice, as rounding wants it."""
@@ -358,7 +372,7 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, ...
         return merged, rights, start, rounds + 1, key, done
 
     def unfinished(state: Any) -> jax.Array:
-        return ~state[-1] & (state[3] < search.max_restarts)
+        return ~state[-1] & (state[3] < search.max_restarts) & finite
 
     key, subkey = jax.random.split(jax.random.key(0))
     start = _start(spec, kernel, subkey)

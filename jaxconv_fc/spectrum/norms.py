@@ -3,13 +3,14 @@
 On one axis only a few *kinds* of rows, columns and entries exist: two outputs whose windows see the
 same taps are alike. A kind is a set of taps with the number of times that it occurs, listed on the host
 from one line of each that repeat (:class:`Lines`); what holds for M is then one einsum of the kernel with
-the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
+the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values
+are taken.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,9 +22,9 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis, Lines
 from jaxconv_fc.cache import bounded_cache
+from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
-
 
 _SMALL = 2**12  # entries of a matrix of kinds that a program may hold
 
@@ -57,11 +58,12 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @program
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    kernel, scale = _scaled(kernel)
     kinds = [_entries(axis) for axis in spec.axes]
     merged = [k if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
-    value = _merge(by_group(spec, kernel), merged)
-    return scale * root(_weigh(_power(value, 2), [k.count for k in kinds]))
+    counts = [k.count for k in kinds]
+    # At the scale of the entries of M: taps that meet may cancel.
+    entries = _merge(by_group(spec, kernel), merged)
+    return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
 
 
 def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -94,7 +96,12 @@ def inf_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @partial(program, static_argnums=2)
 def _largest_sum(spec: ConvSpec, kernel: jax.Array, rows: bool) -> jax.Array:
-    return jnp.max(_line_sums(spec, kernel, 1, rows), initial=0)
+    return _linear_in_scale(lambda k: largest(_line_sums(spec, k, 1, rows)), kernel)
+
+
+def _linear_in_scale(of: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
+    """``of`` of degree 1 at unit scale, so that no partial sum overflows; integers as they are."""
+    return homogeneous(of, (1,), kernel) if jnp.issubdtype(kernel.dtype, jnp.inexact) else of(kernel)
 
 
 def row_norms(spec: ConvSpec, kernel: Any, *, ord: int = 2) -> jax.Array:
@@ -149,10 +156,9 @@ def _line_norms(spec: ConvSpec, kernel: Any, ord: int, rows: bool) -> jax.Array:
 @partial(program, static_argnums=(2, 3))
 def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.Array:
     if ord == 1:
-        sums = _line_sums(spec, kernel, 1, rows)
+        sums = _linear_in_scale(partial(_line_sums, spec, power=1, rows=rows), kernel)
     else:
-        kernel, scale = _scaled(kernel)
-        sums = scale * root(_line_sums(spec, kernel, 2, rows))
+        sums = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
     for i, axis in enumerate(spec.axes):
         lines = axis.output_lines if rows else axis.input_lines
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
@@ -182,6 +188,10 @@ def trace(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @program
 def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return _linear_in_scale(partial(_sum_of_diagonal, spec), kernel)
+
+
+def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     size, dims = min(spec.shape), len(spec.axes)
     if not size:
         return jnp.zeros((), kernel.dtype)
@@ -238,6 +248,9 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     rows = spec.out_size <= spec.in_size
     if not min(spec.shape):  # the Gram matrix of the short side is empty
         return jnp.zeros((), kernel.real.dtype)
+    # With k = 2**e u it is 2**2e ||u u^H - 2**-2e I||; a small k needs no scale, its squares may vanish.
+    exponent = jnp.maximum(unit_scale(kernel)[1], 0)
+    kernel = times_power_of_two(kernel, -exponent)
     value = by_group(spec, kernel)
     value = value if rows else jnp.swapaxes(value, 1, 2)
     dims = range(len(spec.axes))
@@ -254,7 +267,10 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     unit = jnp.eye(value.shape[1], dtype=gram.dtype)
     for kind in kinds:
         unit = unit[..., None] * jnp.asarray(kind.diagonal, gram.dtype).reshape([1] * unit.ndim + [-1])
-    return root(_weigh(_power(gram - unit[None], 2), [k.count for k in kinds]))
+    unit = times_power_of_two(unit, -2 * exponent)
+    counts = [k.count for k in kinds]
+    size = homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), gram - unit[None])
+    return times_power_of_two(size, 2 * exponent)
 
 
 # -- kinds of entries, rows, columns and pairs of an axis, on the host ---------------------------
@@ -411,23 +427,7 @@ def _weigh(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
 
 
 def _power(value: jax.Array, power: int) -> jax.Array:
-    if power == 1:
-        return jnp.abs(value)
-    return (value * value.conj()).real
-
-
-def root(value: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
-    positive = value > 0
-    root = jnp.sqrt(jnp.where(positive, value, jnp.ones_like(value)))
-    return jnp.where(positive, root, jnp.zeros_like(root))
-
-
-def _scaled(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(kernel / scale, scale)``: squares of it neither overflow nor vanish."""
-    scale = lax.stop_gradient(jnp.max(jnp.abs(kernel), initial=0))
-    scale = jnp.where(jnp.isfinite(scale) & (scale > 0), scale, jnp.ones_like(scale))
-    return kernel / scale.astype(kernel.dtype), scale
+    return jnp.abs(value) if power == 1 else squares(value)
 
 
 # -- operands ------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def _numbers(spec: ConvSpec, kernel: Any) -> jax.Array:
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
-    return kernel
+    return seen(spec, kernel)
 
 
 def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -446,6 +446,16 @@ def as_inexact(spec: ConvSpec, kernel: Any) -> jax.Array:
     if not jnp.issubdtype(kernel.dtype, jnp.inexact):
         return kernel.astype(jnp.result_type(float))
     return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+
+
+def seen(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The kernel with 0 for taps that never read an input: M does not hold them, nor has their scale."""
+    for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
+        reads = np.asarray(axis.tap_counts) > 0
+        if not reads.all():
+            shape = [axis.taps if j == i else 1 for j in range(kernel.ndim)]
+            kernel = jnp.where(reads.reshape(shape), kernel, jnp.zeros((), kernel.dtype))
+    return kernel
 
 
 def widened(array: jax.Array) -> jax.Array:

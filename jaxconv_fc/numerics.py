@@ -1,0 +1,215 @@
+"""What floating point asks of every function that squares, iterates or takes a maximum.
+
+*Scale.* Squares of 1e-20 vanish in float32 and those of 1e20 overflow. So such a function sees its operands
+at unit scale, multiplied by the power of two that brings the largest magnitude into [1, 2), and its result
+is multiplied back. Both are exact, so ``f(2**e * a) == 2**(degree*e) * f(a)`` bit for bit.
+
+*Extremes.* JAX differentiates a maximum by comparing every entry with the maximum. Under jit XLA computes
+the entries once more, inside another fusion and with other roundings, and none may be equal. Here the
+derivative is that of the entry whose place ``argmax`` found.
+
+*Roots.* The square root has derivative infinity at 0, where a norm is least; here it has derivative 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# -- scale ---------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def homogeneous(of: Callable[..., Any], degrees: Sequence[int], *arrays: jax.Array) -> Any:
+    """``of(*arrays)``, computed at unit scale, for ``of`` homogeneous of degree ``degrees[i]`` in array i.
+
+    ``of(..., 2**e * a_i, ...) == 2**(degrees[i] * e) * of(..., a_i, ...)``, so with ``a_i = 2**e_i u_i`` it
+    is ``2**(sum of degrees[i] * e_i) * of(u_1, u_2, ...)``. The derivative in array i is homogeneous too, of
+    one degree less; tangents are multiplied by what remains of the scales, which is 1 for a norm, so that
+    derivatives neither overflow nor vanish where the function itself does not.
+    """
+    units, total, _ = _at_unit_scale(degrees, arrays)
+    return jax.tree.map(lambda v: times_power_of_two(v, total), of(*units))
+
+
+@homogeneous.defjvp
+def _homogeneous_jvp(of: Any, degrees: Any, arrays: Any, changes: Any) -> tuple[Any, Any]:
+    units, total, exponents = _at_unit_scale(degrees, arrays)
+    # d of(a) [da_i] = 2**(total - e_i) d of(u) [da_i]
+    changes = tuple(times_power_of_two(c, total - e) for c, e in zip(changes, exponents, strict=True))
+    values, slopes = jax.jvp(of, units, changes)
+    return jax.tree.map(lambda v: times_power_of_two(v, total), values), slopes
+
+
+def _at_unit_scale(degrees: Sequence[int], arrays: Sequence[jax.Array]) -> tuple[Any, Any, Any]:
+    """``(units, total, exponents)``, where ``total`` is the exponent that the result is to be scaled by."""
+    units, exponents = zip(*map(unit_scale, arrays), strict=True)
+    return units, sum(d * e for d, e in zip(degrees, exponents, strict=True)), exponents
+
+
+def unit_scale(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(unit, e)`` with ``array == 2**e * unit`` exactly, the largest magnitude of ``unit`` in [1, 2).
+
+    Real and imaginary parts count as entries of their own. Inf and NaN are left as they are; where nothing
+    else is in the array, or only zeros are, e is 0. Subnormal numbers become ordinary ones, also where the
+    backend flushes them to 0. The exponent is an int32 scalar without derivative, kept in the range in which
+    both ``2**e`` and ``2**-e`` are normal numbers: ``unit`` is in [2, 4) of the very largest magnitudes, and
+    below 1 of subnormal ones.
+    """
+    exponent = scale_exponent(array)
+    return to_unit_scale(array, exponent), exponent
+
+
+def scale_exponent(array: jax.Array) -> jax.Array:
+    """The exponent of :func:`unit_scale`."""
+    return _exponent([lax.stop_gradient(part) for part in _parts(array)])
+
+
+def largest_part(array: jax.Array) -> jax.Array:
+    """The largest finite magnitude of a real or imaginary part, without derivative: of the same exponent."""
+    sizes = jnp.stack([jnp.abs(lax.stop_gradient(part)) for part in _parts(array)])
+    return jnp.max(jnp.where(jnp.isfinite(sizes), sizes, jnp.zeros_like(sizes)), initial=0)
+
+
+def to_unit_scale(array: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``array * 2**-exponent``, of the array whose exponent it is or a part of it."""
+    units = [_normal(part, exponent) for part in _parts(array)]
+    return lax.complex(*units) if len(units) == 2 else units[0]
+
+
+def _parts(array: Any) -> list[Any]:
+    return [array.real, array.imag] if jnp.iscomplexobj(array) else [array]
+
+
+def times_power_of_two(value: jax.Array, exponent: Any) -> jax.Array:
+    """``value * 2**exponent``, exactly where the result is a normal number; any integer exponent."""
+    if jnp.iscomplexobj(value):  # part by part: 0 * Inf in a product of complex numbers is NaN
+        return lax.complex(times_power_of_two(value.real, exponent), times_power_of_two(value.imag, exponent))
+    largest = _format(value.dtype)[1] - 1
+    # XLA multiplies constant factors with each other first, which may overflow where their product does not.
+    exponent = lax.optimization_barrier(jnp.asarray(exponent, jnp.int32))
+    # Three factors of one sign reach from the smallest number to the largest, and pass no further.
+    for _ in range(3):
+        step = jnp.clip(exponent, -largest, largest)
+        value = value * _power_of_two(step, value.dtype)
+        exponent = exponent - step
+    return value
+
+
+def nan_unless_finite(result: Any, *operands: jax.Array) -> Any:
+    """The result, or NaN in all of it if an operand holds NaN or Inf: for algorithms that would hide one."""
+    finite = jnp.stack([jnp.isfinite(operand).all() for operand in operands]).all()
+    return jax.tree.map(lambda v: jnp.where(finite, v, jnp.full_like(v, jnp.nan)), result)
+
+
+def host_unit_scale(array: np.ndarray) -> np.ndarray:
+    """The unit of :func:`unit_scale` on the host, for a NumPy array of finite numbers in double precision."""
+    parts = _parts(array)
+    _, exponent = np.frexp(max(float(np.abs(part).max(initial=0)) for part in parts))
+    units = [np.ldexp(part, 1 - int(exponent)) for part in parts]
+    return units[0] + 1j * units[1] if len(units) == 2 else units[0]
+
+
+def _exponent(parts: Sequence[jax.Array]) -> jax.Array:
+    """``floor(log2(largest finite magnitude))``, read from the bits."""
+    digits, bias, integers = _format(parts[0].dtype)
+    bits = [_magnitude_bits(part) for part in parts]
+    finite = [jnp.where(b >> digits <= 2 * bias, b, jnp.zeros_like(b)) for b in bits]
+    largest = jnp.stack([jnp.max(b, initial=0) for b in finite]).max()
+    # Below the normal numbers bits count multiples of the smallest number, 2**(1 - bias - digits).
+    subnormal = jnp.asarray(jnp.iinfo(integers).bits - 1, integers) - lax.clz(largest) + (1 - bias - digits)
+    exponent = jnp.where(largest >> digits > 0, (largest >> digits) - bias, subnormal)
+    exponent = jnp.where(largest > 0, exponent, jnp.zeros_like(exponent)).astype(jnp.int32)
+    return jnp.clip(exponent, 1 - bias, bias - 1)
+
+
+def _normal(part: jax.Array, exponent: jax.Array) -> jax.Array:
+    """``part * 2**-exponent``, with subnormal entries taken from their bits: the product may flush them."""
+    digits, bias, _ = _format(part.dtype)
+    product = part * _power_of_two(-exponent, part.dtype)
+    fixed = lax.stop_gradient(part)
+    bits = _magnitude_bits(fixed)
+    # A subnormal number is bits * 2**(1 - bias - digits).
+    small = bits.astype(part.dtype) * jnp.asarray(2.0**-digits, part.dtype)
+    small = small * _power_of_two(jnp.maximum(1 - bias - exponent, 1 - bias), part.dtype)
+    small = jnp.where(lax.bitcast_convert_type(fixed, bits.dtype) < 0, -small, small)
+    subnormal = (bits > 0) & (bits >> digits == 0)
+    return jnp.where(subnormal, product + (small - lax.stop_gradient(product)), product)
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """``2**exponent`` by its bits: exp2 and ldexp need not be exact."""
+    digits, bias, integers = _format(dtype)
+    return lax.bitcast_convert_type((exponent + bias).astype(integers) << digits, dtype)
+
+
+def _magnitude_bits(part: jax.Array) -> jax.Array:
+    """The bits of ``|part|`` as integers, which are in the order of the magnitudes."""
+    integers = _format(part.dtype)[2]
+    largest = jnp.asarray(jnp.iinfo(integers).max, integers)
+    return lax.bitcast_convert_type(part, integers) & largest
+
+
+def _format(dtype: Any) -> tuple[int, int, Any]:
+    """(stored digits, bias of the exponent, integers of the same width)"""
+    info = jnp.finfo(dtype)
+    return info.nmant, int(info.maxexp) - 1, jnp.dtype(f"int{info.bits}")
+
+
+# -- extremes ------------------------------------------------------------------------------------
+
+
+def largest(values: jax.Array) -> jax.Array:
+    """The maximum of all entries, with the derivative of one that attains it; NaN if there is one.
+
+    0 of an empty array: the values are norms.
+    """
+    return _extreme(True, values.ravel()) if values.size else jnp.zeros((), values.dtype)
+
+
+def least(values: jax.Array) -> jax.Array:
+    """The minimum of all entries, with the derivative of one that attains it; NaN if there is one."""
+    return _extreme(False, values.ravel())
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _extreme(most: bool, values: jax.Array) -> jax.Array:
+    return jnp.max(values) if most else jnp.min(values)
+
+
+@_extreme.defjvp
+def _extreme_jvp(most: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (values,), (change,) = primals, tangents
+    place = (jnp.argmax if most else jnp.argmin)(values)
+    return _extreme(most, values), jnp.take(change, place, mode="clip")
+
+
+# -- roots ---------------------------------------------------------------------------------------
+
+
+def root(value: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0; NaN of NaN."""
+    zero = value == 0
+    root = jnp.sqrt(jnp.where(zero, jnp.ones_like(value), value))
+    return jnp.where(zero, jnp.zeros_like(root), root)
+
+
+def squares(value: jax.Array) -> jax.Array:
+    """``|value|**2``."""
+    return value.real**2 + value.imag**2 if jnp.iscomplexobj(value) else value * value
+
+
+def lengths(vectors: jax.Array) -> jax.Array:
+    """Euclidean norms along the last axis, each computed at a scale of its own."""
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    return jax.vmap(partial(homogeneous, _length, (1,)))(flat).reshape(vectors.shape[:-1])
+
+
+def _length(vector: jax.Array) -> jax.Array:
+    return root(squares(vector).sum())
