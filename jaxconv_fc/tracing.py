@@ -22,22 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.apply import product_p
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.jaxprs import CALLS, Environment, bind, inner_jaxprs, opened, scan_counts, trace
 from jaxconv_fc.spec import ConvSpec, conv_spec, readable
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
-
-# Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
-CALLS = frozenset({
-    "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
-    "custom_jvp_call", "custom_vjp_call", "custom_vmap_call",
-})  # fmt: skip
 
 
 # -- the convolutions of a function ------------------------------------------------------------
@@ -484,101 +478,7 @@ def batched_output(spec: ConvSpec, y: Any) -> Any:
     return jnp.moveaxis(y, 0, spec.dimension_numbers.out_spec[0])
 
 
-# -- jaxprs ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A call of a function: its jaxpr, the arrays it was given, and how results are put together."""
-
-    jaxpr: Any
-    arguments: list[Any]
-    rebuild: Callable[[Sequence[Any]], Any]
-
-
-def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
-    """The jaxpr of ``fn(*args, **kwargs)``: arrays are traced, everything else stays what it is."""
-    leaves, tree = jax.tree.flatten((tuple(args), kwargs))
-    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    result: Any = None
-
-    def on_arrays(*arrays: Any) -> list[Any]:
-        nonlocal result
-        filled = list(leaves)
-        for i, array in zip(where, arrays, strict=True):
-            filled[i] = array
-        inner_args, inner_kwargs = tree.unflatten(filled)
-        results, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
-        traced = [_is_array(leaf) for leaf in results]
-        result = out_tree, traced, [None if t else leaf for t, leaf in zip(traced, results, strict=True)]
-        return [leaf for t, leaf in zip(traced, results, strict=True) if t]
-
-    arguments = [leaves[i] for i in where]
-    jaxpr = jax.make_jaxpr(on_arrays)(*arguments)
-
-    def rebuild(arrays: Sequence[Any]) -> Any:
-        out_tree, traced, others = result
-        remaining = iter(arrays)
-        return out_tree.unflatten([next(remaining) if t else v for t, v in zip(traced, others, strict=True)])
-
-    return Traced(jaxpr, arguments, rebuild)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-class Environment:
-    """The variables of one jaxpr under evaluation, and its equations in order."""
-
-    def __init__(self, jaxpr: Any, arguments: Sequence[Any]):
-        inner, constants = opened(jaxpr)
-        self.outvars, self.equations = inner.outvars, inner.eqns
-        self._values: dict[Any, Any] = {}
-        self.write(inner.constvars, constants)
-        self.write(inner.invars, arguments)
-
-    def read(self, variables: Sequence[Any]) -> list[Any]:
-        return [v.val if isinstance(v, Literal) else self._values[v] for v in variables]
-
-    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        self._values.update(zip(variables, values, strict=True))
-
-
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """``(jaxpr, constants)`` of a ClosedJaxpr, or of a Jaxpr (which has none, or is both in one)."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
-def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
-    """The results of an equation for these operands, in the context (name, mesh, ...) it was traced in."""
-    operands: list[Any] = [Var(v.aval) for v in eqn.invars]
-    results: list[Any] = [Var(v.aval) for v in eqn.outvars]
-    eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
-    label = DebugInfo("bind", eqn.primitive.name, None, None)
-    return list(eval_jaxpr(Jaxpr([], operands, results, [eqn], eqn.effects, label), (), *values))
-
-
-def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
-    """The jaxprs that an equation holds, in the order of its parameters."""
-    found = []
-    for value in eqn.params.values():
-        parts = value if isinstance(value, tuple | list) else (value,)
-        found += [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
-    return found
-
-
-def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
-
-    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
-    """
-    inner = opened(body)[0]
-    operands, results = (
-        sum(len(_abstract(a).shape) == len(_abstract(b).shape) for a, b in zip(outside, inside, strict=True))
-        for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
-    )
-    return operands - results, results
+# -- where an equation is ---------------------------------------------------------------------
 
 
 def holds_conv(eqn: JaxprEqn) -> bool:

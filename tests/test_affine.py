@@ -13,7 +13,7 @@ from handwritten import close, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc import columns
+from jaxconv_fc import jaxprs
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
@@ -157,15 +157,15 @@ def test_functions_that_differ_in_their_weights_are_compiled_once():
     before = None
     for kernel in kernels:
         fc.matrix_of(lambda x, kernel=kernel: conv(conv(x, kernel), kernel) + kernel.sum(), X)
-        before = before or columns._run._cache_size()
-    assert columns._run._cache_size() == before
+        before = before or jaxprs._run._cache_size()
+    assert jaxprs._run._cache_size() == before
 
 
 def test_equations_with_functions_among_their_parameters_are_not_compared():
     jaxpr = jax.make_jaxpr(lambda x: (jax.debug.callback(print, x), x * 2)[1])(X)
-    with pytest.raises(columns._Incomparable):
-        columns._comparable(jaxpr.jaxpr)
-    twice = columns.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
+    with pytest.raises(jaxprs._Incomparable):
+        jaxprs._comparable(jaxpr.jaxpr)
+    twice = jaxprs.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
     assert twice == X.shape + X.shape
 
 
