@@ -389,7 +389,8 @@ class _Walk:
         if result.value is not None:
             return [Value(result.tangent, *_known(bind, eqn, list(map(_at_point, values))))]
         (filled,) = _known(_filled, eqn, values)
-        return [Value(result.tangent, filled if not _is_concrete(filled) or np.any(filled) else None)]
+        nothing = _is_concrete(filled) and not np.any(np.asarray(filled))
+        return [Value(result.tangent, None if nothing else filled)]
 
     def transformed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """All kinds of FFT are linear over the real numbers, and all but IRFFT over the complex ones.
@@ -625,7 +626,6 @@ _AFFINE: dict[str, Callable[..., list[Any]]] = {
     "polynomial": _Walk.polynomial,
     "scatter-mul": Linear((0,)),
     "dot_general": Bilinear(),
-    "ragged_dot_general": Bilinear(),
     "conv_general_dilated": Bilinear(compute=_convolve),
     "conv_product": Bilinear(),
     # systems of equations
@@ -677,8 +677,9 @@ _REFUSED: dict[str, str] = {
         ("new_ref", "get", "run_state", "freeze", *WRITES), "reads or writes a mutable array (jax.new_ref)"
     ),
     **dict.fromkeys(
-        ("coo_matvec", "coo_matmat", "coo_todense", "csr_matvec", "csr_matmat", "csr_todense", "spsolve"),
-        "cannot be batched in JAX (BCOO and BCSR can)",
+        ("coo_matvec", "coo_matmat", "coo_todense", "csr_matvec", "csr_matmat", "csr_todense", "spsolve",
+         "ragged_dot_general"),
+        "cannot be batched in JAX over any axis (matrices as BCOO and BCSR can)",
     ),
     "symmetric_product": "is affine in one operand and quadratic in the other",
 }  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.core import eval_jaxpr
+from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
 # Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
@@ -87,11 +87,16 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
     """The results of an equation for these operands, in the context (name, mesh, ...) it was traced in."""
+    return list(eval_jaxpr(alone(eqn, params), (), *values))
+
+
+def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
+    """The jaxpr of one equation: its operands in, its results out."""
     operands: list[Any] = [Var(v.aval) for v in eqn.invars]
     results: list[Any] = [Var(v.aval) for v in eqn.outvars]
     eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
     label = DebugInfo("bind", eqn.primitive.name, None, None)
-    return list(eval_jaxpr(Jaxpr([], operands, results, [eqn], eqn.effects, label), (), *values))
+    return Jaxpr([], operands, results, [eqn], eqn.effects, label)
 
 
 def operand_numbers(data: slice | tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -115,13 +120,19 @@ def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
     """
     inner = opened(body)[0]
     operands, results = (
-        sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
+        sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in zip(outside, inside, strict=True))
         for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
     )
     return operands - results, results
 
 
 # -- programs ----------------------------------------------------------------------------------
+
+# Parameters that say how a call is differentiated, by the name of its primitive.
+_RULES = {
+    "custom_jvp_call": {"jvp_jaxpr_fun"},
+    "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees"},
+}
 
 
 def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
@@ -130,11 +141,16 @@ def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
     So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
     others (a parameter is not hashable, or a function) is gone through equation by equation.
     """
+    inner, constants = opened(jaxpr)
+    plain = not any(isinstance(v, Tracer) for v in (*constants, *arrays))
     try:
-        program = _Program(jaxpr.jaxpr, _comparable(jaxpr.jaxpr))
-    except _Incomparable:
+        hash(of)
+        text = _comparable(inner, _RULES if plain else {})  # what is not traced is not differentiated
+    except (_Incomparable, TypeError):
         return of(jaxpr, *arrays)
-    return _run(of, program, jaxpr.consts, *arrays)
+    # Without its constants, which newer versions of JAX keep in the jaxpr: they may be tracers.
+    bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
+    return _run(of, _Program(bare, text), constants, *arrays)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -154,8 +170,11 @@ class _Incomparable(Exception):
     """A parameter of an equation that says too little by its value."""
 
 
-def _comparable(jaxpr: Jaxpr) -> Any:
-    """All that a jaxpr computes with, variables by number, as something hashable."""
+def _comparable(jaxpr: Jaxpr, without: Mapping[str, set[str]]) -> Any:
+    """All that a jaxpr computes with, variables by number, as something hashable.
+
+    ``without``: parameters that do not matter, by the name of the primitive.
+    """
     numbers: dict[Any, int] = {}
 
     def named(v: Any) -> Any:
@@ -166,22 +185,24 @@ def _comparable(jaxpr: Jaxpr) -> Any:
     inputs = [named(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
     equations = []
     for eqn in jaxpr.eqns:
-        params = tuple((name, _value(value)) for name, value in sorted(eqn.params.items()))
+        left_out = without.get(eqn.primitive.name, ())
+        params = tuple((k, _value(v, without)) for k, v in sorted(eqn.params.items()) if k not in left_out)
         equations.append(
             (eqn.primitive, params, tuple(map(named, eqn.invars)), tuple(map(named, eqn.outvars)))
         )
     return len(jaxpr.constvars), tuple(inputs), tuple(equations), tuple(map(named, jaxpr.outvars))
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, without: Mapping[str, set[str]]) -> Any:
     """A parameter of an equation."""
-    if isinstance(value, ClosedJaxpr) and not value.consts:
-        value = value.jaxpr
-    if isinstance(value, Jaxpr):
-        return _comparable(value)
+    if isinstance(value, ClosedJaxpr | Jaxpr):
+        inner, constants = opened(value)
+        if constants:
+            raise _Incomparable
+        return _comparable(inner, without)
     if isinstance(value, tuple | list):
-        return tuple(map(_value, value))
-    if callable(value) and not isinstance(value, type):
+        return tuple(_value(v, without) for v in value)
+    if callable(value) and not isinstance(value, type | jax.sharding.Mesh):  # a mesh is callable by accident
         raise _Incomparable
     try:
         hash(value)

@@ -22,13 +22,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.apply import product_p
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.jaxprs import CALLS, Environment, bind, inner_jaxprs, opened, scan_counts, trace
+from jaxconv_fc.jaxprs import (
+    CALLS,
+    Environment,
+    alone,
+    bind,
+    compiled,
+    inner_jaxprs,
+    opened,
+    scan_counts,
+    trace,
+)
 from jaxconv_fc.spec import ConvSpec, conv_spec, readable
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
@@ -147,7 +158,7 @@ class _Walk:
                     self.sites.append(_site(eqn, values, place_of(eqn, scope), times))
                 elif holds_conv(eqn):
                     self.inside(eqn, values, _nested(scope, eqn), times)
-                known = self.evaluate and any(use) and all(map(_is_known, values))
+                known = self.evaluate and any(use) and all(map(_is_known, values)) and not _is_mutable(eqn)
                 results = bind(eqn, values) if known else list(map(_abstract, eqn.outvars))
             env.write(eqn.outvars, results)
         return env.read(env.outvars)
@@ -221,6 +232,11 @@ def _site(eqn: JaxprEqn, values: Sequence[Any], name: str, times: int | None) ->
     if out == "x":
         return ConvSite(spec, a, None, name, times, "M^T y", b)
     return ConvSite(spec, None, a, name, times, "X^T y", b)
+
+
+def _is_mutable(eqn: JaxprEqn) -> bool:
+    """Whether an equation makes, reads or writes a mutable array, whose value depends on what ran before."""
+    return not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_known(value: Any) -> bool:
@@ -315,11 +331,11 @@ def fully_connected(
     return connected
 
 
+@dataclass(frozen=True)
 class _Exchange:
     """Evaluates a jaxpr with every convolution exchanged for a product with the builder's matrix."""
 
-    def __init__(self, builder: Callable[[ConvSpec, Any], Any]):
-        self.builder = builder
+    builder: Callable[[ConvSpec, Any], Any]
 
     def __call__(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         env = Environment(jaxpr, arguments)
@@ -379,6 +395,11 @@ class _Exchange:
             return self(inner_jaxprs(eqn)[0], values)
         if name == "shard_map":
             return self.shard_map(eqn, values)
+        # JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new here.
+        return compiled(_Around(self), alone(eqn), *values)
+
+    def around(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        """The same equation around rewritten jaxprs."""
         return bind(eqn, values, {key: self.rewritten(value) for key, value in eqn.params.items()})
 
     def rewritten(self, value: Any) -> Any:
@@ -438,6 +459,16 @@ class _Exchange:
             check_vma=eqn.params["check_vma"],
         )
         return list(mapped(*values))
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The one equation of a jaxpr, around rewritten jaxprs."""
+
+    exchange: _Exchange
+
+    def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
+        return self.exchange.around(opened(jaxpr)[0].eqns[0], values)
 
 
 def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:

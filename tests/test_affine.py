@@ -164,7 +164,7 @@ def test_functions_that_differ_in_their_weights_are_compiled_once():
 def test_equations_with_functions_among_their_parameters_are_not_compared():
     jaxpr = jax.make_jaxpr(lambda x: (jax.debug.callback(print, x), x * 2)[1])(X)
     with pytest.raises(jaxprs._Incomparable):
-        jaxprs._comparable(jaxpr.jaxpr)
+        jaxprs._comparable(jaxpr.jaxpr, {})
     twice = jaxprs.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
     assert twice == X.shape + X.shape
 
