@@ -95,17 +95,25 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
 def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
     """Of the jaxpr from x to (tangent, offset)."""
     x, out = linear.in_avals[0], linear.out_avals[0]
-    if not _is_narrow(linear, x, out):
+    transposed = _transposed(linear, x, out) if _is_narrow(linear, x, out) else None
+    if transposed is None:
         matrix, offset = carried(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
         return matrix, offset
     (offset,) = carried(linear, [None], [None, jnp.ravel])[1:]
+    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
+    return matrix.T, offset
+
+
+def _transposed(linear: Any, x: Any, out: Any) -> Any:
+    """The jaxpr of the transpose; None where JAX has none (of a scatter that may write a place twice)."""
 
     def tangent(x: Any) -> Any:
         return carried(linear, [x], [lambda y: y, None])[0]
 
-    transposed = jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
-    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
-    return matrix.T, offset
+    try:
+        return jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
+    except NotImplementedError:
+        return None
 
 
 def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
@@ -593,7 +601,7 @@ def _of_real(rule: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 # Rules that take whatever operands there are, refused ones too: inside, these may be of no consequence.
 _STATEMENTS: dict[str, Callable[..., list[Any]]] = {
-    **dict.fromkeys((*CALLS, "linear_call", "composite"), _Walk.call),
+    **dict.fromkeys((*CALLS, "linear_call", "composite", "xla_metadata_call"), _Walk.call),
     "custom_linear_solve": _Walk.solve,
     "scan": _Walk.scan,
     "while": _Walk.while_loop,
@@ -604,7 +612,8 @@ _STATEMENTS: dict[str, Callable[..., list[Any]]] = {
 _AFFINE: dict[str, Callable[..., list[Any]]] = {
     **{name: Linear(data) for name, data in MOVES.items()},
     "gather": _Walk.gathered,
-    "stop_gradient": _same,  # the matrix is that of the values
+    # The matrix is that of the values, whatever their derivative.
+    **dict.fromkeys(("stop_gradient", "name", "xla_metadata_value"), _same),
     # sums
     **dict.fromkeys(("add", "sub", "add_any"), Linear(slice(None))),
     **dict.fromkeys(("neg", "reduce_sum", "reduce_window_sum", "cumsum", "shift_left"), Linear((0,))),
@@ -660,29 +669,31 @@ _SWITCHES: dict[str, Callable[..., list[Any]]] = {
 
 # Primitives that may be affine (or piecewise linear) and have no rule here: why.
 _REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("psum", "pmean", "psum_invariant", "all_gather", "all_gather_invariant", "all_to_all", "ppermute",
-         "reduce_scatter", "pbroadcast", "shard_map", "ragged_all_to_all", "pvary"),
-        "works across devices, and the matrix would have to as well",
-    ),
-    **dict.fromkeys(
-        ("pure_callback", "io_callback", "ffi_call", "pallas_call", "custom_partitioning", "call_exported"),
-        "runs code that no jaxpr shows",
-    ),
-    **dict.fromkeys(
-        ("reduce", "reduce_window", "select_and_scatter"),
-        "combines values by a function of its own (sums, maxima and minima have primitives of their own)",
-    ),
-    **dict.fromkeys(
-        ("new_ref", "get", "run_state", "freeze", *WRITES), "reads or writes a mutable array (jax.new_ref)"
-    ),
-    **dict.fromkeys(
-        ("coo_matvec", "coo_matmat", "coo_todense", "csr_matvec", "csr_matmat", "csr_todense", "spsolve",
-         "ragged_dot_general"),
-        "cannot be batched in JAX over any axis (matrices as BCOO and BCSR can)",
-    ),
-    "symmetric_product": "is affine in one operand and quadratic in the other",
-}  # fmt: skip
+    name: reason
+    for reason, names in {
+        "works across devices, and the matrix would have to as well": """
+            all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start
+            all_gather_start all_to_all all_to_all_done all_to_all_start pbroadcast pbroadcast_done
+            pbroadcast_dynamic pbroadcast_start ppermute ppermute_done ppermute_start precv preduced psend
+            psum psum_done psum_invariant psum_invariant_start psum_start pvary ragged_all_to_all
+            reduce_scatter reduce_scatter_done reduce_scatter_start reduced_vary_cast reduced_vary_cast_p
+            shard_map unreduced_pmax unreduced_pmin unreduced_psum unreduced_psum_start
+            unreduced_reduce_scatter unreduced_reduce_scatter_start vary_unreduced_cast
+            vary_unreduced_cast_p""",
+        "is bound to devices or their memories": "compute_on relayout reshard with_memory_space_constraint",
+        "runs code that no jaxpr shows": """
+            buffer_callback call_exported call_hi_primitive call_hi_primitive_linearized core_map cudnn_fusion
+            custom_partitioning ffi_call io_callback mpmd_map pallas_call pure_callback""",
+        "combines values by a function of its own": "reduce reduce_window select_and_scatter",
+        "reads or writes a mutable array (jax.new_ref)": f"""
+            new_ref get run_state freeze pin unpin {" ".join(WRITES)}""",
+        "cannot be batched in JAX over any axis (matrices as BCOO and BCSR can)": """
+            coo_matvec coo_matmat coo_todense csr_matvec csr_matmat csr_todense spsolve
+            ragged_dot_general""",
+        "is affine in one operand and quadratic in the other": "symmetric_product",
+    }.items()
+    for name in names.split()
+}
 _BENDS: dict[str, str] = dict.fromkeys(
     ("sort", "top_k", "approx_top_k", "cummax", "cummin", "scatter-max", "scatter-min", "round", "floor",
      "ceil", "rem", "lt_to", "le_to", "eq_to", "is_finite", "pmax", "pmin"),

@@ -41,6 +41,12 @@ MOVES: dict[str, slice | tuple[int, ...]] = {
     "concatenate": slice(None), "stack": slice(None), "optimization_barrier": slice(None),
     "select_n": slice(1, None),
 }  # fmt: skip
+# Equations that JAX batches along the first axis only.
+_BATCHED_FIRST = frozenset({
+    "bcoo_todense", "bcoo_extract", "bcoo_transpose", "bcoo_sort_indices", "bcoo_sum_duplicates",
+    "bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_todense", "bcsr_extract",
+    "bcsr_dot_general",
+})  # fmt: skip
 CHUNK_BYTES = 2**22  # on CPU, what one matrix product may write: it is read again at once, from the cache
 
 
@@ -164,8 +170,9 @@ def _is_linear(value: Any) -> bool:
 
 def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Any equation, on all columns at once."""
-    arrays = [v.columns() if _is_linear(v) else v for v in values]
-    axes = [-1 if _is_linear(v) else None for v in values]
+    at = 0 if eqn.primitive.name in _BATCHED_FIRST else -1
+    arrays = [jnp.moveaxis(v.columns(), -1, at) if _is_linear(v) else v for v in values]
+    axes = [at if _is_linear(v) else None for v in values]
     return list(map(Columns, jax.vmap(lambda *a: bind(eqn, a), axes, -1)(*arrays)))
 
 
