@@ -377,17 +377,6 @@ class _Walk:
                 return _known(lambda *_: [jnp.ones(aval.shape, aval.dtype)], eqn, ())
         return self.broken(eqn)
 
-    def polynomial(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """``c_0 + x c_1 + x^2 c_2 + ...``: linear in the coefficients; of degree 1 affine in x."""
-        x, *coefficients = values
-        if not isinstance(x, Value):
-            return self.linear(eqn, values, Linear(slice(1, None)))
-        if len(coefficients) > 2 or any(isinstance(c, Value) for c in coefficients):
-            return self.broken(eqn)
-        operands = [x.tangent, jnp.zeros_like(coefficients[0]), *coefficients[1:]]
-        at = [_at_point(x, eqn.invars[0].aval), *coefficients]
-        return list(map(Value, bind(eqn, operands), _known(bind, eqn, at)))
-
     def gathered(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """Linear in the operand; what is filled in for an index out of range is an offset."""
         without = eqn.replace(params=eqn.params | {"fill_value": 0})
@@ -632,7 +621,7 @@ _AFFINE: dict[str, Callable[..., list[Any]]] = {
     "div": _Walk.divided,
     "integer_pow": _Walk.power,
     "pow": _Walk.power,
-    "polynomial": _Walk.polynomial,
+    "polynomial": Linear(slice(1, None)),  # in its coefficients
     "scatter-mul": Linear((0,)),
     "dot_general": Bilinear(),
     "conv_general_dilated": Bilinear(compute=_convolve),

@@ -97,6 +97,7 @@ def indexed(rng, y):
     n = y.shape[0]
     index = jnp.asarray(rng.integers(-n - 2, n + 3, 3))
     inside = jnp.asarray(rng.permutation(n)[: max(1, n // 2)])
+    at = [int(i) for i in index]
     mode = ["fill", "clip", "drop", "promise_in_bounds"][rng.integers(4)]
     values, fill = like(rng, y), float(rng.integers(5))
     rows = like(rng, y, 3, *y.shape[1:])
@@ -110,8 +111,8 @@ def indexed(rng, y):
         lambda y: values.at[index].add(y[:1] * rows, mode="drop"),
         lambda y: y.at[inside].multiply(values[inside]),
         lambda y: y.at[inside].subtract(y[inside[::-1]]),
-        lambda y: lax.dynamic_slice_in_dim(y, int(index[0]), max(1, n // 2)),
-        lambda y: lax.dynamic_update_slice_in_dim(values, y[:1], int(index[1]), 0),
+        lambda y: lax.dynamic_slice_in_dim(y, at[0], max(1, n // 2)),
+        lambda y: lax.dynamic_update_slice_in_dim(values, y[:1], at[1], 0),
         lambda y: jnp.take_along_axis(y, jnp.flip(jnp.argsort(values.real, axis=0), 0), axis=0),
     ][rng.integers(12)]
 
@@ -172,9 +173,9 @@ def convolved(rng, y):
     return [
         lambda y: conv(y.reshape(x.shape), kernel, **options),
         lambda y: fc.apply(spec, kernel, y.reshape(spec.in_shape)),
-        lambda y: fc.apply_transpose(spec, kernel, jnp.stack([y.ravel()] * 2)[:, : x.shape[2]])
-        if y.ndim < 3
-        else y,
+        lambda y: (
+            fc.apply_transpose(spec, kernel, jnp.stack([y.ravel()] * 2)[:, : x.shape[2]]) if y.ndim < 3 else y
+        ),
     ][rng.integers(3)]
 
 
@@ -277,17 +278,115 @@ def test_random_affine_programs_are_their_jacobians(run_seed):
             jax.clear_caches()
         rng = np.random.default_rng([run_seed, i])
         fn, x = program(rng)
-        replay = f"JAXCONV_FC_SEED={run_seed}, program {i}: {jax.make_jaxpr(fn)(x)}"
-        matrix, offset = fc.matrix_of(fn, x)
-        want, value = jax.jit(lambda x, fn=fn: (jax.jacfwd(lambda x: wide(fn(x)))(x), fn(x)))(x)
-        got = wide(matrix.reshape(*value.shape, *x.shape))
-        size = 1 + np.max(abs(np.asarray(want, np.float64)), initial=0)
+        text = str(jax.make_jaxpr(fn)(x))
+        if "while[" in text and "custom_vjp_call[" in text:
+            continue  # the one has no reverse derivative, the other no forward one
+        jacobian = jax.jacfwd if "while[" in text else jax.jacobian
+        replay = f"JAXCONV_FC_SEED={run_seed}, program {i}: {text}"
+
+        def both(x, fn=fn, jacobian=jacobian):
+            return fc.matrix_of(fn, x), jacobian(lambda x: wide(fn(x)))(x), fn(x)
+
+        (matrix, offset), want, value = jax.tree.map(np.asarray, jax.jit(both)(x))
+        got = np.asarray(wide(matrix.reshape(*value.shape, *x.shape)))
+        size = 1 + np.max(abs(want), initial=0)
         accuracy = 1e-4 if x.dtype == np.float32 else 1e-10
-        assert np.max(abs(np.asarray(got - want, np.float64)), initial=0) <= accuracy * size, replay
-        at = np.asarray(matrix) @ np.asarray(x).ravel() + np.asarray(offset)
-        scale = 1 + np.max(abs(np.asarray(value)), initial=0) + size
-        np.testing.assert_allclose(at, np.asarray(value).ravel(), rtol=0, atol=20 * accuracy * scale, err_msg=replay)
-        if i % 4 == 0:
+        assert np.max(abs(got - want), initial=0) <= accuracy * size, replay
+        at, scale = matrix @ np.asarray(x).ravel() + offset, size + np.max(abs(value), initial=0)
+        assert np.max(abs(at - value.ravel()), initial=0) <= 20 * accuracy * scale, replay
+        if i % 4 == 0:  # outside of jit
+            for got, known in zip(fc.matrix_of(fn, x), (matrix, offset), strict=True):
+                np.testing.assert_allclose(got, known, rtol=0, atol=accuracy * scale, err_msg=replay)
             local = fc.local_affine(fn, x)
             assert local.radius == np.inf, replay
             np.testing.assert_allclose(local.matrix, matrix, rtol=0, atol=accuracy * size, err_msg=replay)
+
+
+# networks -----------------------------------------------------------------------------------------
+# A layer draws its weights from rng, and returns a piecewise linear function of one array.
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape))
+
+
+def bent(rng, y):
+    bound = abs(float(rng.standard_normal()))
+    other = normal(rng, *y.shape)
+    return [
+        jax.nn.relu,
+        jax.nn.leaky_relu,
+        jax.nn.relu6,
+        lambda y: jnp.clip(y, -bound, bound),
+        jnp.abs,
+        lambda y: jnp.maximum(y, other),
+        lambda y: jnp.minimum(2 * y, y),
+        lambda y: jnp.where(y > bound, y, 0.1 * y + 0.9 * bound),
+        lambda y: jnp.where(jnp.sign(y) > 0, y, -3 * y),
+        jax.nn.hard_tanh,
+    ][rng.integers(10)]
+
+
+def pooled(rng, y):
+    axis = axis_of(rng, y)
+    window = (1,) * axis + (min(2, y.shape[axis]),) + (1,) * (y.ndim - 1 - axis)
+    n = y.shape[0] // 2
+    return [
+        lambda y: lax.reduce_window(y, -jnp.inf, lax.max, window, window, "SAME"),
+        lambda y: lax.reduce_window(y, jnp.inf, lax.min, window, (1,) * y.ndim, "VALID"),
+        lambda y: jnp.maximum(y[:n], y[n : 2 * n]) if n else -y,  # maxout
+        lambda y: y.max(axis, keepdims=True) - y,
+        lambda y: y.min(axis, keepdims=True) + y,
+    ][rng.integers(5)]
+
+
+def weighted(rng, y):
+    if y.ndim == 3 and rng.integers(2):
+        kernel = normal(rng, 2, y.shape[0], 2, 2)
+        return lambda y: conv(y[None], kernel, (int(y.shape[1] > 3), 1) if y.shape[1] > 3 else (1, 1))[0]
+    weights, bias = normal(rng, y.size, 6), normal(rng, 6)
+    return lambda y: y.ravel() @ weights + bias
+
+
+def residual(rng, y):
+    inner = bent(rng, y)
+    scale = normal(rng, *y.shape)
+    return lambda y: y + inner(y * scale)
+
+
+def network(rng):
+    x = normal(rng, *([(2, 4, 4), (1, 3, 5), (7,)][rng.integers(3)]))
+    layers, y = [], np.zeros(x.shape)
+    for _ in range(rng.integers(2, 5)):
+        for kind in (weighted, [bent, bent, pooled, residual][rng.integers(4)]):
+            layers.append(kind(rng, y))
+            y = np.zeros(jax.eval_shape(layers[-1], y).shape)
+
+    def fn(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    return fn, x
+
+
+def test_no_point_inside_the_radius_is_off_the_affine_map(run_seed):
+    for i in range(NETWORKS):
+        rng = np.random.default_rng([run_seed, i])
+        fn, x = network(rng)
+        replay = f"JAXCONV_FC_SEED={run_seed}, network {i}: {jax.make_jaxpr(fn)(x)}"
+        steps = rng.standard_normal((100, x.size))
+        steps /= np.linalg.norm(steps, axis=1, keepdims=True)
+        steps[1::2] *= rng.random((50, 1))
+
+        def sampled(x, steps, fn=fn):
+            local = fc.local_affine(fn, x)
+            reach = jnp.where(jnp.isinf(local.radius), 1e3, 0.999 * local.radius)
+            points = x + (reach * steps).reshape(-1, *x.shape)
+            return local, points, jax.vmap(lambda z: fn(z).ravel())(points)
+
+        local, points, values = jax.tree.map(np.asarray, jax.jit(sampled)(x, jnp.asarray(steps)))
+        assert local.radius > 0, replay
+        affine = points.reshape(100, -1) @ local.matrix.T + local.offset
+        size = 1 + np.max(abs(local.matrix)) * (1 + np.max(abs(points)))
+        assert np.max(abs(affine - values)) <= 1e-11 * size, replay
