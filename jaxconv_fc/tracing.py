@@ -13,6 +13,7 @@ call, which obeys its rule, and rewrite what that transformation computes.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -395,6 +396,8 @@ class _Exchange:
             return self(inner_jaxprs(eqn)[0], values)
         if name == "shard_map":
             return self.shard_map(eqn, values)
+        if not _is_closed(self.builder):
+            return self.around(eqn, values)
         # JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new here.
         return compiled(_Around(self), alone(eqn), *values)
 
@@ -459,6 +462,11 @@ class _Exchange:
             check_vma=eqn.params["check_vma"],
         )
         return list(mapped(*values))
+
+
+def _is_closed(builder: Any) -> bool:
+    """Whether a function closes over nothing: what is compiled for it may be kept, and keeps no tracer."""
+    return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
 
 
 @dataclass(frozen=True)

@@ -382,7 +382,7 @@ def test_no_point_inside_the_radius_is_off_the_affine_map(run_seed):
         def sampled(x, steps, fn=fn):
             local = fc.local_affine(fn, x)
             reach = jnp.where(jnp.isinf(local.radius), 1e3, 0.999 * local.radius)
-            points = x + (reach * steps).reshape(-1, *x.shape)
+            points = x[None] + (reach * steps).reshape(-1, *x.shape)
             return local, points, jax.vmap(lambda z: fn(z).ravel())(points)
 
         local, points, values = jax.tree.map(np.asarray, jax.jit(sampled)(x, jnp.asarray(steps)))
