@@ -21,37 +21,24 @@ from jax import lax
 from jax.core import Tracer
 
 from jaxconv_fc.apply import stacked_product
-from jaxconv_fc.columns import MOVES, Pick, carried, compiled, moved_by, window_axes
-from jaxconv_fc.numerics import least, nan_unless_finite
-from jaxconv_fc.spec import fits_in_memory
-from jaxconv_fc.tracing import (
+from jaxconv_fc.columns import MOVES, Pick, carried, moved_by, window_axes
+from jaxconv_fc.jaxprs import (
     CALLS,
+    WRITES,
     Environment,
-    batched_output,
     bind,
-    examples,
+    compiled,
     inner_jaxprs,
     opened,
-    place_of,
+    operand_numbers,
     scan_counts,
-    spec_of,
     trace,
-)  # fmt: skip
+)
+from jaxconv_fc.numerics import least, nan_unless_finite
+from jaxconv_fc.spec import fits_in_memory
+from jaxconv_fc.tracing import batched_output, examples, place_of, spec_of
 
-# Which operands of an equation may depend on x, all at once, for its result to be linear in them (None: all).
-_LINEAR: dict[str, tuple[int, ...] | None] = MOVES | {
-    "neg": (0,), "add": None, "sub": None, "add_any": None, "reduce_sum": (0,), "reduce_window_sum": (0,),
-    "cumsum": (0,), "scatter-add": (0, 2), "fft": (0,), "select_and_scatter_add": (0,),
-    "triangular_solve": (1,), "device_put": None, "sharding_constraint": (0,),
-}  # fmt: skip
-_REAL_LINEAR = {"real": (0,), "imag": (0,), "conj": (0,), "complex": (0, 1)}  # linear where x is real
-_BILINEAR = ("mul", "div", "dot_general", "conv_general_dilated", "conv_product")
 _LAYERS = ("dot_general", "conv_product")
-_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
-_SWITCHES = (
-    *_COMPARISONS, "max", "min", "abs", "sign", "clamp", "reduce_max", "reduce_min", "argmax", "argmin",
-    "reduce_window_max", "reduce_window_min",
-)  # fmt: skip
 
 
 class Local(NamedTuple):
@@ -103,23 +90,31 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     """
     with jax.default_matmul_precision("highest"):
         jaxpr, x = _single(fn, x, "matrix_of")
-        return compiled(_matrix_and_offset, _linearized(_Walk("matrix_of", x), jaxpr, x, None))
+        return compiled(_matrix_and_offset, _linearized("matrix_of", jaxpr, x, None))
 
 
 def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
     """Of the jaxpr from x to (tangent, offset)."""
     x, out = linear.in_avals[0], linear.out_avals[0]
-    if not _is_narrow(linear, x, out):
+    transposed = _transposed(linear, x, out) if _is_narrow(linear, x, out) else None
+    if transposed is None:
         matrix, offset = carried(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
         return matrix, offset
     (offset,) = carried(linear, [None], [None, jnp.ravel])[1:]
+    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
+    return matrix.T, offset
+
+
+def _transposed(linear: Any, x: Any, out: Any) -> Any:
+    """The jaxpr of the transpose; None where JAX has none (of a scatter that may write a place twice)."""
 
     def tangent(x: Any) -> Any:
         return carried(linear, [x], [lambda y: y, None])[0]
 
-    transposed = jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
-    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
-    return matrix.T, offset
+    try:
+        return jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
+    except NotImplementedError:
+        return None
 
 
 def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
@@ -160,7 +155,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
                 f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
             )
         x = jnp.asarray(x)
-        linear = _linearized(_Walk("local_affine", x, local=True), jaxpr, shape, x)
+        linear = _linearized("local_affine", jaxpr, shape, x)
         return Local(*compiled(_around, linear, x))
 
 
@@ -242,7 +237,7 @@ def _matrix(x: Any, out: Any) -> Callable[[Any], jax.Array]:
 class Value(NamedTuple):
     """A value that depends on x: its linear part as a function of x, traced, and what it is at the point.
 
-    The value None is a 0 that is never computed with, so that a kernel may hold Inf.
+    The value None is a symbolic zero, so that ``0 * inf`` never arises: a kernel may hold Inf.
     """
 
     tangent: Any
@@ -255,11 +250,15 @@ class Broken(NamedTuple):
     reason: str
 
 
-def _linearized(walk: _Walk, jaxpr: Any, x: Any, point: Any) -> Any:
-    """The jaxpr from x to (tangents, values): those of the result, then those of the switches."""
+def _linearized(name: str, jaxpr: Any, x: Any, point: Any) -> Any:
+    """The jaxpr from x to (tangents, values): those of the result, then those of the switches.
+
+    ``point`` None: the function must be affine, and the values are those at 0.
+    """
     aval = opened(jaxpr)[0].outvars[0].aval
 
     def staged(tangent: Any) -> tuple[list[Any], list[Any]]:
+        walk = _Walk(name, x, local=point is not None)
         (result,) = walk.run(jaxpr, [Value(tangent, point)])
         if isinstance(result, Broken):
             raise ValueError(result.reason)
@@ -276,8 +275,9 @@ def _linearized(walk: _Walk, jaxpr: Any, x: Any, point: Any) -> Any:
 class _Walk:
     """Goes through a jaxpr with values that depend on x, and values that do not."""
 
-    def __init__(self, name: str, x: Any, *, local: bool = False):
+    def __init__(self, name: str, x: Any, *, local: bool):
         self.name, self.local = name, local
+        self.rules = _AFFINE | _SWITCHES if local else _AFFINE
         self.real = not jnp.issubdtype(x.dtype, jnp.complexfloating)
         self.switches: list[Value] = []  # what changes sign where a piecewise linear function bends
         self.calls: list[Any] = []  # that the equation at hand lies in
@@ -292,52 +292,57 @@ class _Walk:
         name = eqn.primitive.name
         if not any(isinstance(v, Value | Broken) for v in values):
             return _known(bind, eqn, values)
-        if name in CALLS:
-            self.calls.append(eqn)
-            results = self.run(inner_jaxprs(eqn)[0], values)
-            self.calls.pop()
-            return results
-        if name in ("scan", "while", "cond"):
-            return getattr(self, f"_{name}")(eqn, values)
+        if name in _STATEMENTS:
+            return _STATEMENTS[name](self, eqn, values)
         broken = next((v for v in values if isinstance(v, Broken)), None)
         if broken is not None:
             return [broken] * len(eqn.outvars)
-        if name in _LINEAR:
-            return self.linear(eqn, values, _LINEAR[name])
-        if name in _REAL_LINEAR and self.real:
-            return self.linear(eqn, values, _REAL_LINEAR[name])
-        if name in _BILINEAR:
-            return self.bilinear(eqn, values)
-        if name == "convert_element_type":
-            return self.convert(eqn, values)
-        if self.local and name in _SWITCHES:
-            return self.switched(eqn, values)
-        return self.broken(eqn)
+        rule = self.rules.get(name, _Walk.broken)
+        return rule(self, eqn, values)
 
-    def broken(self, eqn: Any, because: str = "") -> list[Any]:
-        kind = "piecewise linear" if self.local else "affine"
+    def broken(self, eqn: Any, values: Sequence[Any] = (), because: str = "") -> list[Any]:
+        return [Broken(self.reason(eqn, because))] * len(eqn.outvars)
+
+    def reason(self, eqn: Any, because: str = "") -> str:
+        name, kind = eqn.primitive.name, "piecewise linear" if self.local else "affine"
         place = next(filter(None, map(place_of, [eqn, *reversed(self.calls)])), "an unknown line")
-        reason = f"{self.name}: fn is not {kind} in x: primitive {eqn.primitive.name!r}{because} at {place}."
-        if not self.local and eqn.primitive.name in _SWITCHES:
+        refused = (_REFUSED | _BENDS if self.local else _REFUSED).get(name)
+        if refused and not because:
+            return (
+                f"{self.name}: cannot tell whether fn is {kind} in x: "
+                f"primitive {name!r} {refused}, at {place}."
+            )
+        reason = f"{self.name}: fn is not {kind} in x: primitive {name!r}{because} at {place}."
+        if not self.local and name in _SWITCHES:
             reason += " For a piecewise linear network use local_affine."
-        return [Broken(reason)] * len(eqn.outvars)
+        return reason
 
     # -- linear equations ----------------------------------------------------------------------
 
-    def linear(self, eqn: Any, values: Sequence[Any], data: tuple[int, ...] | None) -> list[Any]:
+    def linear(self, eqn: Any, values: Sequence[Any], rule: Linear) -> list[Any]:
         """An equation linear in the operands ``data`` together, provided that the others are known."""
-        data = data or tuple(range(eqn.primitive.name == "select_n", len(values)))
+        data = operand_numbers(rule.data, len(values))
         if any(isinstance(v, Value) for i, v in enumerate(values) if i not in data):
-            return self.broken(eqn, " with an index or a condition that depends on x")
+            return self.broken(eqn, because=" with an index, a condition or a factor that depends on x")
         tangent = self.unchanged(eqn, values)
         if tangent is None:
-            # What a gather fills in for an index out of range is known.
-            params = eqn.params | {"fill_value": 0} if eqn.primitive.name == "gather" else None
             operands = [_tangent(v, a.aval) if i in data else v for i, (v, a) in _numbered(values, eqn)]
-            tangents = bind(eqn, operands, params)
+            tangents = bind(eqn, operands)
         else:
             tangents = [tangent]
-        return list(map(Value, tangents, self.at_point(bind, eqn, values, data)))
+        return self.paired(bind, eqn, values, data, tangents, rule.results)
+
+    def paired(
+        self, compute: Callable[..., Any], eqn: Any, values: Sequence[Any], data: Sequence[int],
+        tangents: Sequence[Any], results: int | None,
+    ) -> list[Any]:  # fmt: skip
+        """The tangents with what the results are at the point; results from ``results`` on are known."""
+        zero = all(_is_zero(values[i]) for i in data)
+        if zero and results is None:
+            return [Value(t, None) for t in tangents]
+        known = _known(compute, eqn, [_at_point(v, a.aval) for _, (v, a) in _numbered(values, eqn)])
+        pairs = [Value(t, None if zero else k) for t, k in zip(tangents, known, strict=True)]
+        return pairs if results is None else [*pairs[:results], *known[results:]]
 
     def unchanged(self, eqn: Any, values: Sequence[Any]) -> Any:
         """The tangent of a sum with something known, if that is the tangent of the other operand."""
@@ -348,29 +353,63 @@ class _Walk:
             return None
         return -values[i].tangent if i and eqn.primitive.name == "sub" else values[i].tangent
 
-    def at_point(
-        self, compute: Callable[..., Any], eqn: Any, values: Sequence[Any], data: Sequence[int]
-    ) -> Any:
-        """What the results are at the point; None, for 0, if everything that is linear is 0 there."""
-        if all(_is_zero(values[i]) for i in data):
-            return [None] * len(eqn.outvars)
-        return _known(compute, eqn, [_at_point(v, a.aval) for _, (v, a) in _numbered(values, eqn)])
-
-    def bilinear(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def bilinear(self, eqn: Any, values: Sequence[Any], rule: Bilinear) -> list[Any]:
         """A product, linear in the one factor that depends on x."""
-        name, factors = eqn.primitive.name, [i for i, v in enumerate(values) if isinstance(v, Value)]
-        if len(factors) > 1:
-            return self.broken(eqn, " of two values that depend on x")
-        if name == "div" and factors == [1]:
-            return self.broken(eqn, " by a value that depends on x")
-        if name == "div" and not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
-            return self.broken(eqn, " of integers")
-        (i,) = factors
-        compute = _convolve if name == "conv_general_dilated" else bind
-        tangents = compute(eqn, [v.tangent if j == i else v for j, v in enumerate(values)])
-        return list(map(Value, tangents, self.at_point(compute, eqn, values, (i,))))
+        depends = [i for i, v in enumerate(values) if isinstance(v, Value)]
+        if not set(depends) <= set(rule.factors):
+            return self.broken(eqn, because=" with an index that depends on x")
+        if len(depends) > 1:
+            return self.broken(eqn, because=" of two values that depend on x")
+        if eqn.outvars[0].aval.dtype == jnp.bool_:
+            return self.broken(eqn, because=" of booleans")
+        tangents = rule.compute(eqn, [v.tangent if i in depends else v for i, v in enumerate(values)])
+        return self.paired(rule.compute, eqn, values, depends, tangents, rule.results)
 
-    def convert(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def divided(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        if isinstance(values[1], Value):
+            return self.broken(eqn, because=" by a value that depends on x")
+        if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+            return self.broken(eqn, because=" of integers")
+        return self.linear(eqn, values, Linear((0,)))
+
+    def power(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """``x**1`` is x and ``x**0`` is 1; any other power is not affine."""
+        x, *exponents = values
+        exponent = eqn.params["y"] if "y" in eqn.params else exponents[0]
+        if isinstance(x, Value) and _is_concrete(exponent):
+            if np.all(np.asarray(exponent) == 1) and eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape:
+                return [x]
+            if np.all(np.asarray(exponent) == 0):
+                aval = eqn.outvars[0].aval
+                return _known(lambda *_: [jnp.ones(aval.shape, aval.dtype)], eqn, ())
+        return self.broken(eqn)
+
+    def gathered(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Linear in the operand; what is filled in for an index out of range is an offset."""
+        without = eqn.replace(params=eqn.params | {"fill_value": 0})
+        (result,) = self.linear(without, values, Linear((0,)))
+        if isinstance(result, Broken) or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+            return [result]
+        if result.value is not None:
+            return [Value(result.tangent, *_known(bind, eqn, list(map(_at_point, values))))]
+        (filled,) = _known(_filled, eqn, values)
+        nothing = _is_concrete(filled) and not np.any(np.asarray(filled))
+        return [Value(result.tangent, None if nothing else filled)]
+
+    def transformed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """All kinds of FFT are linear over the real numbers, and all but IRFFT over the complex ones.
+
+        (RFFT takes real operands, and none of them depends on a complex x.)
+        """
+        if eqn.params["fft_type"] == jax.lax.FftType.IRFFT and not self.real:
+            return self.broken(eqn, because=" of kind IRFFT, which takes real parts,")
+        return self.linear(eqn, values, Linear((0,)))
+
+    def of_parts(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Real and imaginary parts and conjugates are linear over the real numbers alone."""
+        return self.linear(eqn, values, Linear(slice(None))) if self.real else self.broken(eqn)
+
+    def converted(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
         takes_part = jnp.issubdtype(before, jnp.complexfloating) and not jnp.issubdtype(
             after, jnp.complexfloating
@@ -379,12 +418,39 @@ class _Walk:
             jnp.issubdtype(before, jnp.inexact) or after == jnp.bool_
         )
         if (takes_part and not self.real) or to_integer:
-            return self.broken(eqn, f" to {after}")
-        return self.linear(eqn, values, (0,))
+            return self.broken(eqn, because=f" to {after}")
+        return self.linear(eqn, values, Linear((0,)))
+
+    def summed_over_positions(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """``psum`` over axes of the operands, which a vmap leaves, is a sum; over devices it is refused."""
+        if not all(isinstance(a, int) for a in eqn.params["axes"]):
+            return self.broken(eqn)
+        return self.linear(eqn, values, Linear(slice(None)))
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def call(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        return self.inside(eqn, inner_jaxprs(eqn)[0], values)
+
+    def inside(self, eqn: Any, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
+        self.calls.append(eqn)
+        results = self.run(jaxpr, values)
+        self.calls.pop()
+        return results
+
+    def solve(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Operands are constants of four jaxprs, then b: the one that solves is run on its own and b."""
+        lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
+        first, total = lengths.matvec + lengths.vecmat, sum(lengths)
+        return self.inside(eqn, jaxprs.solve, [*values[first : first + lengths.solve], *values[total:]])
+
+    def write(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Refused at once: a later read of the mutable array would not know of it."""
+        raise ValueError(self.reason(eqn))
 
     # -- control flow --------------------------------------------------------------------------
 
-    def _scan(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def scan(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """A loop of known length, unrolled."""
         (body,) = inner_jaxprs(eqn)
         fixed, carried = scan_counts(eqn, body)
@@ -402,44 +468,39 @@ class _Walk:
             *(_stacked(column, aval) for column, aval in zip(zip(*rows, strict=True), outs, strict=True)),
         ]
 
-    def _cond(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def cond(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         index, branches = values[0], inner_jaxprs(eqn)
         if not _is_concrete(index):
-            return self.broken(eqn, " whose branch depends on x or on a traced value")
+            return self.broken(eqn, because=" whose branch depends on x or on a traced value")
         return self.run(branches[min(max(int(index), 0), len(branches) - 1)], values[1:])
 
-    def _while(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def while_loop(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
         split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = list(values[split + fixed :])
         while True:
             (going,) = self.run(cond, [*values[:split], *carry])
             if not _is_concrete(going):
-                return self.broken(eqn, " whose length depends on x or on a traced value")
+                return self.broken(eqn, because=" whose length depends on x or on a traced value")
             if not going:
                 return carry
             carry = self.run(body, [*values[split : split + fixed], *carry])
 
     # -- switches of piecewise linear functions --------------------------------------------------
+    # An equation that bends or jumps where a value crosses 0: what it is on this side.
 
-    def switched(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """An equation that bends or jumps where a value crosses 0: what it is on this side."""
-        name = eqn.primitive.name
-        if name in _COMPARISONS:
-            self.switches.append(_difference(eqn, values))
-            return _known(bind, eqn, list(map(_at_point, values)))
-        if name in ("max", "min"):
-            return self.larger(eqn, values)
-        if name == "clamp":
-            return self.clamped(eqn, values)
-        if name not in ("abs", "sign"):
-            return self.extreme(eqn, values[0])
+    def compared(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        self.switches.append(_difference(eqn, values))
+        return _known(bind, eqn, list(map(_at_point, values)))
+
+    def signed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        self.switches.append(values[0])
+        return _known(bind, eqn, [values[0].value])
+
+    def absolute(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        (result,) = self.signed(eqn, values)
         (x,) = values
-        self.switches.append(x)
-        result = _known(bind, eqn, [x.value])
-        if name == "sign":
-            return result
-        return [Value(lax.select(x.value >= 0, x.tangent, -x.tangent), *result)]
+        return [Value(lax.select(x.value >= 0, x.tangent, -x.tangent), result)]
 
     def larger(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         shape = eqn.outvars[0].aval.shape
@@ -452,15 +513,15 @@ class _Walk:
     def clamped(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         low, x, high = values
         if not isinstance(x, Value) or isinstance(low, Value) or isinstance(high, Value):
-            return self.broken(eqn, " with bounds that depend on x")
+            return self.broken(eqn, because=" with bounds that depend on x")
         self.switches += [Value(x.tangent, x.value - low), Value(x.tangent, x.value - high)]
         inside = (x.value >= low) & (x.value <= high)
         tangent = lax.select(inside, x.tangent, jnp.zeros_like(x.tangent))
         return [Value(tangent, *_known(bind, eqn, [low, x.value, high]))]
 
-    def extreme(self, eqn: Any, x: Value) -> list[Any]:
+    def extreme(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """The largest or smallest of the candidates of every result; each other one is a switch."""
-        name = eqn.primitive.name
+        (x,), name = values, eqn.primitive.name
         largest = name.endswith("max")
         candidates = _candidates(eqn, x.value, -jnp.inf if largest else jnp.inf)
         index = jnp.expand_dims((jnp.argmax if largest else jnp.argmin)(candidates, axis=-1), -1)
@@ -487,6 +548,154 @@ def _candidates(eqn: Any, v: Any, fill: float) -> Any:
     return jnp.transpose(v, (*kept, *axes)).reshape(*(v.shape[i] for i in kept), -1)
 
 
+# -- the table: primitive -> rule --------------------------------------------------------------
+
+
+class Linear(NamedTuple):
+    """Linear in the operands ``data`` together, where the others are known."""
+
+    data: slice | tuple[int, ...]
+    results: int | None = None  # so many results depend on them, the rest is known; None: all
+
+    def __call__(self, walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        return walk.linear(eqn, values, self)
+
+
+class Bilinear(NamedTuple):
+    """Linear in either of two operands, where all others are known."""
+
+    factors: tuple[int, int] = (0, 1)
+    results: int | None = None
+    compute: Callable[..., list[Any]] = bind
+
+    def __call__(self, walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        return walk.bilinear(eqn, values, self)
+
+
+def _convolve(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """A convolution of lax by our own product, which is right where lax is not."""
+    spec, dtype = spec_of(eqn), eqn.outvars[0].aval.dtype
+    x, kernel = (v.astype(dtype) for v in values)
+    stack = stacked_product(spec, kernel, examples(spec, x), eqn.params["precision"])
+    return [batched_output(spec, stack)]
+
+
+def _same(walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    return list(values)
+
+
+def _of_real(rule: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A switch turns where a *real* value crosses 0."""
+
+    def of_real(walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.invars):
+            return walk.broken(eqn, because=" of complex values")
+        return rule(walk, eqn, values)
+
+    return of_real
+
+
+# Rules that take whatever operands there are, refused ones too: inside, these may be of no consequence.
+_STATEMENTS: dict[str, Callable[..., list[Any]]] = {
+    **dict.fromkeys((*CALLS, "linear_call", "composite", "xla_metadata_call"), _Walk.call),
+    "custom_linear_solve": _Walk.solve,
+    "scan": _Walk.scan,
+    "while": _Walk.while_loop,
+    "cond": _Walk.cond,
+    **dict.fromkeys(WRITES, _Walk.write),
+}
+
+_AFFINE: dict[str, Callable[..., list[Any]]] = {
+    **{name: Linear(data) for name, data in MOVES.items()},
+    "gather": _Walk.gathered,
+    # The matrix is that of the values, whatever their derivative.
+    **dict.fromkeys(("stop_gradient", "name", "xla_metadata_value"), _same),
+    # sums
+    **dict.fromkeys(("add", "sub", "add_any"), Linear(slice(None))),
+    **dict.fromkeys(("neg", "reduce_sum", "reduce_window_sum", "cumsum", "shift_left"), Linear((0,))),
+    **dict.fromkeys(("scatter-add", "scatter-sub"), Linear((0, 2))),
+    "select_and_scatter_add": Linear((0,)),
+    "select_and_gather_add": Linear((0,)),
+    "psum": _Walk.summed_over_positions,
+    # where an array lies
+    **dict.fromkeys(("device_put", "sharding_constraint", "layout_constraint"), Linear(slice(None))),
+    # dtypes and complex numbers
+    "convert_element_type": _Walk.converted,
+    **dict.fromkeys(("real", "imag", "conj", "complex"), _Walk.of_parts),
+    "fft": _Walk.transformed,
+    # products
+    "mul": Bilinear(),
+    "div": _Walk.divided,
+    "integer_pow": _Walk.power,
+    "pow": _Walk.power,
+    "polynomial": Linear(slice(1, None)),  # in its coefficients
+    "scatter-mul": Linear((0,)),
+    "dot_general": Bilinear(),
+    "conv_general_dilated": Bilinear(compute=_convolve),
+    "conv_product": Bilinear(),
+    # systems of equations
+    "triangular_solve": Linear((1,)),
+    "tridiagonal_solve": Linear((3,)),
+    "ormqr": Linear((2,)),
+    # sparse matrices: (data, indices, ...)
+    **dict.fromkeys(("bcoo_todense", "bcsr_todense"), Linear((0,))),
+    **dict.fromkeys(("bcoo_transpose", "bcoo_sort_indices", "bcoo_sum_duplicates"), Linear((0,), results=1)),
+    "bcoo_extract": Linear((1,)),
+    "bcsr_extract": Linear((2,)),
+    "bcoo_dot_general": Bilinear((0, 2)),
+    "bcsr_dot_general": Bilinear((0, 3)),
+    "bcoo_dot_general_sampled": Bilinear((0, 1)),
+    "bcoo_spdot_general": Bilinear((0, 2), results=1),
+}
+
+_SWITCHES: dict[str, Callable[..., list[Any]]] = {
+    name: _of_real(rule)
+    for name, rule in {
+        **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), _Walk.compared),
+        **dict.fromkeys(("max", "min"), _Walk.larger),
+        "abs": _Walk.absolute,
+        "sign": _Walk.signed,
+        "clamp": _Walk.clamped,
+        **dict.fromkeys(
+            ("reduce_max", "reduce_min", "argmax", "argmin", "reduce_window_max", "reduce_window_min"),
+            _Walk.extreme,
+        ),
+    }.items()
+}
+
+# Primitives that may be affine (or piecewise linear) and have no rule here: why.
+_REFUSED: dict[str, str] = {
+    name: reason
+    for reason, names in {
+        "works across devices, and the matrix would have to as well": """
+            all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start
+            all_gather_start all_to_all all_to_all_done all_to_all_start pbroadcast pbroadcast_done
+            pbroadcast_dynamic pbroadcast_start ppermute ppermute_done ppermute_start precv preduced psend
+            psum psum_done psum_invariant psum_invariant_start psum_start pvary ragged_all_to_all
+            reduce_scatter reduce_scatter_done reduce_scatter_start reduced_vary_cast reduced_vary_cast_p
+            shard_map unreduced_pmax unreduced_pmin unreduced_psum unreduced_psum_start
+            unreduced_reduce_scatter unreduced_reduce_scatter_start vary_unreduced_cast
+            vary_unreduced_cast_p""",
+        "is bound to devices or their memories": "compute_on relayout reshard with_memory_space_constraint",
+        "runs code that no jaxpr shows": """
+            buffer_callback call_exported call_hi_primitive call_hi_primitive_linearized core_map cudnn_fusion
+            custom_partitioning ffi_call io_callback mpmd_map pallas_call pure_callback""",
+        "combines values by a function of its own": "reduce reduce_window select_and_scatter",
+        "reads or writes a mutable array (jax.new_ref)": f"""
+            new_ref get run_state freeze pin unpin {" ".join(WRITES)}""",
+        "cannot be batched in JAX over any axis (matrices as BCOO and BCSR can)": """
+            coo_matvec coo_matmat coo_todense csr_matvec csr_matmat csr_todense spsolve
+            ragged_dot_general""",
+        "is affine in one operand and quadratic in the other": "symmetric_product",
+    }.items()
+    for name in names.split()
+}
+_BENDS: dict[str, str] = dict.fromkeys(
+    ("sort", "top_k", "approx_top_k", "cummax", "cummin", "scatter-max", "scatter-min", "round", "floor",
+     "ceil", "rem", "lt_to", "le_to", "eq_to", "is_finite", "pmax", "pmin"),
+    "is piecewise linear, and its pieces have no rule here",
+)  # fmt: skip
+
 # -- operands ----------------------------------------------------------------------------------
 
 
@@ -496,12 +705,9 @@ def _known(compute: Callable[..., list[Any]], eqn: Any, values: Sequence[Any]) -
         return compute(eqn, values)
 
 
-def _convolve(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """A convolution of lax by our own product, which is right where lax is not."""
-    spec, dtype = spec_of(eqn), eqn.outvars[0].aval.dtype
-    x, kernel = (v.astype(dtype) for v in values)
-    stack = stacked_product(spec, kernel, examples(spec, x), eqn.params["precision"])
-    return [batched_output(spec, stack)]
+def _filled(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """What a gather makes of zeros: 0, and what it fills in."""
+    return bind(eqn, [_zeros(eqn.invars[0].aval), values[1]])
 
 
 def _difference(eqn: Any, values: Sequence[Any]) -> Value:

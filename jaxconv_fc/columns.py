@@ -18,7 +18,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,21 +26,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Literal
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
+from jaxconv_fc.jaxprs import CALLS, bind, inner_jaxprs, opened, operand_numbers
 from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.tracing import CALLS, bind, inner_jaxprs, opened
 
-# Equations that move entries, with the operands they take them from (None: all).
-MOVES: dict[str, tuple[int, ...] | None] = {
+# Equations that move entries, with the operands they take them from.
+MOVES: dict[str, slice | tuple[int, ...]] = {
     "reshape": (0,), "squeeze": (0,), "transpose": (0,), "broadcast_in_dim": (0,), "slice": (0,), "rev": (0,),
-    "copy": (0,), "pad": (0, 1), "gather": (0,), "dynamic_slice": (0,), "dynamic_update_slice": (0, 1),
-    "split": (0,), "unstack": (0,), "scatter": (0, 2), "concatenate": None, "optimization_barrier": None,
-    "select_n": None,
+    "copy": (0,), "tile": (0,), "pad": (0, 1), "gather": (0,), "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1), "split": (0,), "unstack": (0,), "scatter": (0, 2),
+    "concatenate": slice(None), "stack": slice(None), "optimization_barrier": slice(None),
+    "select_n": slice(1, None),
 }  # fmt: skip
+# Equations that JAX batches along the first axis only.
+_BATCHED_FIRST = frozenset({
+    "bcoo_todense", "bcoo_extract", "bcoo_transpose", "bcoo_sort_indices", "bcoo_sum_duplicates",
+    "bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_todense", "bcsr_extract",
+    "bcsr_dot_general",
+})  # fmt: skip
 CHUNK_BYTES = 2**22  # on CPU, what one matrix product may write: it is read again at once, from the cache
 
 
@@ -164,78 +171,10 @@ def _is_linear(value: Any) -> bool:
 
 def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Any equation, on all columns at once."""
-    arrays = [v.columns() if _is_linear(v) else v for v in values]
-    axes = [-1 if _is_linear(v) else None for v in values]
+    at = 0 if eqn.primitive.name in _BATCHED_FIRST else -1
+    arrays = [jnp.moveaxis(v.columns(), -1, at) if _is_linear(v) else v for v in values]
+    axes = [at if _is_linear(v) else None for v in values]
     return list(map(Columns, jax.vmap(lambda *a: bind(eqn, a), axes, -1)(*arrays)))
-
-
-# -- programs ----------------------------------------------------------------------------------
-
-
-def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
-    """``of(jaxpr, *arrays)`` as one compiled program, which jaxprs that differ in their constants share.
-
-    So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
-    others (a parameter is not hashable, or a function) is gone through equation by equation.
-    """
-    try:
-        program = _Program(jaxpr.jaxpr, _comparable(jaxpr.jaxpr))
-    except _Incomparable:
-        return of(jaxpr, *arrays)
-    return _run(of, program, jaxpr.consts, *arrays)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(of: Callable[..., Any], program: _Program, constants: Sequence[Any], *arrays: Any) -> Any:
-    return of(ClosedJaxpr(program.jaxpr, constants), *arrays)
-
-
-@dataclass(frozen=True)
-class _Program:
-    """A jaxpr without its constants, equal to every other that computes the same from them."""
-
-    jaxpr: Jaxpr = field(compare=False)
-    text: Any
-
-
-class _Incomparable(Exception):
-    """A parameter of an equation that says too little by its value."""
-
-
-def _comparable(jaxpr: Jaxpr) -> Any:
-    """All that a jaxpr computes with, variables by number, as something hashable."""
-    numbers: dict[Any, int] = {}
-
-    def named(v: Any) -> Any:
-        if isinstance(v, Literal):
-            return v.aval, np.asarray(v.val).tobytes()
-        return numbers.setdefault(v, len(numbers)), v.aval
-
-    inputs = [named(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
-    equations = []
-    for eqn in jaxpr.eqns:
-        params = tuple((name, _value(value)) for name, value in sorted(eqn.params.items()))
-        equations.append(
-            (eqn.primitive, params, tuple(map(named, eqn.invars)), tuple(map(named, eqn.outvars)))
-        )
-    return len(jaxpr.constvars), tuple(inputs), tuple(equations), tuple(map(named, jaxpr.outvars))
-
-
-def _value(value: Any) -> Any:
-    """A parameter of an equation."""
-    if isinstance(value, ClosedJaxpr) and not value.consts:
-        value = value.jaxpr
-    if isinstance(value, Jaxpr):
-        return _comparable(value)
-    if isinstance(value, tuple | list):
-        return tuple(map(_value, value))
-    if callable(value) and not isinstance(value, type):
-        raise _Incomparable
-    try:
-        hash(value)
-    except TypeError as error:
-        raise _Incomparable from error
-    return type(value), value
 
 
 # -- picks -------------------------------------------------------------------------------------
@@ -253,7 +192,7 @@ def _of_picks(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     if name == "neg":
         return [Pick(pick.size, out.shape, out.dtype, pick.labels, -pick.weighted())]
     if name == "convert_element_type":
-        weights = None if pick.weights is None else pick.weights.astype(out.dtype)
+        weights = None if pick.weights is None else bind(eqn, [pick.weights])[0]
         return [Pick(pick.size, out.shape, out.dtype, pick.labels, weights)]
     if name in ("mul", "div") and pick.shape == out.shape:
         (weights,) = bind(eqn, [pick.weighted() if j == i else v for j, v in enumerate(values)])
@@ -268,12 +207,9 @@ def _moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
     if eqn.primitive.name in ("reshape", "squeeze") and values[0].labels is None:
         labels: list[Any] = [None]
     else:
-        data = MOVES[eqn.primitive.name]
-        known = set(range(len(values))) - set(
-            range(eqn.primitive.name == "select_n", len(values)) if data is None else data
-        )
+        data = operand_numbers(MOVES[eqn.primitive.name], len(values))
         numbers = [
-            v.numbered() if _is_linear(v) else v if i in known else jnp.zeros(jnp.shape(v), jnp.int32)
+            v.numbered() if _is_linear(v) else jnp.zeros(jnp.shape(v), jnp.int32) if i in data else v
             for i, v in enumerate(values)
         ]
         labels = bind(eqn, numbers)

@@ -13,6 +13,7 @@ call, which obeys its rule, and rewrite what that transformation computes.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,22 +23,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from jax.extend.core.primitives import conv_general_dilated_p
 
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.apply import product_p
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.jaxprs import (
+    CALLS,
+    Environment,
+    alone,
+    bind,
+    compiled,
+    inner_jaxprs,
+    opened,
+    scan_counts,
+    trace,
+)
 from jaxconv_fc.spec import ConvSpec, conv_spec, readable
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
-
-# Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
-CALLS = frozenset({
-    "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
-    "custom_jvp_call", "custom_vjp_call", "custom_vmap_call",
-})  # fmt: skip
 
 
 # -- the convolutions of a function ------------------------------------------------------------
@@ -153,7 +159,7 @@ class _Walk:
                     self.sites.append(_site(eqn, values, place_of(eqn, scope), times))
                 elif holds_conv(eqn):
                     self.inside(eqn, values, _nested(scope, eqn), times)
-                known = self.evaluate and any(use) and all(map(_is_known, values))
+                known = self.evaluate and any(use) and all(map(_is_known, values)) and not _is_mutable(eqn)
                 results = bind(eqn, values) if known else list(map(_abstract, eqn.outvars))
             env.write(eqn.outvars, results)
         return env.read(env.outvars)
@@ -227,6 +233,11 @@ def _site(eqn: JaxprEqn, values: Sequence[Any], name: str, times: int | None) ->
     if out == "x":
         return ConvSite(spec, a, None, name, times, "M^T y", b)
     return ConvSite(spec, None, a, name, times, "X^T y", b)
+
+
+def _is_mutable(eqn: JaxprEqn) -> bool:
+    """Whether an equation makes, reads or writes a mutable array, whose value depends on what ran before."""
+    return not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_known(value: Any) -> bool:
@@ -321,11 +332,11 @@ def fully_connected(
     return connected
 
 
+@dataclass(frozen=True)
 class _Exchange:
     """Evaluates a jaxpr with every convolution exchanged for a product with the builder's matrix."""
 
-    def __init__(self, builder: Callable[[ConvSpec, Any], Any]):
-        self.builder = builder
+    builder: Callable[[ConvSpec, Any], Any]
 
     def __call__(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         env = Environment(jaxpr, arguments)
@@ -385,6 +396,13 @@ class _Exchange:
             return self(inner_jaxprs(eqn)[0], values)
         if name == "shard_map":
             return self.shard_map(eqn, values)
+        if not _is_closed(self.builder):
+            return self.around(eqn, values)
+        # JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new here.
+        return compiled(_Around(self), alone(eqn), *values)
+
+    def around(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        """The same equation around rewritten jaxprs."""
         return bind(eqn, values, {key: self.rewritten(value) for key, value in eqn.params.items()})
 
     def rewritten(self, value: Any) -> Any:
@@ -446,6 +464,21 @@ class _Exchange:
         return list(mapped(*values))
 
 
+def _is_closed(builder: Any) -> bool:
+    """Whether a function closes over nothing: what is compiled for it may be kept, and keeps no tracer."""
+    return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
+
+
+@dataclass(frozen=True)
+class _Around:
+    """The one equation of a jaxpr, around rewritten jaxprs."""
+
+    exchange: _Exchange
+
+    def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
+        return self.exchange.around(opened(jaxpr)[0].eqns[0], values)
+
+
 def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
     if isinstance(matrix, jax.Array):
         return jnp.matmul(matrix, columns, precision=precision)
@@ -484,101 +517,7 @@ def batched_output(spec: ConvSpec, y: Any) -> Any:
     return jnp.moveaxis(y, 0, spec.dimension_numbers.out_spec[0])
 
 
-# -- jaxprs ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A call of a function: its jaxpr, the arrays it was given, and how results are put together."""
-
-    jaxpr: Any
-    arguments: list[Any]
-    rebuild: Callable[[Sequence[Any]], Any]
-
-
-def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
-    """The jaxpr of ``fn(*args, **kwargs)``: arrays are traced, everything else stays what it is."""
-    leaves, tree = jax.tree.flatten((tuple(args), kwargs))
-    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    result: Any = None
-
-    def on_arrays(*arrays: Any) -> list[Any]:
-        nonlocal result
-        filled = list(leaves)
-        for i, array in zip(where, arrays, strict=True):
-            filled[i] = array
-        inner_args, inner_kwargs = tree.unflatten(filled)
-        results, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
-        traced = [_is_array(leaf) for leaf in results]
-        result = out_tree, traced, [None if t else leaf for t, leaf in zip(traced, results, strict=True)]
-        return [leaf for t, leaf in zip(traced, results, strict=True) if t]
-
-    arguments = [leaves[i] for i in where]
-    jaxpr = jax.make_jaxpr(on_arrays)(*arguments)
-
-    def rebuild(arrays: Sequence[Any]) -> Any:
-        out_tree, traced, others = result
-        remaining = iter(arrays)
-        return out_tree.unflatten([next(remaining) if t else v for t, v in zip(traced, others, strict=True)])
-
-    return Traced(jaxpr, arguments, rebuild)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-
-
-class Environment:
-    """The variables of one jaxpr under evaluation, and its equations in order."""
-
-    def __init__(self, jaxpr: Any, arguments: Sequence[Any]):
-        inner, constants = opened(jaxpr)
-        self.outvars, self.equations = inner.outvars, inner.eqns
-        self._values: dict[Any, Any] = {}
-        self.write(inner.constvars, constants)
-        self.write(inner.invars, arguments)
-
-    def read(self, variables: Sequence[Any]) -> list[Any]:
-        return [v.val if isinstance(v, Literal) else self._values[v] for v in variables]
-
-    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        self._values.update(zip(variables, values, strict=True))
-
-
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """``(jaxpr, constants)`` of a ClosedJaxpr, or of a Jaxpr (which has none, or is both in one)."""
-    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
-
-
-def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
-    """The results of an equation for these operands, in the context (name, mesh, ...) it was traced in."""
-    operands: list[Any] = [Var(v.aval) for v in eqn.invars]
-    results: list[Any] = [Var(v.aval) for v in eqn.outvars]
-    eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
-    label = DebugInfo("bind", eqn.primitive.name, None, None)
-    return list(eval_jaxpr(Jaxpr([], operands, results, [eqn], eqn.effects, label), (), *values))
-
-
-def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
-    """The jaxprs that an equation holds, in the order of its parameters."""
-    found = []
-    for value in eqn.params.values():
-        parts = value if isinstance(value, tuple | list) else (value,)
-        found += [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
-    return found
-
-
-def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
-
-    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
-    """
-    inner = opened(body)[0]
-    operands, results = (
-        sum(len(_abstract(a).shape) == len(_abstract(b).shape) for a, b in zip(outside, inside, strict=True))
-        for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
-    )
-    return operands - results, results
+# -- where an equation is ---------------------------------------------------------------------
 
 
 def holds_conv(eqn: JaxprEqn) -> bool:

@@ -13,7 +13,7 @@ from handwritten import close, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc import columns
+from jaxconv_fc import jaxprs
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
@@ -157,15 +157,15 @@ def test_functions_that_differ_in_their_weights_are_compiled_once():
     before = None
     for kernel in kernels:
         fc.matrix_of(lambda x, kernel=kernel: conv(conv(x, kernel), kernel) + kernel.sum(), X)
-        before = before or columns._run._cache_size()
-    assert columns._run._cache_size() == before
+        before = before or jaxprs._run._cache_size()
+    assert jaxprs._run._cache_size() == before
 
 
 def test_equations_with_functions_among_their_parameters_are_not_compared():
     jaxpr = jax.make_jaxpr(lambda x: (jax.debug.callback(print, x), x * 2)[1])(X)
-    with pytest.raises(columns._Incomparable):
-        columns._comparable(jaxpr.jaxpr)
-    twice = columns.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
+    with pytest.raises(jaxprs._Incomparable):
+        jaxprs._comparable(jaxpr.jaxpr, {})
+    twice = jaxprs.compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, X)  # not jitted
     assert twice == X.shape + X.shape
 
 
@@ -247,6 +247,135 @@ def test_a_function_that_is_not_affine_is_refused_by_name(name):
         fc.matrix_of(BROKEN[name], X)
 
 
+def test_what_a_gather_fills_in_is_an_offset():
+    """And stays a symbolic zero where all indices are inside: an infinite tap after it is no NaN."""
+    x, index = jnp.arange(3.0), jnp.array([0, 9])
+    for fill in (7.0, None):  # None: NaN for floats
+        fn = lambda x, fill=fill: 2 * x.at[index].get(mode="fill", fill_value=fill)  # noqa: E731
+        for matrix, offset in (fc.matrix_of(fn, x), jax.jit(lambda fn=fn: fc.matrix_of(fn, x))()):
+            np.testing.assert_array_equal(matrix, [[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+            np.testing.assert_array_equal(offset, [0.0, 14.0 if fill else np.nan])
+        np.testing.assert_array_equal(fc.local_affine(fn, x).offset, [0.0, 14.0 if fill else np.nan])
+    integers = fc.matrix_of(lambda x: x.at[index].get(mode="fill"), jnp.arange(3, dtype=jnp.int32))
+    np.testing.assert_array_equal(integers[1], [0, np.iinfo(np.int32).min])
+    inside = lambda x: x.at[jnp.array([2, 0])].get(mode="fill") * jnp.inf  # noqa: E731
+    np.testing.assert_array_equal(fc.matrix_of(inside, x)[1], [0.0, 0.0])
+    traced = jax.jit(lambda i: fc.matrix_of(lambda x: x.at[i].get(mode="fill", fill_value=7.0), x))(index)
+    np.testing.assert_array_equal(traced[1], [0.0, 7.0])
+
+
+COMPLEX = jnp.array([1 + 1j, 2 - 1j, 0.5j, 3.0])
+OF_COMPLEX_X = {
+    "fft": jnp.fft.fft,
+    "fft, normalised": lambda x: jnp.fft.fft2(x.reshape(2, 2), norm="ortho"),
+    "ifft": lambda x: jnp.fft.ifft(x * (1 + 2j)),
+    "solve": lambda x: jnp.linalg.solve(jnp.diag(COMPLEX), x),
+    "of a constant": lambda x: x * jnp.fft.irfft(jnp.array([1.0, 2.0 + 0j, 1.0]), 4).astype(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", OF_COMPLEX_X)
+def test_functions_linear_over_the_complex_numbers(name):
+    fn = OF_COMPLEX_X[name]
+    matrix, offset = fc.matrix_of(fn, COMPLEX)
+    close(matrix, jax.jacobian(fn, holomorphic=True)(COMPLEX).reshape(-1, 4))
+    close(matrix @ (1j * COMPLEX) + offset, fn(1j * COMPLEX).ravel())
+
+
+NOT_COMPLEX = {
+    "fft": lambda x: jnp.fft.irfft(x),
+    "real": lambda x: x.real,
+    "conj": lambda x: x.conj() * 2,
+    "imag": lambda x: jnp.fft.rfft(x.imag),
+    "abs": abs,
+}
+
+
+@pytest.mark.parametrize("name", NOT_COMPLEX)
+def test_what_takes_real_parts_is_not_linear_over_the_complex_numbers(name):
+    with pytest.raises(ValueError, match=f"not affine in x: primitive '{name}'"):
+        fc.matrix_of(NOT_COMPLEX[name], COMPLEX)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5)])
+def test_a_real_fft_and_back_is_linear(shape):
+    def fn(x):
+        spectrum = jnp.fft.rfftn(x)
+        return jnp.fft.irfftn(spectrum * (2 - 1j), shape)
+
+    x = jnp.arange(float(np.prod(shape))).reshape(shape)
+    close(fc.matrix_of(fn, x)[0], jax.jacobian(fn)(x).reshape(x.size, x.size))
+
+
+COMPLEX_SWITCHES = {
+    "abs": lambda z: abs(z),
+    "sign": lambda z: jnp.sign(z).real,
+    "eq": lambda z: jnp.where(z == 1, 0.0, z.real),
+    "ne": lambda z: jnp.where(z != 1, 0.0, z.real),
+    "max": lambda z: lax.max(z, jnp.ones_like(z)).real,
+    "min": lambda z: lax.min(z, jnp.ones_like(z)).imag,
+    "reduce_max": lambda z: z.max().real,
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX_SWITCHES)
+def test_switches_of_complex_values_are_refused(name):
+    """``|z|`` is a cone, and no plane separates where two complex numbers differ."""
+    fn = COMPLEX_SWITCHES[name]
+    names = [e.primitive.name for e in jaxprs.opened(jax.make_jaxpr(fn)(COMPLEX))[0].eqns]
+    said = (
+        f"not piecewise linear in x: primitive '{name}' of complex values" if name in names else "not piece"
+    )
+    with pytest.raises(ValueError, match=said):
+        fc.local_affine(lambda x: fn(lax.complex(x, 2 * x)), jnp.arange(3.0))
+
+
+def _rewritten(x):
+    state = jax.new_ref(jnp.zeros(4))
+    state[...] = 2 * x
+    return state[...]
+
+
+def _added(x):
+    state = jax.new_ref(jnp.zeros(4))
+    state[1] += x[0]
+    return state[...]
+
+
+def _of_x(x):
+    return jax.new_ref(x)[...] * 2
+
+
+@pytest.mark.parametrize("fn", [_rewritten, _added, _of_x])
+def test_mutable_arrays_are_refused(fn):
+    """What was written to one was lost: the matrix was 0."""
+    for tool in (fc.matrix_of, fc.local_affine):
+        with pytest.raises(ValueError, match="reads or writes a mutable array"):
+            tool(fn, jnp.arange(4.0))
+
+
+def test_mutable_arrays_that_do_not_depend_on_x_are_known():
+    def fn(x):
+        state = jax.new_ref(jnp.zeros(4))
+        state[...] = jnp.arange(4.0)
+        return x + state[...]
+
+    np.testing.assert_array_equal(fc.matrix_of(fn, jnp.ones(4))[1], jnp.arange(4.0))
+
+
+def test_what_jax_cannot_transpose_is_carried_forward():
+    """A scatter that may write a place twice has no transpose in JAX; the output is the smaller side."""
+    first, last = normal(RNG, 4, 6), normal(RNG, 2, 4)
+    fn = lambda x: last @ jnp.zeros(4).at[jnp.array([0, 2])].set((first @ x)[:2])  # noqa: E731
+    x = jnp.arange(6.0)
+    close(fc.matrix_of(fn, x)[0], last[:, jnp.array([0, 2])] @ first[:2])
+
+
+def test_products_of_booleans_are_refused():
+    with pytest.raises(ValueError, match="'dot_general' of booleans"):
+        fc.matrix_of(lambda x: jnp.ones((2, 3), bool) @ x, jnp.ones(3, bool))
+
+
 def test_wrong_kinds_are_refused():
     with pytest.raises(TypeError, match="one array"):
         fc.matrix_of(lambda x: x, [1.0, 2.0])
@@ -296,6 +425,24 @@ def test_the_radius_is_the_distance_to_the_nearest_switch():
     assert fc.local_affine(lambda x: conv(x, kernel), x).radius == np.inf
     assert fc.local_affine(jax.nn.relu, jnp.zeros(2)).radius == 0
     assert fc.local_affine(lambda x: jax.nn.relu(-2 * x - 1), jnp.array([0.0, 3.0])).radius == 0.5
+
+
+def test_the_radius_is_that_of_the_nearest_layer_of_switches():
+    """Three layers, of which the nearest boundary lies in the first, the second, the third."""
+    for at in range(3):
+        distances = [1.0 if i == at else 5.0 for i in range(3)]
+
+        def fn(x, distances=distances):
+            for i, distance in enumerate(distances):  # each layer sees a coordinate of its own
+                y = x[i] - 10.0 + distance
+                x = x.at[i].set(jnp.where(y > 0, y, 0.1 * y) + 10.0 - distance)
+            return x
+
+        x = jnp.array([10.0, 10.0, 10.0])
+        np.testing.assert_allclose(fc.local_affine(fn, x).radius, 1.0, rtol=1e-14)
+        across = x.at[at].add(-1.01)
+        local = fc.local_affine(fn, x)
+        assert np.max(abs(local.matrix @ across + local.offset - fn(across))) > 1e-3
 
 
 def test_every_loser_of_a_maximum_is_a_switch():

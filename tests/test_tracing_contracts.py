@@ -1,4 +1,4 @@
-"""What tracing.py and affine.py take for granted about jaxprs, one assumption per test.
+"""What jaxprs.py, tracing.py and affine.py take for granted about jaxprs, one assumption per test.
 
 Red here means that JAX has changed, not that the mathematics is wrong.
 """
@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.tracing import CALLS, bind, inner_jaxprs, opened, scan_counts
+from jaxconv_fc.jaxprs import CALLS, bind, inner_jaxprs, opened, scan_counts
 
 V = jnp.arange(3.0)
 IMAGE = jnp.ones((1, 1, 4, 4))

@@ -1,0 +1,211 @@
+"""Jaxprs: tracing a function to one, going through it, evaluating one equation, comparing two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer, eval_jaxpr
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+
+# Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
+CALLS = frozenset({
+    "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
+    "custom_jvp_call", "custom_vjp_call", "custom_vmap_call",
+})  # fmt: skip
+
+# Equations that write to a mutable array (``jax.new_ref``), and so change what later equations read of it.
+WRITES = frozenset({"swap", "addupdate", "masked_swap", "accum_grad_in_ref"})
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A call of a function: its jaxpr, the arrays it was given, and how results are put together."""
+
+    jaxpr: Any
+    arguments: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
+    """The jaxpr of ``fn(*args, **kwargs)``: arrays are traced, everything else stays what it is."""
+    leaves, tree = jax.tree.flatten((tuple(args), kwargs))
+    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    result: Any = None
+
+    def on_arrays(*arrays: Any) -> list[Any]:
+        nonlocal result
+        filled = list(leaves)
+        for i, array in zip(where, arrays, strict=True):
+            filled[i] = array
+        inner_args, inner_kwargs = tree.unflatten(filled)
+        results, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
+        traced = [_is_array(leaf) for leaf in results]
+        result = out_tree, traced, [None if t else leaf for t, leaf in zip(traced, results, strict=True)]
+        return [leaf for t, leaf in zip(traced, results, strict=True) if t]
+
+    arguments = [leaves[i] for i in where]
+    jaxpr = jax.make_jaxpr(on_arrays)(*arguments)
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        out_tree, traced, others = result
+        remaining = iter(arrays)
+        return out_tree.unflatten([next(remaining) if t else v for t, v in zip(traced, others, strict=True)])
+
+    return Traced(jaxpr, arguments, rebuild)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+class Environment:
+    """The variables of one jaxpr under evaluation, and its equations in order."""
+
+    def __init__(self, jaxpr: Any, arguments: Sequence[Any]):
+        inner, constants = opened(jaxpr)
+        self.outvars, self.equations = inner.outvars, inner.eqns
+        self._values: dict[Any, Any] = {}
+        self.write(inner.constvars, constants)
+        self.write(inner.invars, arguments)
+
+    def read(self, variables: Sequence[Any]) -> list[Any]:
+        return [v.val if isinstance(v, Literal) else self._values[v] for v in variables]
+
+    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
+        self._values.update(zip(variables, values, strict=True))
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """``(jaxpr, constants)`` of a ClosedJaxpr, or of a Jaxpr (which has none, or is both in one)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """The results of an equation for these operands, in the context (name, mesh, ...) it was traced in."""
+    return list(eval_jaxpr(alone(eqn, params), (), *values))
+
+
+def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
+    """The jaxpr of one equation: its operands in, its results out."""
+    operands: list[Any] = [Var(v.aval) for v in eqn.invars]
+    results: list[Any] = [Var(v.aval) for v in eqn.outvars]
+    eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
+    label = DebugInfo("bind", eqn.primitive.name, None, None)
+    return Jaxpr([], operands, results, [eqn], eqn.effects, label)
+
+
+def operand_numbers(data: slice | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The numbers of some of ``count`` operands, given as numbers or as a slice."""
+    return tuple(range(count)[data]) if isinstance(data, slice) else data
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs that an equation holds, in the order of its parameters."""
+    found = []
+    for value in eqn.params.values():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        found += [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
+    return found
+
+
+def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried.
+
+    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
+    """
+    inner = opened(body)[0]
+    operands, results = (
+        sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in zip(outside, inside, strict=True))
+        for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
+    )
+    return operands - results, results
+
+
+# -- programs ----------------------------------------------------------------------------------
+
+# Parameters that say how a call is differentiated, by the name of its primitive.
+_RULES = {
+    "custom_jvp_call": {"jvp_jaxpr_fun"},
+    "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees"},
+}
+
+
+def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
+    """``of(jaxpr, *arrays)`` as one compiled program, which jaxprs that differ in their constants share.
+
+    So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
+    others (a parameter is not hashable, or a function) is gone through equation by equation.
+    """
+    inner, constants = opened(jaxpr)
+    plain = not any(isinstance(v, Tracer) for v in (*constants, *arrays))
+    try:
+        hash(of)
+        text = _comparable(inner, _RULES if plain else {})  # what is not traced is not differentiated
+    except (_Incomparable, TypeError):
+        return of(jaxpr, *arrays)
+    # Without its constants, which newer versions of JAX keep in the jaxpr: they may be tracers.
+    bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
+    return _run(of, _Program(bare, text), constants, *arrays)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(of: Callable[..., Any], program: _Program, constants: Sequence[Any], *arrays: Any) -> Any:
+    return of(ClosedJaxpr(program.jaxpr, constants), *arrays)
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A jaxpr without its constants, equal to every other that computes the same from them."""
+
+    jaxpr: Jaxpr = field(compare=False)
+    text: Any
+
+
+class _Incomparable(Exception):
+    """A parameter of an equation that says too little by its value."""
+
+
+def _comparable(jaxpr: Jaxpr, without: Mapping[str, set[str]]) -> Any:
+    """All that a jaxpr computes with, variables by number, as something hashable.
+
+    ``without``: parameters that do not matter, by the name of the primitive.
+    """
+    numbers: dict[Any, int] = {}
+
+    def named(v: Any) -> Any:
+        if isinstance(v, Literal):
+            return v.aval, np.asarray(v.val).tobytes()
+        return numbers.setdefault(v, len(numbers)), v.aval
+
+    inputs = [named(v) for v in (*jaxpr.constvars, *jaxpr.invars)]
+    equations = []
+    for eqn in jaxpr.eqns:
+        left_out = without.get(eqn.primitive.name, ())
+        params = tuple((k, _value(v, without)) for k, v in sorted(eqn.params.items()) if k not in left_out)
+        equations.append(
+            (eqn.primitive, params, tuple(map(named, eqn.invars)), tuple(map(named, eqn.outvars)))
+        )
+    return len(jaxpr.constvars), tuple(inputs), tuple(equations), tuple(map(named, jaxpr.outvars))
+
+
+def _value(value: Any, without: Mapping[str, set[str]]) -> Any:
+    """A parameter of an equation."""
+    if isinstance(value, ClosedJaxpr | Jaxpr):
+        inner, constants = opened(value)
+        if constants:
+            raise _Incomparable
+        return _comparable(inner, without)
+    if isinstance(value, tuple | list):
+        return tuple(_value(v, without) for v in value)
+    if callable(value) and not isinstance(value, type | jax.sharding.Mesh):  # a mesh is callable by accident
+        raise _Incomparable
+    try:
+        hash(value)
+    except TypeError as error:
+        raise _Incomparable from error
+    return type(value), value

@@ -1,0 +1,128 @@
+"""What all function tools share: how often they trace and compile, and that no tracer leaves its trace."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from handwritten import close, conv, normal
+from jax import lax, monitoring
+
+import jaxconv_fc as fc
+
+RNG = np.random.default_rng(5)
+X, K = normal(RNG, 2, 3, 4, 4), normal(RNG, 3, 3, 3, 3)
+CIRCULAR = fc.conv_spec((1, 3, 4, 4), K.shape, (1, 1), "SAME", padding_mode="circular")
+
+TOOLS = {
+    "find_convs": fc.find_convs,
+    "fully_connected": lambda fn, x: fc.fully_connected(fn)(x),
+    "matrix_of": fc.matrix_of,
+    "local_affine": fc.local_affine,
+}
+
+
+@jax.custom_vjp
+def _doubled(x):
+    return conv(2 * x, K)
+
+
+_doubled.defvjp(lambda x: (_doubled(x), None), lambda _, g: (2 * g,))
+
+FUNCTIONS = {
+    "pad": lambda x: conv(jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap"), K),
+    "scan": lambda x: lax.scan(lambda c, _: (conv(c, K), None), x, None, length=2)[0],
+    "remat": jax.checkpoint(lambda x: conv(x, K)),
+    "apply": lambda x: jax.vmap(partial(fc.apply, CIRCULAR, K))(x),
+    "custom_vjp": _doubled,
+    "branch": lambda x: lax.cond(K[0, 0, 0, 0] > 0, lambda x: conv(x, K), lambda x: x, x),
+    "fill": lambda x: conv(x.at[jnp.array([0, 5])].get(mode="fill", fill_value=1.0), K),
+    "relu": lambda x: jax.nn.relu(conv(x, K)),
+}
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_tracer_leaves_its_trace(tool, jitted):
+    with jax.checking_leaks():
+        for name, fn in FUNCTIONS.items():
+            if (tool, name) != ("matrix_of", "relu"):
+                run = partial(TOOLS[tool], fn)
+                (jax.jit(lambda x, run=run: jax.tree.leaves(run(x))[:0]) if jitted else run)(X)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_function_is_traced_once_a_call(tool):
+    """Its loops and rules included; and the second call traces once more, for closures may have changed."""
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(FUNCTIONS["scan"], 2)
+    for _ in range(2):
+        TOOLS[tool](counted, X)
+    with pytest.raises(AssertionError, match="is traced > 2 times"):
+        TOOLS[tool](counted, X)
+
+
+def _loop(body):
+    """A loop around a new function at every call, as users write it."""
+    return lambda x, kernel: lax.scan(lambda c, _: (body(c, kernel), None), x, None, length=2)[0]
+
+
+LOOPS = {
+    "scan": _loop(conv),
+    "scan of relu": _loop(lambda x, k: jax.nn.relu(conv(x, k))),
+    "scan of a rule": _loop(lambda x, k: _doubled(conv(x, k))),
+    "while": lambda x, k: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, conv(s[1], k)), (0, x))[1],
+    "cond": lambda x, k: lax.cond(x.sum() > 0, lambda x: conv(x, k), lambda x: -x, x),
+    "remat": jax.checkpoint(lambda x, k: conv(jnp.sin(conv(x, k)), k)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_eager_fully_connected_compiles_once(name):
+    """Other kernels are no reason to compile again, and give other values."""
+    compilations = []
+
+    def note(event, duration, **_):
+        compilations.extend([event] * ("backend_compile" in event))
+
+    connected = fc.fully_connected(LOOPS[name])
+    connected(X, K)
+    monitoring.register_event_duration_secs_listener(note)
+    try:
+        got = [fc.fully_connected(LOOPS[name])(X, k) for k in (K, 2 * K)]
+        jax.block_until_ready(got)
+        assert len(compilations) <= 1  # 2 * K
+    finally:
+        monitoring.clear_event_listeners()
+    for y, k in zip(got, (K, 2 * K), strict=True):
+        close(y, LOOPS[name](X, k))
+
+
+def test_a_builder_may_close_over_a_traced_array():
+    """What is compiled for one builder is not kept for another."""
+    for scale in (1.0, 3.0):
+
+        def scaled(s, x):
+            builder = lambda spec, kernel: s * fc.as_matrix(spec, kernel)  # noqa: E731
+            return fc.fully_connected(lambda x: LOOPS["scan"](x, K), builder=builder)(x)
+
+        close(jax.jit(scaled)(jnp.asarray(scale), X), LOOPS["scan"](X, scale * K))
+
+
+def test_loops_that_differ_are_not_taken_for_one_another():
+    for length in (1, 2, 1):
+        fn = lambda x, n=length: lax.scan(lambda c, _: (conv(c, K), None), x, None, length=n)[0]  # noqa: E731
+        close(fc.fully_connected(fn)(X), fn(X))
+
+
+def test_find_convs_does_not_take_a_mutable_array_for_known():
+    def fn(x):
+        kernel = jax.new_ref(0 * K)
+        kernel[...] = K
+        return conv(x, kernel[...])
+
+    (site,) = fc.find_convs(fn, X)
+    assert isinstance(site.kernel, jax.ShapeDtypeStruct)
+    close(fc.fully_connected(fn)(X), conv(X, K))
