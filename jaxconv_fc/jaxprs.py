@@ -120,10 +120,14 @@ def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
     """
     inner = opened(body)[0]
     operands, results = (
-        sum(np.ndim(a.aval) == np.ndim(b.aval) for a, b in zip(outside, inside, strict=True))
+        sum(_rank(a) == _rank(b) for a, b in zip(outside, inside, strict=True))
         for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
     )
     return operands - results, results
+
+
+def _rank(variable: Any) -> int:
+    return len(variable.aval.shape)
 
 
 # -- programs ----------------------------------------------------------------------------------

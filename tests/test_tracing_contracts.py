@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.jaxprs import CALLS, bind, inner_jaxprs, opened, scan_counts
+from jaxconv_fc.jaxprs import _RULES, CALLS, WRITES, bind, inner_jaxprs, opened, scan_counts
 
 V = jnp.arange(3.0)
 IMAGE = jnp.ones((1, 1, 4, 4))
@@ -108,6 +108,57 @@ def test_custom_vjp_calls_bind_with_their_rule():
 def test_a_pullback_is_a_pytree_that_leaves_a_trace():
     residuals = jax.jit(lambda x: jax.vjp(jnp.sin, x)[1])(V)
     np.testing.assert_allclose(residuals(jnp.ones(3))[0], jnp.cos(V))
+
+
+def test_rules_for_derivatives_are_parameters_of_their_own():
+    """What else a call says is compared, when one program is looked for again."""
+    with_jvp, with_vjp = jax.custom_jvp(jnp.sin), jax.custom_vjp(jnp.sin)
+    with_jvp.defjvps(lambda t, out, x: t)
+    with_vjp.defvjp(lambda x: (x, None), lambda _, g: (g,))
+    for fn in (with_jvp, with_vjp):
+        (eqn,) = equations(fn, V)
+        rules = {name for name, value in eqn.params.items() if callable(value)}
+        assert rules <= _RULES[eqn.primitive.name] <= {*eqn.params}
+
+
+def test_a_jaxpr_can_be_stripped_of_its_constants():
+    """And be given others: newer versions of JAX keep the constants in the jaxpr itself."""
+    closed = jax.make_jaxpr(lambda x: x + jnp.array([1.0, 2.0, 3.0]))(V)
+    inner, constants = opened(closed)
+    bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
+    assert not opened(bare)[1]
+    if constants:
+        (got,) = jax.core.eval_jaxpr(*opened(ClosedJaxpr(bare, [2 * c for c in constants])), V)
+        np.testing.assert_array_equal(got, V + jnp.array([2.0, 4.0, 6.0]))
+
+
+def test_a_mesh_is_callable_and_compares_by_its_identity():
+    """Parameters of jit hold one; functions among the parameters cannot be compared, a mesh can."""
+    eqn = equations(jax.jit(jnp.sin), V)[0]
+    assert [type(v) for v in eqn.params.values() if callable(v)] == [jax.sharding.Mesh]
+    again = equations(jax.jit(jnp.cos), V)[0]
+    assert eqn.params["ctx_mesh"] == again.params["ctx_mesh"]
+
+
+def test_writes_to_mutable_arrays():
+    def fn(x):
+        state = jax.new_ref(jnp.zeros(3))
+        state[...] = x
+        jax.ref.addupdate(state, ..., x)
+        return state[...]
+
+    eqns = equations(fn, V)
+    names = [e.primitive.name for e in eqns]
+    assert {"swap", "addupdate"} <= set(names) & WRITES
+    assert set(names) <= {"broadcast_in_dim", "new_ref", "get", *WRITES}
+    (made,) = next(e.outvars for e in eqns if e.primitive.name == "new_ref")
+    assert not isinstance(made.aval, jax.core.ShapedArray)  # so that find_convs knows them apart
+
+
+def test_sums_over_mapped_positions_name_axes_by_number():
+    eqn = equations(jax.vmap(lambda a: jax.lax.psum(a, "i"), axis_name="i"), V)[0]
+    assert eqn.primitive.name == "psum"
+    assert eqn.params["axes"] == (0,)
 
 
 def test_custom_vmap_calls_have_that_name():
