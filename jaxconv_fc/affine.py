@@ -35,10 +35,12 @@ from jaxconv_fc.jaxprs import (
     trace,
 )
 from jaxconv_fc.numerics import least, nan_unless_finite
+from jaxconv_fc.sharding import broadcast, replicated, zeros
 from jaxconv_fc.spec import fits_in_memory
 from jaxconv_fc.tracing import batched_output, examples, place_of, spec_of
 
 _LAYERS = ("dot_general", "conv_product")
+_RELABELS = ("pvary", "relabel_varying_axes")  # the same value, said to vary over other devices
 
 
 class Local(NamedTuple):
@@ -154,7 +156,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
             raise TypeError(
                 f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
             )
-        x = jnp.asarray(x)
+        x = replicated(jnp.asarray(x))
         linear = _linearized("local_affine", jaxpr, shape, x)
         return Local(*compiled(_around, linear, x))
 
@@ -190,7 +192,8 @@ def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
         raise TypeError(
             f"{name}: x must be one array, got {type(x).__name__}. Flatten a pytree with ravel_pytree."
         )
-    x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        x = jax.eval_shape(lambda: replicated(jnp.asarray(x)))  # with what its type says of devices
     jaxpr = trace(fn, (x,), {}).jaxpr
     outs = opened(jaxpr)[0].outvars
     if len(outs) != 1:
@@ -263,9 +266,9 @@ def _linearized(name: str, jaxpr: Any, x: Any, point: Any) -> Any:
         if isinstance(result, Broken):
             raise ValueError(result.reason)
         if not isinstance(result, Value):
-            result = Value(_zeros(aval), result)
+            result = Value(zeros(aval), result)
         elif result.value is None:
-            result = Value(result.tangent, _zeros(aval))
+            result = Value(result.tangent, zeros(aval))
         pairs = [result, *walk.switches]
         return [p.tangent for p in pairs], [p.value for p in pairs]
 
@@ -462,7 +465,7 @@ class _Walk:
             results = self.run(body, [*values[:fixed], *carry, *(_entry(v, i) for v in xs)])
             carry, rows[i] = results[:carried], results[carried:]
         if not rows:
-            return [*carry, *(_zeros(v.aval) for v in eqn.outvars[carried:])]
+            return [*carry, *(zeros(v.aval) for v in eqn.outvars[carried:])]
         return [
             *carry,
             *(_stacked(column, aval) for column, aval in zip(zip(*rows, strict=True), outs, strict=True)),
@@ -503,11 +506,11 @@ class _Walk:
         return [Value(lax.select(x.value >= 0, x.tangent, -x.tangent), result)]
 
     def larger(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        shape = eqn.outvars[0].aval.shape
         difference = _difference(eqn, values)
         self.switches.append(difference)
         first = difference.value >= 0 if eqn.primitive.name == "max" else difference.value <= 0
-        a, b = (jnp.broadcast_to(_tangent(v, u.aval), shape) for _, (v, u) in _numbered(values, eqn))
+        out = eqn.outvars[0].aval
+        a, b = (broadcast(_tangent(v, u.aval), out) for _, (v, u) in _numbered(values, eqn))
         return [Value(lax.select(first, a, b), *_known(bind, eqn, list(map(_at_point, values))))]
 
     def clamped(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -637,6 +640,7 @@ _AFFINE: dict[str, Callable[..., list[Any]]] = {
     "triangular_solve": Linear((1,)),
     "tridiagonal_solve": Linear((3,)),
     "ormqr": Linear((2,)),
+    **dict.fromkeys(_RELABELS, Linear((0,))),
     # sparse matrices: (data, indices, ...)
     **dict.fromkeys(("bcoo_todense", "bcsr_todense"), Linear((0,))),
     **dict.fromkeys(("bcoo_transpose", "bcoo_sort_indices", "bcoo_sum_duplicates"), Linear((0,), results=1)),
@@ -671,7 +675,7 @@ _REFUSED: dict[str, str] = {
             all_gather all_gather_done all_gather_invariant all_gather_reduced all_gather_reduced_start
             all_gather_start all_to_all all_to_all_done all_to_all_start pbroadcast pbroadcast_done
             pbroadcast_dynamic pbroadcast_start ppermute ppermute_done ppermute_start precv preduced psend
-            psum psum_done psum_invariant psum_invariant_start psum_start pvary ragged_all_to_all
+            psum psum_done psum_invariant psum_invariant_start psum_start ragged_all_to_all
             reduce_scatter reduce_scatter_done reduce_scatter_start reduced_vary_cast reduced_vary_cast_p
             shard_map unreduced_pmax unreduced_pmin unreduced_psum unreduced_psum_start
             unreduced_reduce_scatter unreduced_reduce_scatter_start vary_unreduced_cast
@@ -701,23 +705,25 @@ _BENDS: dict[str, str] = dict.fromkeys(
 
 def _known(compute: Callable[..., list[Any]], eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Computed at once, where nothing in it is traced: a branch may hang on it."""
+    if eqn.primitive.name in _RELABELS:  # the mesh axes that they name have no meaning outside of the trace
+        return compute(eqn, values)
     with jax.ensure_compile_time_eval():
         return compute(eqn, values)
 
 
 def _filled(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """What a gather makes of zeros: 0, and what it fills in."""
-    return bind(eqn, [_zeros(eqn.invars[0].aval), values[1]])
+    return bind(eqn, [zeros(eqn.invars[0].aval), values[1]])
 
 
 def _difference(eqn: Any, values: Sequence[Any]) -> Value:
     """``a - b`` of an equation that compares the two."""
-    (a, b), aval = values, jnp.broadcast_shapes(*(v.aval.shape for v in eqn.invars))
-    first, second = (jnp.broadcast_to(_at_point(v), aval) for v in (a, b))
+    (a, b), out = values, eqn.outvars[0].aval
+    first, second = (broadcast(_at_point(v), out) for v in (a, b))
     if isinstance(a, Value) != isinstance(b, Value):
         tangent = a.tangent if isinstance(a, Value) else -b.tangent
-        return Value(jnp.broadcast_to(tangent, aval), first - second)
-    return Value(jnp.broadcast_to(a.tangent, aval) - jnp.broadcast_to(b.tangent, aval), first - second)
+        return Value(broadcast(tangent, out), first - second)
+    return Value(broadcast(a.tangent, out) - broadcast(b.tangent, out), first - second)
 
 
 def _entry(v: Any, i: int) -> Any:
@@ -743,13 +749,13 @@ def _numbered(values: Sequence[Any], eqn: Any) -> list[tuple[int, tuple[Any, Any
 
 
 def _tangent(value: Any, aval: Any) -> Any:
-    return value.tangent if isinstance(value, Value) else _zeros(aval)
+    return value.tangent if isinstance(value, Value) else zeros(aval)
 
 
 def _at_point(value: Any, aval: Any = None) -> Any:
     if not isinstance(value, Value):
         return value
-    return _zeros(aval) if value.value is None else value.value
+    return zeros(aval) if value.value is None else value.value
 
 
 def _is_zero(value: Any) -> bool:
@@ -761,7 +767,3 @@ def _is_zero(value: Any) -> bool:
 
 def _is_concrete(value: Any) -> bool:
     return not isinstance(value, Value | Broken | Tracer)
-
-
-def _zeros(aval: Any) -> jax.Array:
-    return jnp.zeros(aval.shape, aval.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.sharding import result_sharding, zeros
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -64,7 +65,11 @@ def _operator_type() -> Any:
             shape = spec.in_shape if product is apply else spec.out_shape
             # A Partial is a pytree already: closure conversion would bake the kernel into a program.
             bound = jax.tree_util.Partial(product, spec, kernel)
-            super().__init__(bound, jax.ShapeDtypeStruct(shape, kernel.dtype), closure_convert=False)
+            super().__init__(bound, _structure(shape, kernel), closure_convert=False)
+
+        def out_structure(self) -> jax.ShapeDtypeStruct:
+            spec, kernel = self.fn.args
+            return _structure(spec.out_shape if self.fn.func is apply else spec.in_shape, kernel)
 
         def transpose(self) -> ConvolutionOperator:
             return ConvolutionOperator(apply_transpose if self.fn.func is apply else apply, *self.fn.args)
@@ -73,7 +78,19 @@ def _operator_type() -> Any:
             matrix = as_matrix(*self.fn.args)
             return matrix if self.fn.func is apply else matrix.T
 
+    @lineax.conj.register(ConvolutionOperator)
+    def _(operator: Any) -> Any:
+        spec, kernel = operator.fn.args
+        return ConvolutionOperator(operator.fn.func, spec, kernel.conj())
+
     return ConvolutionOperator
+
+
+def _structure(shape: tuple[int, ...], kernel: jax.Array) -> jax.ShapeDtypeStruct:
+    """What ``jax.eval_shape`` says of a vector of the kernel's dtype on its mesh: lineax compares the two."""
+    aval = jax.typeof(kernel)
+    replicated = result_sharding(range(len(shape)), shape, [((), aval)])
+    return jax.eval_shape(lambda: zeros(aval.update(shape=shape, sharding=replicated)))
 
 
 def import_lineax(needed_by: str) -> Any:

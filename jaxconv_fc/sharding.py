@@ -20,6 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -136,8 +137,11 @@ def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ())
     return run
 
 
-def as_on_one_device(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` of arrays whose types say nothing of devices; see :func:`program`."""
+def as_on_one_device(fn: Callable[..., Any], result: Any = None) -> Callable[..., Any]:
+    """``fn`` of arrays whose types say nothing of devices; see :func:`program`.
+
+    ``result``: the type whose partition the result gets on explicit axes, where it is not replicated.
+    """
 
     @functools.wraps(fn)
     def run(*args: Any) -> Any:
@@ -147,6 +151,32 @@ def as_on_one_device(fn: Callable[..., Any]) -> Callable[..., Any]:
         mesh = explicit_mesh(args)
         if mesh is None:
             return fn(*args)
-        return on_automatic_axes(fn, NamedSharding(mesh, PartitionSpec()))(*args)
+        sharding = NamedSharding(mesh, PartitionSpec()) if result is None else result.sharding
+        return on_automatic_axes(fn, sharding)(*args)
 
     return run
+
+
+def replicated(array: jax.Array) -> jax.Array:
+    """The array, whole on every device where the axes of its mesh are explicit."""
+    mesh = explicit_mesh(array)
+    return array if mesh is None else jax.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+# -- arrays of a given type ------------------------------------------------------------------------
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of this type: of its shape and dtype, partitioned and varying as it says."""
+    array = lax.full(aval.shape, 0, aval.dtype, sharding=_explicit_sharding(aval))
+    return _varying(array, aval.manual_axis_type.varying)
+
+
+def broadcast(value: Any, aval: Any) -> jax.Array:
+    """A value of the shape of this type, partitioned and varying as it says."""
+    array = jnp.broadcast_to(value, aval.shape, out_sharding=_explicit_sharding(aval))
+    return _varying(array, aval.manual_axis_type.varying)
+
+
+def _explicit_sharding(aval: Any) -> NamedSharding | None:
+    return aval.sharding if AxisType.Explicit in aval.sharding.mesh.axis_types else None

@@ -41,6 +41,7 @@ from jaxconv_fc.jaxprs import (
     scan_counts,
     trace,
 )
+from jaxconv_fc.sharding import as_on_one_device
 from jaxconv_fc.spec import ConvSpec, conv_spec, readable
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
@@ -359,12 +360,15 @@ class _Exchange:
     # -- products ------------------------------------------------------------------------------
 
     def convolution(self, eqn: JaxprEqn, x: Any, kernel: Any) -> Any:
-        spec, dtype = spec_of(eqn), _abstract(eqn.outvars[0]).dtype
-        matrix = self.builder(spec, kernel.astype(dtype))
-        stack = examples(spec, x.astype(dtype))
-        columns = stack.reshape(stack.shape[0], spec.in_size).T
-        y = _matmul(matrix, columns, eqn.params["precision"])
-        return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
+        spec, precision, result = spec_of(eqn), eqn.params["precision"], eqn.outvars[0].aval
+
+        def compute(x: Any, kernel: Any) -> Any:
+            matrix = self.builder(spec, kernel.astype(result.dtype))
+            stack = examples(spec, x.astype(result.dtype))
+            y = _matmul(matrix, stack.reshape(stack.shape[0], spec.in_size).T, precision)
+            return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
+
+        return as_on_one_device(compute, result)(x, kernel)
 
     def product(self, eqn: JaxprEqn, a: Any, b: Any) -> Any:
         """A product of this library: its batch axes mapped over, and summed where the result has none."""
@@ -381,7 +385,7 @@ class _Exchange:
         for label in reversed(eqn.params["batches"]):
             axes = tuple(0 if role in label else None for role in {"y": "kx", "x": "ky", "k": "xy"}[out])
             compute = _mapped(compute, axes, summed=out not in label)
-        return compute(a, b)
+        return as_on_one_device(compute, eqn.outvars[0].aval)(a, b)
 
     # -- calls that hold convolutions ----------------------------------------------------------
 

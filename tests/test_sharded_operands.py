@@ -124,7 +124,7 @@ def functions():
         },
         "functions": {
             "fully_connected": lambda k, x, y: fc.fully_connected(network(k))(x),
-            "matrix_of": lambda k, x, y: fc.matrix_of(lambda v: layer(k)(v) + y, x),
+            "matrix_of": lambda k, x, y: fc.matrix_of(lambda v: layer(k)(v) + y.sum(), x),
             "local_affine": lambda k, x, y: fc.local_affine(network(k), x),
         },
     }  # fmt: skip
