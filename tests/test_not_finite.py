@@ -18,7 +18,7 @@ PLAIN = fc.conv_spec((1, 2, 4), (2, 2, 3), (1,), "SAME")
 
 
 def network(kernel):
-    return lambda x: jax.nn.relu(lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]) @ jnp.ones(4)
+    return lambda x: jax.nn.relu(lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]) @ jnp.ones(4, kernel.dtype)
 
 
 def linear(kernel):
@@ -77,7 +77,7 @@ FUNCTIONS = {
     "lstsq": lambda k, x, y, m: [spectrum.lstsq(SPEC, k, y, max_steps=n) for n in (None, 3)],
     "orthogonality_residual": lambda k, x, y, m: spectrum.orthogonality_residual(SPEC, k),
     "fully_connected": lambda k, x, y, m: fc.fully_connected(network(k))(x),
-    "matrix_of": lambda k, x, y, m: fc.matrix_of(linear(k), jnp.zeros((2, 4))),
+    "matrix_of": lambda k, x, y, m: fc.matrix_of(linear(k), x),
     "local_affine": lambda k, x, y, m: fc.local_affine(network(k), jnp.asarray(x)),
     "as_linear_operator": lambda k, x, y, m: fc.as_linear_operator(SPEC, k).mv(x),
     "dot_test": lambda k, x, y, m: fc.testing.dot_test(SPEC, k),
