@@ -3,7 +3,8 @@
 On one axis only a few *kinds* of rows, columns and entries exist: two outputs whose windows see the
 same taps are alike. A kind is a set of taps with the number of times that it occurs, listed on the host
 from one line of each that repeat (:class:`Lines`); what holds for M is then one einsum of the kernel with
-the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
+the kinds of every axis. Taps that meet in an entry of M (boundary modes) are added before absolute values
+are taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from jax import lax
 from jaxconv_fc.axis import Axis, Lines
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.spec import ConvSpec, as_operand
-
 
 _SMALL = 2**12  # entries of a matrix of kinds that a program may hold
 
@@ -361,13 +361,13 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
 def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
     """Members told apart by the codes that they hold; each stands for so many as its weight."""
     order = np.lexsort((code, member))
-    code = np.ascontiguousarray(code[order])
+    code = code[order]
     ends = np.cumsum(np.bincount(member, minlength=len(weights)))
     numbers: dict[bytes, int] = {}
-    held, begin = memoryview(code).cast("B"), 0
+    held, begin = code.tobytes(), 0
     kind = np.empty(len(weights), np.int64)
     for i, end in enumerate((ends * code.itemsize).tolist()):
-        kind[i] = numbers.setdefault(held[begin:end].tobytes(), len(numbers))
+        kind[i] = numbers.setdefault(held[begin:end], len(numbers))
         begin = end
     lists = [np.frombuffer(key, code.dtype) for key in numbers]
     owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
