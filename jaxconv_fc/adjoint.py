@@ -716,7 +716,7 @@ def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarra
         exact[dilation - 1, step - 1] = True
         if error.size:
             least[dilation - 1, step - 1] = error.max()
-            o, t = np.unravel_index(np.argmax(error), error.shape)
+            o, t = (int(v) for v in np.unravel_index(np.argmax(error), error.shape))
             size_here, size_there = (np.abs(v[o, t]).max() for v in (here, there))
             at = (o, t) if size_here >= size_there else (o + dilation, t + step)
             _compare(sketch, least, *at)

@@ -145,7 +145,7 @@ class Axis:
     # -- tables and counts, on the host --------------------------------------------------------
 
     def table(self, outputs: np.ndarray) -> np.ndarray:
-        """``table[i, p]``: the input that ``outputs[i]`` reads, or -1 where the tap reads padding or a hole."""
+        """``table[i, p]``: the input that ``outputs[i]`` reads; -1 where the tap reads padding or a hole."""
         t, valid = self.input_of(self._exact(outputs)[:, None], self._exact(np.arange(self.taps)))
         return np.where(valid, t, -1).astype(np.int64)
 
@@ -274,7 +274,7 @@ class Axis:
 
     @property
     def input_lines(self) -> Lines:
-        """The inputs by what reads them: those repeat that all taps reach from direct outputs, and only these."""
+        """The inputs by what reads them: those repeat that every tap reaches, from direct outputs alone."""
         s, l, direct = self.stride, self.lhs_dilation, self.direct
         start = -(-(direct.start * s + self.dilated_taps - 1 - self.shift) // l)
         stop = (direct.stop * s - 1 - self.shift) // l + 1
