@@ -667,7 +667,7 @@ def _corners(used: np.ndarray) -> list[tuple[int, int]]:
     for side, turn in ((used.argmax(1), 1), (used.shape[1] - 1 - used[:, ::-1].argmax(1), -1)):
         chain: list[tuple[int, int]] = []
         for o, t in zip(rows, side[rows].tolist(), strict=True):
-            while len(chain) > 1 and turn * _turns(*chain[-2:], (o, t)) <= 0:
+            while len(chain) > 1 and turn * _turns(chain[-2], chain[-1], (o, t)) <= 0:
                 chain.pop()
             chain.append((o, t))
         corners += chain

@@ -200,7 +200,8 @@ def every_function():
         """The rows of the block among all columns of M; which inputs it spans may differ."""
         block, read, _ = fc.row_block(s, 0, 1)
         rows = np.zeros((block.out_size, *s.in_shape))
-        rows[(slice(None), *read)] = np.asarray(fc.as_matrix(block, k)).reshape(block.out_size, *block.in_shape)
+        shape = (block.out_size, *block.in_shape)
+        rows[(slice(None), *read)] = np.asarray(fc.as_matrix(block, k)).reshape(shape)
         return rows
 
     mesh = jax.make_mesh((1,), ("rows",))
