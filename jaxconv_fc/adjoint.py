@@ -721,7 +721,7 @@ def _corners(used: np.ndarray) -> list[tuple[int, int]]:
     for side, turn in ((used.argmax(1), 1), (used.shape[1] - 1 - used[:, ::-1].argmax(1), -1)):
         chain: list[tuple[int, int]] = []
         for o, t in zip(rows, side[rows].tolist(), strict=True):
-            while len(chain) > 1 and turn * _turns(*chain[-2:], (o, t)) <= 0:
+            while len(chain) > 1 and turn * _turns(chain[-2], chain[-1], (o, t)) <= 0:
                 chain.pop()
             chain.append((o, t))
         corners += chain
@@ -770,7 +770,7 @@ def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarra
         exact[dilation - 1, step - 1] = True
         if error.size:
             least[dilation - 1, step - 1] = error.max()
-            o, t = np.unravel_index(np.argmax(error), error.shape)
+            o, t = (int(v) for v in np.unravel_index(np.argmax(error), error.shape))
             size_here, size_there = (np.abs(v[o, t]).max() for v in (here, there))
             at = (o, t) if size_here >= size_there else (o + dilation, t + step)
             _compare(sketch, least, *at)

@@ -145,7 +145,7 @@ class Axis:
     # -- tables and counts, on the host --------------------------------------------------------
 
     def table(self, outputs: np.ndarray) -> np.ndarray:
-        """``table[i, p]``: the input that ``outputs[i]`` reads, or -1 where the tap reads padding or a hole."""
+        """``table[i, p]``: the input that ``outputs[i]`` reads; -1 where the tap reads padding or a hole."""
         t, valid = self.input_of(self._exact(outputs)[:, None], self._exact(np.arange(self.taps)))
         return np.where(valid, t, -1).astype(np.int64)
 
@@ -274,7 +274,7 @@ class Axis:
 
     @property
     def input_lines(self) -> Lines:
-        """The inputs by what reads them: those repeat that all taps reach from direct outputs, and only these."""
+        """The inputs by what reads them: those repeat that every tap reaches, from direct outputs alone."""
         s, l, direct = self.stride, self.lhs_dilation, self.direct
         start = -(-(direct.start * s + self.dilated_taps - 1 - self.shift) // l)
         stop = (direct.stop * s - 1 - self.shift) // l + 1
@@ -405,9 +405,8 @@ class Axis:
         taps = range(self.taps)[first::step] if first is not None else range(0)
         shift = (c * s + taps.start * r - self.lo) // l
         axis = Axis(self.size, len(taps), count * s // l, -shift, rhs_dilation=step * r // l)
-        return Phase(
-            taps, axis.ending_at(-(-self.out_size // count))
-        )  # the last ones may make a spare output
+        outputs = -(-self.out_size // count)  # of every phase; the last ones may make a spare output
+        return Phase(taps, axis.ending_at(outputs))
 
     def within_int32(self) -> Axis:
         """The same relation in steps whose reach int32 holds; the axis itself where none is known.
@@ -564,9 +563,8 @@ def _distinct(mode: str, n: int, first: int, s: int, outputs: int, r: int, taps:
     """Pairs (output, input) where output ``q`` reads the inputs that positions
     ``first + q*s + p*r``, ``0 <= p < taps``, are copies of."""
     if mode == "zeros":
-        return sum(
-            sign * count_below(bound - first, s, outputs, r, taps) for sign, bound in ((1, n), (-1, 0))
-        )
+        below = [count_below(bound - first, s, outputs, r, taps) for bound in (0, n)]
+        return below[1] - below[0]
     if n == 1:
         return outputs
     if mode == "circular":

@@ -58,7 +58,7 @@ def small_steps(sizes: Triple, steps: Triple, points: Iterable[Triple]) -> tuple
       other that no other difference in the box is;
     - 0: the steps are the place values of a number with one digit per axis.
     """
-    m, k, n = sizes
+    m, k, _ = sizes
     first: Triple | None = None
     v: Triple | None = None
     for point in points:
@@ -85,7 +85,7 @@ def _orthogonal(sizes: Triple, v: Triple) -> Triple:
         return 1, m * abs(z), m * abs(y)
     if z == 0:
         return n * abs(y), n * abs(x), 1
-    # z*(g*o + p) == (g*x + y)*t splits into z*o == x*t and z*p == y*t where g is beyond what z*p - y*t can be.
+    # z*(g*o + p) == (g*x + y)*t splits into z*o == x*t and z*p == y*t if g is beyond what z*p - y*t can be.
     if x > 0:
         g = z * k + abs(y) * (n + 1)
         return z * g, z, g * x + y

@@ -68,10 +68,10 @@ def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[i
     met = []  # per axis, the taps of every input that the columns stand for
     for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
         table = axis.table(np.array([o]))[0]
-        taps: dict[int, list[int]] = {}
+        at: dict[int, list[int]] = {}
         for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
-            taps.setdefault(int(table[p]), []).append(p)
-        met.append(taps)
+            at.setdefault(int(table[p]), []).append(p)
+        met.append(at)
     first = d // (spec.out_channels // spec.groups) * spec.group_channels
     entries = {}
     for column, (inputs, channel) in columns.items():

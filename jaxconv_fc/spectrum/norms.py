@@ -379,13 +379,13 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
 def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
     """Members told apart by the codes that they hold; each stands for so many as its weight."""
     order = np.lexsort((code, member))
-    code = np.ascontiguousarray(code[order])
+    code = code[order]
     ends = np.cumsum(np.bincount(member, minlength=len(weights)))
     numbers: dict[bytes, int] = {}
-    held, begin = memoryview(code).cast("B"), 0
+    held, begin = code.tobytes(), 0
     kind = np.empty(len(weights), np.int64)
     for i, end in enumerate((ends * code.itemsize).tolist()):
-        kind[i] = numbers.setdefault(held[begin:end].tobytes(), len(numbers))
+        kind[i] = numbers.setdefault(held[begin:end], len(numbers))
         begin = end
     lists = [np.frombuffer(key, code.dtype) for key in numbers]
     owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
