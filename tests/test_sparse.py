@@ -91,6 +91,15 @@ def test_every_entry_in_its_place(geometry, rng):
     check_device(geometry, kernel)
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_taps_that_meet_beside_holes(mode, rng):
+    """Padded, then dilated: the windows that lie on inputs alone begin later than the padding is long."""
+    geometry = Geometry((1, 1, 6), (1, 1, 3), (1,), [(4, 10)], (2,), (2,), padding_mode=mode)
+    kernel = integers(rng, geometry.rhs_shape)
+    check_host(geometry, kernel)
+    check_device(geometry, kernel)
+
+
 def test_random_geometries_on_the_host(run_seed):
     for n in range(10 * COUNT):
         rng = np.random.default_rng([run_seed, n])
