@@ -318,7 +318,11 @@ def test_what_cannot_be_composed_is_refused_by_name(second, word):
 
 @pytest.mark.parametrize(
     ("pads", "word"),
-    [((-1, 0), "only zeros mode may pad"), ((1, 0), "only zeros mode may pad"), ((0, -1), "would make 4 outputs")],
+    [
+        ((-1, 0), "only zeros mode may pad"),
+        ((1, 0), "only zeros mode may pad"),
+        ((0, -1), "would make 4 outputs"),
+    ],
 )
 def test_what_a_boundary_mode_made_is_neither_padded_nor_cropped(pads, word):
     first = fc.conv_spec((1, 1, 5), (1, 1, 2), (1,), [(1, 0)], padding_mode="circular")
