@@ -156,8 +156,13 @@ def test_per_example_gradients_by_vmap_add_up_to_the_gradient_of_the_batch(rng):
 ALIASED = Geometry((1, 1, 1), (1, 1, 4), (1,), [(155, 155)], padding_mode="edge")
 
 
+# Padded, then dilated: taps meet, and others read only what lies between two inputs.
+HOLES = Geometry((1, 1, 6), (1, 1, 3), (1,), [(4, 10)], (2,), (2,), padding_mode="edge")
+
+
 @given(geometries(), seeds)
 @example(ALIASED, 0)
+@example(HOLES, 0)
 def test_the_nearest_kernel_is_the_least_squares_solution(geometry, seed):
     rng = np.random.default_rng(seed)
     spec = geometry.spec()

@@ -81,7 +81,7 @@ def check(mesh):
         nbytes = most * (4 + 2 * sparse.indices.dtype.itemsize)
         with fc.memory_limit(nbytes):
             fc.shard_bcoo(spec, kernel, mesh)
-        with fc.memory_limit(nbytes - 1), pytest.raises(ValueError, match="shard_bcoo: .* more devices"):
+        with fc.memory_limit(nbytes - 1), pytest.raises(ValueError, match=r"shard_bcoo: .* more devices"):
             fc.shard_bcoo(spec, kernel, mesh)
 
         # One program from kernel to result: the matrix is made, used and dropped on the devices.

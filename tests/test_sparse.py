@@ -91,6 +91,15 @@ def test_every_entry_in_its_place(geometry, rng):
     check_device(geometry, kernel)
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_taps_that_meet_beside_holes(mode, rng):
+    """Padded, then dilated: the windows that lie on inputs alone begin later than the padding is long."""
+    geometry = Geometry((1, 1, 6), (1, 1, 3), (1,), [(4, 10)], (2,), (2,), padding_mode=mode)
+    kernel = integers(rng, geometry.rhs_shape)
+    check_host(geometry, kernel)
+    check_device(geometry, kernel)
+
+
 def test_random_geometries_on_the_host(run_seed):
     for n in range(10 * COUNT):
         rng = np.random.default_rng([run_seed, n])
@@ -264,9 +273,10 @@ def test_guard_before_allocating(build):
         build(spec, kernel)
 
 
-@pytest.mark.parametrize(
-    ("build", "size"), [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")]
-)
+FORMATS = [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")]
+
+
+@pytest.mark.parametrize(("build", "size"), FORMATS)
 def test_the_limit_is_that_of_the_format(build, size):
     spec = CASES["plain"].spec()
     kernel = np.ones(spec.rhs_shape, np.float32)
@@ -283,7 +293,7 @@ def test_the_limit_of_diagonals_counts_all_of_them():
     needed = sum(v.nbytes for v in fc.diagonals(spec, kernel).values())
     with fc.memory_limit(needed):
         fc.diagonals(spec, kernel)
-    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="diagonals: .* stored entries need"):
+    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match=r"diagonals: .* stored entries need"):
         fc.diagonals(spec, kernel)
 
 
@@ -395,7 +405,7 @@ def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
 def test_blocks_that_end_between_two_inputs(mode, rng):
-    """Stride 2 over inputs 3 apart: the last window of a block ends in a hole, one position short of the next."""
+    """Stride 2 over inputs 3 apart: the last window of a block ends in a hole, short of the next input."""
     geometry = Geometry((1, 1, 7), (1, 1, 2), (2,), [(2, 3)], (3,), padding_mode=mode)
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
     assert spec.axes[0].grain == 3

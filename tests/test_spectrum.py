@@ -521,6 +521,26 @@ def test_bounds_are_rounded_outward_where_they_are_tight():
         assert lower <= exact <= upper < exact * (1 + 1e-6)
 
 
+def test_a_cover_one_short_would_wrap_into_the_matrix():
+    """Its peak half way between two of 24 frequencies is below the norm of M, which is one of 25."""
+    line = np.exp(1j * np.pi / 24 * np.arange(3))
+    spec = fc.conv_spec((1, 1, 24, 24), (1, 1, 3, 3), (1, 1), "SAME")
+    exact = (1 + 2 * np.cos(np.pi / 25)) ** 2
+    lower, upper = spectrum.spectral_norm_bounds(spec, jnp.asarray(np.outer(line, line)[None, None]))
+    assert exact * (1 - 1e-6) <= lower <= exact * (1 + 1e-14)
+    assert exact * (1 - 1e-14) <= upper < exact * 1.01
+
+
+@pytest.mark.parametrize("n", [3, 5, 7])
+def test_a_stride_that_goes_further_than_once_around(n):
+    """The last outputs begin behind the end: in circular mode they read inputs, but no frequencies."""
+    spec = fc.conv_spec((1, 2, n), (3, 2, 2), (2,), [(0, 3)], padding_mode="circular")
+    assert 2 * spec.axes[0].out_size > n
+    kernel = geometries.normals(np.random.default_rng(n), spec.rhs_shape, float)
+    want = svd(oracle.matrix(kernel, spec))
+    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), want, rtol=0, atol=1e-12)
+
+
 def test_least_squares(run_seed):
     rng = np.random.default_rng(run_seed)
     for options in ({"window_strides": (2,)}, {"window_strides": (1,), "lhs_dilation": (2,)}):
