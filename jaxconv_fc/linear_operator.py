@@ -64,24 +64,31 @@ def _operator_type() -> Any:
         def __init__(self, product: Any, spec: ConvSpec, kernel: jax.Array):
             shape = spec.in_shape if product is apply else spec.out_shape
             # A Partial is a pytree already: closure conversion would bake the kernel into a program.
-            bound = jax.tree_util.Partial(product, spec, kernel)
-            super().__init__(bound, _structure(shape, kernel), closure_convert=False)
+            fn = jax.tree_util.Partial(product, spec, kernel)
+            super().__init__(fn, _structure(shape, kernel), closure_convert=False)
+
+        @property
+        def bound(self) -> tuple[Any, ConvSpec, jax.Array]:
+            fn: Any = self.fn
+            return fn.func, *fn.args
 
         def out_structure(self) -> jax.ShapeDtypeStruct:
-            spec, kernel = self.fn.args
-            return _structure(spec.out_shape if self.fn.func is apply else spec.in_shape, kernel)
+            product, spec, kernel = self.bound
+            return _structure(spec.out_shape if product is apply else spec.in_shape, kernel)
 
         def transpose(self) -> ConvolutionOperator:
-            return ConvolutionOperator(apply_transpose if self.fn.func is apply else apply, *self.fn.args)
+            product, spec, kernel = self.bound
+            return ConvolutionOperator(apply_transpose if product is apply else apply, spec, kernel)
 
         def as_matrix(self) -> jax.Array:
-            matrix = as_matrix(*self.fn.args)
-            return matrix if self.fn.func is apply else matrix.T
+            product, spec, kernel = self.bound
+            matrix = as_matrix(spec, kernel)
+            return matrix if product is apply else matrix.T
 
     @lineax.conj.register(ConvolutionOperator)
     def _(operator: Any) -> Any:
-        spec, kernel = operator.fn.args
-        return ConvolutionOperator(operator.fn.func, spec, kernel.conj())
+        product, spec, kernel = operator.bound
+        return ConvolutionOperator(product, spec, kernel.conj())
 
     return ConvolutionOperator
 

@@ -360,7 +360,8 @@ class _Exchange:
     # -- products ------------------------------------------------------------------------------
 
     def convolution(self, eqn: JaxprEqn, x: Any, kernel: Any) -> Any:
-        spec, precision, result = spec_of(eqn), eqn.params["precision"], eqn.outvars[0].aval
+        spec, precision = spec_of(eqn), eqn.params["precision"]
+        result: Any = eqn.outvars[0].aval
 
         def compute(x: Any, kernel: Any) -> Any:
             matrix = self.builder(spec, kernel.astype(result.dtype))
