@@ -254,7 +254,8 @@ def _stack(
     compute: Callable[..., jax.Array], in_axes: list[int | None], kept: bool
 ) -> Callable[..., jax.Array]:
     mapped = jax.vmap(compute, in_axes)
-    return mapped if kept else lambda *operands: mapped(*operands).sum(0)
+    # A sum of small integers is wide by default.
+    return mapped if kept else lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)
 
 
 @partial(jax.jit, static_argnames=("out", "spec", "batches", "precision", "sharding"))

@@ -492,7 +492,7 @@ def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
 
 def _mapped(compute: Callable[..., Any], axes: tuple[int | None, ...], summed: bool) -> Callable[..., Any]:
     mapped = jax.vmap(compute, axes)
-    return (lambda *operands: mapped(*operands).sum(0)) if summed else mapped
+    return (lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)) if summed else mapped
 
 
 # -- batches as examples -----------------------------------------------------------------------

@@ -486,3 +486,30 @@ def test_bool_is_refused(name):
     vector = np.ones(spec.in_shape if name == "apply" else spec.out_shape, bool)
     with pytest.raises(TypeError, match="bool"):
         function(np.ones(geometry.rhs_shape, bool), vector)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_the_transpose_of_many_integer_kernels_keeps_its_dtype(dtype, rng):
+    """A batch axis that the result does not have is summed over; JAX would widen the sum."""
+    spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    kernels = rng.integers(-3, 4, (3, *spec.rhs_shape)).astype(dtype)
+    x, ys = np.zeros(spec.in_shape, dtype), rng.integers(-3, 4, (3, *spec.out_shape)).astype(dtype)
+
+    def products(x):
+        return jax.vmap(lambda kernel: fc.apply(spec, kernel, x))(jnp.asarray(kernels))
+
+    want = sum(fc.as_matrix(spec, k).T @ y.ravel() for k, y in zip(kernels, ys, strict=True))
+    for transpose in (jax.linear_transpose(products, x), jax.jit(jax.linear_transpose(products, x))):
+        (got,) = transpose(jnp.asarray(ys))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got.ravel(), want)
+
+
+def test_precision_may_be_a_list(rng):
+    spec = fc.conv_spec((1, 2, 6), (3, 2, 3), (1,), "SAME")
+    kernel, x = (jnp.asarray(rng.standard_normal(s)) for s in (spec.rhs_shape, spec.in_shape))
+    both = ["highest", "highest"]
+    np.testing.assert_array_equal(fc.apply(spec, kernel, x, precision=both), fc.apply(spec, kernel, x))
+    for method in ("convolution", "dense", "sparse"):
+        got = fc.batched_apply(spec, kernel, x[None], method=method, precision=both)
+        np.testing.assert_allclose(got[0], fc.apply(spec, kernel, x), rtol=1e-12)
