@@ -55,9 +55,13 @@ def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kinds = [_entries(axis) for axis in spec.axes]
     taps = [k.taps if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
     counts = [k.count for k in kinds]
-    # At the scale of the entries of M: taps that meet may cancel.
-    entries = _merge(by_group(spec, kernel), taps)
-    return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
+
+    def norm(kernel: jax.Array) -> jax.Array:
+        # Once more at the scale of the entries of M: taps that meet may cancel.
+        entries = _merge(by_group(spec, kernel), taps)
+        return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
+
+    return homogeneous(norm, (1,), kernel)
 
 
 def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
