@@ -16,7 +16,7 @@ from jax import lax
 
 import jaxconv_fc as fc
 
-# The aims, from the project's requirements: (as_matrix at most ... times full, extra memory below,
+# The aims: (as_matrix at most ... times full, extra memory below,
 # vmap(conv)(eye) at least ... times as_matrix).
 FULL_RATIO, EXTRA_MEMORY, PEER_RATIO = 1.2, 0.05, 6.0
 

@@ -32,9 +32,9 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
 
     Per axis, strides and input dilation change places and the padding becomes
     ``k_d - 1 - lo`` low, ``k_d - 1 - hi + remainder`` high; the kernel is turned around,
-    ``K'[g*(C/G) + i, o', p] = K[g*(O/G) + o', i, k-1-p]`` (MATHS 2). Sizes come back exactly, whatever a
-    stride left unused. Transposing twice gives ``spec.canonical`` and the kernel. For M^H conjugate the
-    new kernel.
+    ``K'[g*(C/G) + i, o', p] = K[g*(O/G) + o', i, k-1-p]`` (docs/maths.md, section 2). Sizes come back
+    exactly, whatever a stride left unused. Transposing twice gives ``spec.canonical`` and the kernel. For M^H
+    conjugate the new kernel.
 
     A batch group comes back as a feature group whose channels are (batch entry, channel), which is a
     convolution where the layout of the input keeps the batch directly before the channels.
@@ -208,8 +208,8 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
     """The kernel whose matrix is nearest to ``matrix`` in the Frobenius norm: ``(G^+ x ...) L^T(A)``.
 
     The orthogonal projection onto the convolutions of this geometry, through the Gram matrix
-    ``G_a[p, p'] = #{o : t(o, p) = t(o, p')}`` of each axis (MATHS 3). Exact on the matrix of a
-    convolution. A tap that never reads an input cannot be seen in any matrix: it comes back as 0, the
+    ``G_a[p, p'] = #{o : t(o, p) = t(o, p')}`` of each axis (docs/maths.md, section 3). Exact on the matrix of
+    a convolution. A tap that never reads an input cannot be seen in any matrix: it comes back as 0, the
     solution of least norm.
 
     Args:
@@ -332,10 +332,10 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
 
     Exists per axis where ``gcd(s1, l2) = 1``: with ``e1 = r1*l2``, ``e2 = r2*s1``, ``g = gcd(e1, e2)`` the
     stride is ``s1*s2``, the input dilation ``l1*l2``, the kernel dilation ``g``, the low padding
-    ``s1*lo2 + l2*lo1``, and tap ``(p1*e1 + p2*e2)/g`` collects ``K2[p2] K1[p1]``, summed over the
-    channels between (MATHS 4). Exact if and only if every position between the two that the second reads
-    in its padding is one where the first, continued, would see no input; this is tested. Two SAME layers
-    in a row differ in a ring at the border and are refused.
+    ``s1*lo2 + l2*lo1``. Tap q is the sum of ``K2[p2] K1[p1]`` over all ``p1*e1 + p2*e2 = q*g``, and over
+    the channels between (docs/maths.md, section 4). Exact if and only if every position between the two that the
+    second reads in its padding is one where the first, continued, would see no input; this is tested. Two
+    SAME layers in a row differ in a ring at the border and are refused.
 
     Args:
       second, first: ``(spec, kernel)`` each; the input of the second is the output of the first, in the
@@ -603,7 +603,8 @@ def nearest_conv(
     In zeros mode the entries of M depend, per axis, on ``q = t*l - o*s`` only. Of the pairs (s, l)
     without common factor for which that holds, the one with the fewest taps is kept (the one that
     violates it least, where it holds for none); the gaps between the values of q with nonzero entries
-    give the dilation, their range padding and taps (MATHS 3). Groups are the finest block diagonal.
+    give the dilation, their range padding and taps (docs/maths.md, section 3). Groups are the finest block
+    diagonal.
 
     What the matrix cannot tell is chosen smallest: taps that are 0 at the border of the kernel or never
     meet an input are left off. A sparse matrix can be a convolution in which no two outputs share a tap (a

@@ -125,7 +125,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
     For piecewise linear networks: everything that :func:`matrix_of` takes, and ReLU, leaky ReLU, clipping,
     absolute values, maxima, max pooling. Each of these switches where some ``z_i`` crosses 0, so with all
     switches as at x the network is ``A = M_L D ... D_1 M_1``, and no switch turns nearer to x than
-    ``radius = min over i of |z_i| / ||dz_i/dx||`` (the boundary of ``z_i`` is a plane within that region).
+    ``radius = min over i of |z_i| / ||dz_i/dx||`` up to rounding (docs/maths.md, section 13).
     Further out it may, or may not matter.
 
     Cost: that of ``fn`` for ``in size`` examples at once, the first layer free.

@@ -301,7 +301,7 @@ def turned_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation of inputs with cotangents, whose outputs are the taps (MATHS 2).
+    """Correlation of inputs with cotangents, whose outputs are the taps (docs/maths.md, section 2).
 
     The channels of a group are the batch, and each group has the examples as its channels.
     """

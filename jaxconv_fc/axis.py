@@ -195,7 +195,7 @@ class Axis:
 
     @property
     def tap_counts(self) -> np.ndarray:
-        """Of each tap, how many outputs it lets read an input; O(1) per tap (MATHS 3)."""
+        """Of each tap, how many outputs it lets read an input; O(1) per tap (docs/maths.md, section 3)."""
         inner = self.inner
         s, l, m = inner.stride, inner.lhs_dilation, inner.out_size
         if not inner.size:
@@ -339,7 +339,8 @@ class Axis:
         return replace(self, hi=span - dilated(self.size, self.lhs_dilation) - self.lo)
 
     def rows(self, start: int, stop: int) -> tuple[Axis, range]:
-        """The axis that makes outputs ``start`` to ``stop`` alone, and the inputs that it reads (MATHS 7).
+        """The axis that makes outputs ``start`` to ``stop`` alone, and the inputs that it reads
+        (docs/maths.md, section 7).
 
         A boundary mode keeps the inputs that its padding is copied from. What it pads beyond the
         block it crops again: its ``lo`` and ``hi`` may be negative. It can be cut at multiples of

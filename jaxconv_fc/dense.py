@@ -21,8 +21,8 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
     """The dense matrix M of a convolution: ``M @ x.ravel() == conv(x, kernel).ravel()``.
 
     ``M[(d, o), (c, t)] = sum of kernel[d, i, p]`` over the taps ``p`` through which output position
-    ``o`` reads input position ``t``, where ``c = (d // (O/G)) * (C/G) + i`` (MATHS 1). At most one tap
-    does in zeros mode; in the other padding modes several can, and they add.
+    ``o`` reads input position ``t``, where ``c = (d // (O/G)) * (C/G) + i`` (docs/maths.md, section 1). At
+    most one tap does in zeros mode; in the other padding modes several can, and they add.
 
     M is linear in the kernel, and structural zeros are 0 whatever the kernel holds (an Inf or NaN tap
     fills its own entries only; that ``0 * Inf`` is NaN in the dense *product* is another matter, where

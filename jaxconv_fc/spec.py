@@ -166,7 +166,7 @@ class ConvSpec:
 
     @cached_property
     def canonical(self) -> ConvSpec:
-        """The geometry of the same M that equal maps share (zeros mode; MATHS 2).
+        """The geometry of the same M that equal maps share (zeros mode; docs/maths.md, section 2).
 
         No position of the padded input is left unused, and batch groups are feature groups where the
         layout allows, that is, where the batch stands directly before the channels.

@@ -1,4 +1,4 @@
-"""The transpose, kernel gradients, projection, composition and detection: laws 3, 4 and 5 of the design."""
+"""The transpose, kernel gradients, projection, composition and detection."""
 
 import math
 import os

@@ -1,7 +1,7 @@
 """Laws that hold across the library, and thousands of random geometries held against the oracle.
 
-Law numbers are those of the design: 1 the products agree, 3 (in part) the adjoint, 6 the structure of
-M, 7 the transforms of JAX change nothing. Law 8, right where JAX is wrong, is test_pitfalls.py.
+The products agree, the adjoint is one, M has the structure of its geometry, and the transforms of JAX change
+nothing. That M is right where JAX is wrong is shown by test_pitfalls.py.
 """
 
 import dataclasses

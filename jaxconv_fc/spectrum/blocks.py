@@ -2,9 +2,9 @@
 
 On an axis of ``n`` inputs and ``m`` outputs that wraps around (``m*stride == n*lhs_dilation == N``), M
 relates output frequency ``f mod m`` with input frequency ``f mod n`` only, for ``f`` in ``Z_N``. With
-``g = gcd(n, m)`` these fall into ``g`` blocks of ``m/g`` x ``n/g`` (MATHS 5). An axis that does not wrap
-around is one block of ``m`` x ``n``. M is, up to unitary maps, the block diagonal of the products over the
-axes, for each group: singular values, determinants and inverses are those of the blocks.
+``g = gcd(n, m)`` these fall into ``g`` blocks of ``m/g`` x ``n/g`` (docs/maths.md, section 5). An axis that
+does not wrap around is one block of ``m`` x ``n``. M is, up to unitary maps, the block diagonal of the
+products over the axes, for each group: singular values, determinants and inverses are those of the blocks.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
 
     They are those of ``B_w[i, j] = (s*l)**-0.5 * sum of H(f)`` over ``f == w + g*i (mod m)``,
     ``f == w + g*j (mod n)``, with ``H(f) = sum over p of K[p] exp(2 pi i f (p*r - lo) / N)``, on axes that
-    wrap around: any stride ``s``, input dilation ``l`` and kernel dilation ``r``. Axes that do not (zeros
-    padding and the rest) enter with all their positions, so without any that wraps this is the SVD of the
-    dense matrix of each group. Of a real kernel half of the frequencies are computed.
+    wrap around (in circular mode ``lo*l`` stands for ``lo``): any stride ``s``, input dilation ``l`` and
+    kernel dilation ``r``. Axes that do not wrap enter with all their positions, so without any that does
+    this is the SVD of the dense matrix of each group. Of a real kernel half of the frequencies are computed.
 
     Differentiable: every symmetric function of the values is, and each single value where it is simple.
 
@@ -52,8 +52,9 @@ def singular_values(spec: ConvSpec, kernel: Any) -> jax.Array:
       ValueError: it has another shape, or the blocks are beyond the memory limit.
 
     Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
-    (2022) for strides; MATHS 5 for dilations. Cost: ``g`` SVDs of blocks, by far less than of M. On CPU the
-    threads of OpenBLAS rather slow down blocks of some hundred rows: OPENBLAS_NUM_THREADS=1 may be worth it.
+    (2022) for strides; docs/maths.md, section 5, for dilations. Cost: ``g`` SVDs of blocks, by far less than
+    of M. On CPU the threads of OpenBLAS rather slow down blocks of some hundred rows: OPENBLAS_NUM_THREADS=1
+    may be worth it.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")

@@ -21,7 +21,7 @@ from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, 
 _SQUARINGS = 7  # of the Gram iteration
 _DENSE = 512  # rows or columns of a group's M up to which M itself is squared
 _LENGTHS = 3  # how many circumferences are tried
-_GRID = 32  # frequencies per degree of the transfer function, enough where the axis is longer than that
+_GRID = 32  # frequencies per span of the transfer function, where the axis is longer than that
 
 
 def spectral_norm_bounds(spec: ConvSpec, kernel: Any) -> tuple[jax.Array, jax.Array]:
@@ -30,11 +30,11 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Any) -> tuple[jax.Array, jax.Ar
     Lower: ``||M v|| / ||v||`` of the vector that Golub-Kahan finds, less the rounding of that product.
 
     Upper: the least of ``sqrt(||M||_1 ||M||_inf)`` and the norm of matrices that contain M and wrap around
-    (zeros padding; MATHS 5), for a few circumferences. Their blocks are bounded by Gram iteration,
-    ``||B|| <= ||(B^H B)**(2**t)||_F ** 2**-(t+1)``, which is an upper bound at every step, with the rounding
-    of each squaring added. On long axes the transfer function is taken on a grid of frequencies; as a
-    trigonometric polynomial of degree d it exceeds its largest value on n points by 1/cos(pi d/n) at most.
-    Small groups (up to 512 rows or columns) are squared themselves. A geometry that is circular already
+    (zeros padding; docs/maths.md, section 5), for a few circumferences. Their blocks are bounded by Gram
+    iteration, ``||B|| <= ||(B^H B)**(2**t)||_F ** 2**-(t+1)``, which is an upper bound at every step, with
+    the rounding of each squaring added. On long axes the transfer function is taken on a grid of frequencies;
+    as a trigonometric polynomial of degree d it exceeds its largest value on n points by 1/cos(pi d/n) at
+    most. Small groups (up to 512 rows or columns) are squared themselves. A geometry that is circular already
     is its own cover: there the bound is tight. Other boundary modes cost the root of the number of copies
     of the most copied position per axis; there it may be far from tight on large images.
 
@@ -140,10 +140,10 @@ def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
     reach = max(inner.lo + (inner.size - 1) * l, (inner.out_size - 1) * s + taps - inner.lo) + 1
     count = -(-max(reach, inner.size * l, inner.out_size * s) // period) + length
     # The symbol of a period is a trigonometric polynomial: on long axes a grid of frequencies tells enough.
-    degree = (2 * period - s - l + taps) // period
-    if count > _GRID * max(degree, 1):
-        count = _GRID * max(degree, 1)
-        factor /= math.cos(math.pi * degree / (2 * count))
+    span = (2 * period - s - l + taps) // period  # twice the degree
+    if count > _GRID * max(span, 1):
+        count = _GRID * max(span, 1)
+        factor /= math.cos(math.pi * span / (2 * count))
     around = count * period
     return BlockAxis(inner, around // l, around // s, inner.lo), factor * (1 + 1e-15)
 

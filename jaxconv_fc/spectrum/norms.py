@@ -33,7 +33,8 @@ def frobenius_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
     """``||M||_F = sqrt(sum of |M[i, j]|**2)``, the root of the sum of all squared singular values.
 
     In zeros mode ``sqrt(sum over p of count(p) * |kernel[..., p]|**2)``, where tap ``p`` occurs
-    ``count(p)`` times in M; in the other modes sets of taps that meet take the place of taps (MATHS 3).
+    ``count(p)`` times in M; in the other modes sets of taps that meet take the place of taps
+    (docs/maths.md, section 3).
 
     Exact up to rounding, for every geometry; differentiable (with gradient 0 where M = 0).
     Cost: one pass over the kernel.
@@ -61,9 +62,13 @@ def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kinds = [_entries(axis) for axis in spec.axes]
     merged = [k if a.collides else None for k, a in zip(kinds, spec.axes, strict=True)]
     counts = [k.count for k in kinds]
-    # At the scale of the entries of M: taps that meet may cancel.
-    entries = _merge(by_group(spec, kernel), merged)
-    return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
+
+    def norm(kernel: jax.Array) -> jax.Array:
+        # Once more at the scale of the entries of M: taps that meet may cancel.
+        entries = _merge(by_group(spec, kernel), merged)
+        return homogeneous(lambda values: root(_weigh(squares(values), counts)), (1,), entries)
+
+    return homogeneous(norm, (1,), kernel)
 
 
 def one_norm(spec: ConvSpec, kernel: Any) -> jax.Array:
