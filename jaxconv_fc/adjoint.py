@@ -333,9 +333,9 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
     Exists per axis where ``gcd(s1, l2) = 1``: with ``e1 = r1*l2``, ``e2 = r2*s1``, ``g = gcd(e1, e2)`` the
     stride is ``s1*s2``, the input dilation ``l1*l2``, the kernel dilation ``g``, the low padding
     ``s1*lo2 + l2*lo1``. Tap q is the sum of ``K2[p2] K1[p1]`` over all ``p1*e1 + p2*e2 = q*g``, and over
-    the channels between (docs/maths.md, section 4). Exact if and only if every position between the two that the
-    second reads in its padding is one where the first, continued, would see no input; this is tested. Two
-    SAME layers in a row differ in a ring at the border and are refused.
+    the channels between (docs/maths.md, section 4). Exact if and only if every position between the two
+    that the second reads in its padding is one where the first, continued, would see no input. This is
+    tested. Two SAME layers in a row differ in a ring at the border and are refused.
 
     Args:
       second, first: ``(spec, kernel)`` each; the input of the second is the output of the first, in the
