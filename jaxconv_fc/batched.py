@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.apply import apply
+from jaxconv_fc.arguments import as_array
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.products import apply
 from jaxconv_fc.sharding import explicit_mesh, program
-from jaxconv_fc.sparse import as_bcsr
-from jaxconv_fc.spec import ConvSpec, as_array, as_operand, fits_in_memory
+from jaxconv_fc.sparse.formats import as_bcsr
+from jaxconv_fc.spec import ConvSpec, as_operand
 
 METHODS = ("convolution", "sparse", "dense")
 

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
+from jaxconv_fc.arguments import as_array, native
 from jaxconv_fc.axis import Ints
-from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_array, as_operand, check_dense, index_dtype, native
+from jaxconv_fc.layout import grid, in_channel, out_first
+from jaxconv_fc.layout import taps as kernel_taps
+from jaxconv_fc.memory import check_dense, index_dtype
+from jaxconv_fc.sharding import is_traced, program
+from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
@@ -55,7 +58,7 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     dims, rows, columns, _ = entries(spec)
-    values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
+    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
     return _scatter(spec, spec.shape, dims, rows, columns, values)
 
 
@@ -101,7 +104,7 @@ def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
 @program
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
     dims, rows, columns, _ = entries(spec)
-    values = jnp.expand_dims(_kernel_out_first(spec, kernel), range(2, 2 + len(spec.axes)))
+    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
     if not matrix.size or 0 in dims:
         return matrix
     places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
@@ -188,10 +191,10 @@ def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.in_size)
     if not spec.out_size:
         return jnp.zeros(shape, kernel.dtype)
-    dims = (index.shape[0], spec.group_channels, *_taps(spec))
-    n, i, *taps = _grid(dims, spec.index_dtype)
+    dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))
+    n, i, *taps = grid(dims, spec.index_dtype)
     positions, d = spec.split_row(jnp.expand_dims(index, range(1, len(dims))))
-    values = _kernel_out_first(spec, kernel)[d.reshape(-1)]
+    values = out_first(spec, kernel)[d.reshape(-1)]
     return _scatter(spec, shape, dims, n, _columns(spec, d, i, positions, taps), values)
 
 
@@ -231,8 +234,8 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
     # An input position may be copied into the padding several times: `copies` runs over them.
     copies = [a.copies for a in spec.axes]
     block = spec.out_channels // spec.groups
-    dims = (index.shape[0], block, *copies, *_taps(spec))
-    n, e, *rest = _grid(dims, spec.index_dtype)
+    dims = (index.shape[0], block, *copies, *kernel_taps(spec))
+    n, e, *rest = grid(dims, spec.index_dtype)
     copies, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
     positions, c = spec.split_column(jnp.expand_dims(index, range(1, len(dims))))
     d = c // spec.group_channels * block + e
@@ -244,8 +247,8 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
         valid = valid & copied & reads
     rows = jnp.where(valid, spec.row(read, d), spec.out_size)
     i = c.reshape(-1) % spec.group_channels
-    values = jnp.moveaxis(_kernel_out_first(spec, kernel), 1, 0)[i]  # (columns, out channels, taps)
-    values = values.reshape(index.shape[0], spec.groups, block, *_taps(spec))
+    values = jnp.moveaxis(out_first(spec, kernel), 1, 0)[i]  # (columns, out channels, taps)
+    values = values.reshape(index.shape[0], spec.groups, block, *kernel_taps(spec))
     group = jnp.expand_dims(c.reshape(-1) // spec.group_channels, range(1, values.ndim))
     values = jnp.take_along_axis(values, group, axis=1)[:, 0]
     values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))
@@ -262,8 +265,8 @@ def entries(spec: ConvSpec) -> tuple[tuple[int, ...], Ints, Ints, Ints]:
     index arrays broadcast over it: the row of M, the column (one past the end where the tap reads
     padding), and the place of the kernel entry in ``kernel.ravel()``.
     """
-    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *_taps(spec))
-    d, i, *rest = _grid(dims, spec.index_dtype)
+    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *kernel_taps(spec))
+    d, i, *rest = grid(dims, spec.index_dtype)
     positions, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
     return dims, spec.row(positions, d), _columns(spec, d, i, positions, taps), spec.tap(taps, i, d)
 
@@ -273,13 +276,12 @@ def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: 
 
     One past the end where the tap reads padding: a scatter drops it (-1 would wrap).
     """
-    channel = d // max(1, spec.out_channels // spec.groups) * spec.group_channels + i
     read, valid = [], True
     for axis, o, p in zip(spec.axes, positions, taps, strict=True):
         t, reads = axis.input_of(o, p)
         read.append(t)
         valid = valid & reads
-    return jnp.where(valid, spec.column(read, channel), spec.in_size)
+    return jnp.where(valid, spec.column(read, in_channel(spec, d, i)), spec.in_size)
 
 
 def _scatter(
@@ -332,26 +334,9 @@ def _copy(axis: Any, t: Ints, q: Ints) -> tuple[Ints, Ints]:
     return j, (at < axis.padded_size) & (axis.source(j) == t)
 
 
-def _grid(dims: tuple[int, ...], dtype: Any) -> list[jax.Array]:
-    """One index array per dimension, each of extent 1 in all others: made inside the trace."""
-    return [
-        lax.broadcasted_iota(dtype, tuple(n if i == j else 1 for j in range(len(dims))), i)
-        for i, n in enumerate(dims)
-    ]
-
-
-def _kernel_out_first(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The kernel as (out channels, in channels, taps...)."""
-    return jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)
-
-
-def _taps(spec: ConvSpec) -> tuple[int, ...]:
-    return tuple(a.taps for a in spec.axes)
-
-
 def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
     """``(index, inside)``: indices from the front, 0 where out of range."""
-    if isinstance(values, Tracer):
+    if is_traced(values):
         index = values
     else:
         index = native(np.asarray(values))

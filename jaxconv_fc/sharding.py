@@ -22,9 +22,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is inside of a transformation: it has a type, and no numbers yet."""
+    return isinstance(value, Tracer)
+
 
 # -- varying axes --------------------------------------------------------------------------------
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import difflib
 import math
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from jaxconv_fc.axis import MODES, Axis, Ints, dilated
-
-# The names that numpy.pad and torch give to the same modes.
-_MODE_ALIASES = {"constant": "zeros", "wrap": "circular", "replicate": "edge"}
-_PADDINGS = ("VALID", "SAME", "SAME_LOWER")
+from jaxconv_fc.arguments import (
+    as_array,
+    as_int,
+    as_ints,
+    check_axis,
+    check_channels,
+    check_ranks,
+    resolve_layouts,
+    resolve_mode,
+    resolve_padding,
+)
+from jaxconv_fc.axis import Axis, Ints
+from jaxconv_fc.memory import index_dtype, readable
 
 
 class Nbytes(NamedTuple):
@@ -307,18 +309,18 @@ def conv_spec(
     >>> spec.padding, spec.in_shape, spec.out_shape, spec.shape, spec.nse
     (((0, 1), (0, 1)), (3, 32, 32), (16, 16, 16), (4096, 3072), 106032)
     """
-    lhs = _ints("lhs_shape", lhs_shape, least=0)
-    rhs = _ints("rhs_shape", rhs_shape, least=0)
-    _check_ranks(lhs, rhs)
+    lhs = as_ints("lhs_shape", lhs_shape, least=0)
+    rhs = as_ints("rhs_shape", rhs_shape, least=0)
+    check_ranks(lhs, rhs)
     dims = len(lhs) - 2
-    numbers = _resolve_layouts(dimension_numbers, len(lhs))
+    numbers = resolve_layouts(dimension_numbers, len(lhs))
     groups = as_int("feature_group_count", feature_group_count, least=1)
     batch_groups = as_int("batch_group_count", batch_group_count, least=1)
-    _check_channels(lhs, rhs, numbers, groups, batch_groups)
-    strides = _ints("window_strides", window_strides, length=dims)
-    lhs_dil = (1,) * dims if lhs_dilation is None else _ints("lhs_dilation", lhs_dilation, length=dims)
-    rhs_dil = (1,) * dims if rhs_dilation is None else _ints("rhs_dilation", rhs_dilation, length=dims)
-    mode = _resolve_mode(padding_mode)
+    check_channels(lhs, rhs, numbers, groups, batch_groups)
+    strides = as_ints("window_strides", window_strides, length=dims)
+    lhs_dil = (1,) * dims if lhs_dilation is None else as_ints("lhs_dilation", lhs_dilation, length=dims)
+    rhs_dil = (1,) * dims if rhs_dilation is None else as_ints("rhs_dilation", rhs_dilation, length=dims)
+    mode = resolve_mode(padding_mode)
     unpadded = [
         Axis(n, k, s, lhs_dilation=l, rhs_dilation=r, mode=mode)
         for n, k, s, l, r in zip(
@@ -326,254 +328,11 @@ def conv_spec(
             strict=True,
         )
     ]  # fmt: skip
-    pads = _resolve_padding(padding, unpadded)
+    pads = resolve_padding(padding, unpadded)
     spec = ConvSpec(lhs, rhs, strides, pads, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
     for i, axis in enumerate(spec._given_axes):
-        _check_axis(i, axis, rhs)
+        check_axis(i, axis, rhs)
     return spec
-
-
-# -- resolving and validating ------------------------------------------------------------------
-
-
-def _reject_traced(name: str, value: Any) -> None:
-    if isinstance(value, Tracer):
-        raise TypeError(
-            f"{name} must be static, got the traced value {value}. Sizes shape the program: close over "
-            "it, or name it in static_argnames of jax.jit."
-        )
-
-
-def as_int(name: str, value: Any, least: int | None = None) -> int:
-    _reject_traced(name, value)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}. Write a whole number such as 1.") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    return number
-
-
-def _ints(name: str, values: Any, *, length: int | None = None, least: int = 1) -> tuple[int, ...]:
-    _reject_traced(name, values)
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
-        hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
-        raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {values!r}.{hint}")
-    numbers = tuple(as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
-    if length is not None and len(numbers) != length:
-        raise ValueError(
-            f"{name} must have {length} entries, one per spatial axis, got {len(numbers)}: {numbers}."
-        )
-    if any(v < least for v in numbers):
-        raise ValueError(f"{name} must be at least {least} in every entry, got {numbers}.")
-    return numbers
-
-
-def _check_ranks(lhs: tuple[int, ...], rhs: tuple[int, ...]) -> None:
-    if min(len(lhs), len(rhs)) < 2:
-        raise ValueError(
-            "lhs_shape and rhs_shape need at least 2 dimensions (batch and channels; out and in "
-            f"channels), got {lhs} and {rhs}. Add the missing ones, e.g. x[None, None]."
-        )
-    if len(lhs) != len(rhs):
-        raise ValueError(
-            f"lhs_shape and rhs_shape must have the same number of dimensions, got {lhs} ({len(lhs)}) "
-            f"and {rhs} ({len(rhs)}). A single image needs a batch dimension: x[None]."
-        )
-
-
-def _resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
-    _reject_traced("dimension_numbers", numbers)
-    if numbers is None:
-        plain = tuple(range(rank))
-        return lax.ConvDimensionNumbers(plain, plain, plain)
-    if isinstance(numbers, str) or not isinstance(numbers, tuple | list) or len(numbers) != 3:
-        raise (ValueError if isinstance(numbers, str | tuple | list) else TypeError)(
-            "dimension_numbers must be None, lax.ConvDimensionNumbers or three layouts such as "
-            f"('NHWC', 'HWIO', 'NHWC'), got {numbers!r}."
-        )
-    if all(isinstance(layout, str) for layout in numbers):
-        return _resolve_letters(tuple(numbers), rank)
-    names = ("lhs_spec", "rhs_spec", "out_spec")
-    specs = [_ints(f"dimension_numbers.{n}", v, least=0) for n, v in zip(names, numbers, strict=True)]
-    for name, spec in zip(names, specs, strict=True):
-        if sorted(spec) != list(range(rank)):
-            raise ValueError(
-                f"dimension_numbers.{name} must be a permutation of 0..{rank - 1} for {rank}-dimensional "
-                f"arrays, got {spec}."
-            )
-    return lax.ConvDimensionNumbers(*specs)
-
-
-def _resolve_letters(layouts: tuple[str, str, str], rank: int) -> lax.ConvDimensionNumbers:
-    """Spatial axes are matched by letter and ordered as in the kernel's layout, as lax does."""
-    for layout, pair, role in zip(layouts, ("NC", "OI", "NC"), ("lhs", "rhs", "out"), strict=True):
-        if len(layout) != rank:
-            raise ValueError(
-                f"dimension_numbers: the {role} layout {layout!r} has {len(layout)} letters for "
-                f"{rank}-dimensional arrays; write one letter per dimension."
-            )
-        if len(set(layout)) != rank or not set(pair) <= set(layout):
-            raise ValueError(
-                f"dimension_numbers: the {role} layout {layout!r} must hold each of {pair[0]!r} and "
-                f"{pair[1]!r} once and every spatial letter once."
-            )
-    spatial = [c for c in layouts[1] if c not in "OI"]
-    if any(set(layout) - set("NC") != set(spatial) for layout in layouts[::2]):
-        raise ValueError(
-            f"dimension_numbers: the layouts {layouts} must share their spatial letters; the rhs layout "
-            f"has {spatial}."
-        )
-    pairs = ("NC", "OI", "NC")
-    specs = (tuple(map(v.index, (*pair, *spatial))) for v, pair in zip(layouts, pairs, strict=True))
-    return lax.ConvDimensionNumbers(*specs)
-
-
-def _check_channels(
-    lhs: tuple[int, ...],
-    rhs: tuple[int, ...],
-    numbers: lax.ConvDimensionNumbers,
-    groups: int,
-    batch_groups: int,
-) -> None:
-    batch, channels = lhs[numbers.lhs_spec[0]], lhs[numbers.lhs_spec[1]]
-    features, group_channels = rhs[numbers.rhs_spec[0]], rhs[numbers.rhs_spec[1]]
-    if groups > 1 and batch_groups > 1:
-        raise ValueError(
-            f"feature_group_count and batch_group_count cannot both exceed 1, got {groups} and "
-            f"{batch_groups}. Set one of them to 1."
-        )
-    if channels % groups or features % groups:
-        raise ValueError(
-            f"feature_group_count={groups} must divide the input channels ({channels}, axis "
-            f"{numbers.lhs_spec[1]} of lhs_shape {lhs}) and the output channels ({features}, axis "
-            f"{numbers.rhs_spec[0]} of rhs_shape {rhs})."
-        )
-    if batch % batch_groups or features % batch_groups:
-        raise ValueError(
-            f"batch_group_count={batch_groups} must divide the batch ({batch}, axis "
-            f"{numbers.lhs_spec[0]} of lhs_shape {lhs}) and the output channels ({features}, axis "
-            f"{numbers.rhs_spec[0]} of rhs_shape {rhs})."
-        )
-    if channels != groups * group_channels:
-        raise ValueError(
-            f"channels do not match: lhs_shape {lhs} has {channels} (axis {numbers.lhs_spec[1]}), "
-            f"rhs_shape {rhs} has {group_channels} (axis {numbers.rhs_spec[1]}) times "
-            f"feature_group_count={groups}. Give the kernel {channels // groups} input channels, or check "
-            "dimension_numbers."
-        )
-
-
-def _resolve_mode(mode: Any) -> str:
-    _reject_traced("padding_mode", mode)
-    if not isinstance(mode, str):
-        raise TypeError(f"padding_mode must be a string, one of {MODES}, got {mode!r}.")
-    name = _MODE_ALIASES.get(mode.lower(), mode.lower())
-    if name not in MODES:
-        raise ValueError(f"padding_mode must be one of {MODES} or {tuple(_MODE_ALIASES)}, got {mode!r}.")
-    return name
-
-
-def _resolve_padding(padding: Any, axes: list[Axis]) -> tuple[tuple[int, int], ...]:
-    _reject_traced("padding", padding)
-    if isinstance(padding, str):
-        return _named_padding(padding, axes)
-    example = f"Write [(lo, hi), ...], a pair per spatial axis, such as {[(1, 1)] * len(axes)}, or 'SAME'."
-    if isinstance(padding, float) or not isinstance(padding, int | np.integer | Sequence | np.ndarray):
-        raise TypeError(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
-    if isinstance(padding, int | np.integer):
-        raise ValueError(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
-    if len(padding) != len(axes):
-        raise ValueError(
-            f"padding must have {len(axes)} pairs, one per spatial axis, got {len(padding)}: "
-            f"{padding!r}. {example}"
-        )
-    pads = []
-    for i, pair in enumerate(padding):
-        _reject_traced(f"padding[{i}]", pair)
-        if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
-            raise ValueError(f"padding[{i}] must be a pair (lo, hi), got {pair!r}. {example}")
-        lo, hi = (as_int(f"padding[{i}][{j}]", v, least=None) for j, v in enumerate(pair))
-        pads.append((lo, hi))
-    return tuple(pads)
-
-
-def _named_padding(padding: str, axes: list[Axis]) -> tuple[tuple[int, int], ...]:
-    name = padding.upper()
-    full = [(a.dilated_taps - 1, a.dilated_taps - 1) for a in axes]
-    instead = {
-        "FULL": f"padding={full}",
-        "CAUSAL": f"padding={[(lo, 0) for lo, _ in full]}",
-        "CIRCULAR": "padding='SAME', padding_mode='circular'",
-        "REFLECT": "padding='SAME', padding_mode='reflect'",
-    }
-    if name in instead:
-        raise ValueError(f"padding={padding!r} is not a name that lax knows: write {instead[name]}.")
-    if name not in _PADDINGS:
-        close = difflib.get_close_matches(name, _PADDINGS, n=1, cutoff=0.4)
-        hint = f"Did you mean {close[0]!r}?" if close else "Or write [(lo, hi), ...]."
-        raise ValueError(f"padding must be one of {_PADDINGS} or a list of pairs, got {padding!r}. {hint}")
-    if name == "VALID":
-        return ((0, 0),) * len(axes)
-    pads = []
-    for axis in axes:
-        if axis.mode != "zeros" and axis.lhs_dilation > 1:
-            raise ValueError(
-                f"padding={padding!r} has no meaning with padding_mode={axis.mode!r} and "
-                f"lhs_dilation={axis.lhs_dilation}, where the input is padded before it is dilated. "
-                "Write [(lo, hi), ...]."
-            )
-        total = max(0, (-(-axis.span // axis.stride) - 1) * axis.stride + axis.dilated_taps - axis.span)
-        small, large = total // 2, total - total // 2
-        pads.append((small, large) if name == "SAME" else (large, small))
-    return tuple(pads)
-
-
-def _check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
-    pads = (axis.lo, axis.hi)
-    if axis.taps == 0:
-        raise ValueError(f"rhs_shape {rhs} must have at least 1 tap on spatial axis {i}, got 0.")
-    if axis.mode == "zeros":
-        if axis.span < 0:
-            size = dilated(axis.size, axis.lhs_dilation)
-            raise ValueError(
-                f"padding[{i}]={pads} crops more than the {size} positions of the (dilated) spatial axis "
-                f"{i}. Crop at most {size} in total."
-            )
-        return
-    if min(pads) < 0:
-        raise ValueError(
-            f"padding[{i}]={pads} is negative, which has no meaning with padding_mode={axis.mode!r}. "
-            "Slice the input instead, or use padding_mode='zeros'."
-        )
-    if axis.size == 0 and max(pads) > 0:
-        raise ValueError(
-            f"padding[{i}]={pads} with padding_mode={axis.mode!r} has nothing to copy from: spatial axis "
-            f"{i} is empty. Use padding_mode='zeros'."
-        )
-
-
-# -- operands ----------------------------------------------------------------------------------
-
-
-def as_array(name: str, value: Any) -> jax.Array:
-    """``value`` as a jax.Array; TypeError for what is none (a list would hide a copy)."""
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(
-            f"{name} must be a jax or NumPy array, got {type(value).__name__}: {value!r}. "
-            "Write jnp.asarray(...)."
-        )
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm":
-        raise TypeError(f"{name} must hold numbers, got dtype {value.dtype}. Cast it: {name}.astype(float).")
-    return jnp.asarray(native(value))
-
-
-def native(value: Any) -> Any:
-    """A NumPy array whose bytes stand in the other order, in the order of this machine: the same numbers."""
-    if isinstance(value, np.ndarray | np.generic) and not value.dtype.isnative:
-        return value.astype(value.dtype.newbyteorder("="))
-    return value
 
 
 def check_spec(spec: Any) -> None:
@@ -594,87 +353,6 @@ def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
             "make a spec for this shape."
         )
     return array
-
-
-# -- sizes and memory --------------------------------------------------------------------------
-
-_memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2**30)
-
-
-@contextlib.contextmanager
-def memory_limit(nbytes: int) -> Iterator[None]:
-    """Within it, a builder may make arrays of up to ``nbytes`` bytes (8 GiB outside of any).
-
-    A matrix beyond the limit raises a ValueError before anything is allocated.
-
-    >>> import jax.numpy as jnp, jaxconv_fc as fc
-    >>> spec = fc.conv_spec((1, 1, 8, 8), (1, 1, 3, 3), (1, 1), "SAME")
-    >>> with fc.memory_limit(1000):
-    ...     fc.as_matrix(spec, jnp.ones((1, 1, 3, 3), jnp.int8))  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ...
-    ValueError: as_matrix: 64 x 64 int8 = 4 KiB dense; 484 stored entries: use ...
-    """
-    token = _memory_limit.set(as_int("nbytes", nbytes, least=0))
-    try:
-        yield
-    finally:
-        _memory_limit.reset(token)
-
-
-def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, instead: str) -> None:
-    """ValueError if a dense array of this shape is beyond the memory limit or the index range."""
-    entries, limit = math.prod(shape), _memory_limit.get()
-    nbytes = entries * jnp.dtype(dtype).itemsize
-    sizes = " x ".join(f"{n:,}" for n in shape)
-    if nbytes > limit:
-        raise ValueError(
-            f"{name}: {sizes} {jnp.dtype(dtype).name} = {readable(nbytes)} dense; {spec.nse:,} stored "
-            f"entries: use {instead}, or raise the limit of {readable(limit)} with "
-            f"jaxconv_fc.memory_limit({nbytes})."
-        )
-    if entries > np.iinfo(np.int32).max:
-        index_dtype(entries, spec)
-
-
-def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str) -> None:
-    """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
-    limit = _memory_limit.get()
-    if nbytes > limit:
-        raise ValueError(
-            f"{name}: {spec.nse:,} stored entries need {readable(nbytes)}, beyond the limit of "
-            f"{readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
-        )
-
-
-def fits_in_memory(nbytes: int) -> bool:
-    """Whether an array of this many bytes is within the memory limit."""
-    return nbytes <= _memory_limit.get()
-
-
-def index_dtype(largest: int, spec: ConvSpec) -> Any:
-    """int32 where ``largest`` fits, else int64 with x64, else a ValueError."""
-    if largest <= np.iinfo(np.int32).max:
-        return jnp.int32
-    if largest > np.iinfo(np.int64).max:
-        raise ValueError(
-            f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs positions up to {largest:,}, "
-            "beyond 64 bits. Use smaller strides, dilations and pads."
-        )
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        return jnp.int64
-    raise ValueError(
-        f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs indices up to {largest:,}, beyond "
-        "int32. Enable 64-bit indices with jax.config.update('jax_enable_x64', True)."
-    )
-
-
-def readable(nbytes: int) -> str:
-    """``1.3 GiB``: three digits at least."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:,.0f} {name}" if nbytes >= 100 * unit else f"{nbytes / unit:.3g} {name}"
-    return f"{nbytes} bytes"
 
 
 def _pick(values: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.adjoint import transpose
-from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 

@@ -66,9 +66,9 @@ def test_transposing_twice_is_the_canonical_original(geometry, seed):
     if not is_turnable(spec):
         return
     kernel = integers(np.random.default_rng(seed), geometry.rhs_shape)
-    turned, turned_kernel = fc.transpose(spec, kernel)
+    turned, flipped_kernel = fc.transpose(spec, kernel)
     assert (turned.in_shape, turned.out_size) == (spec.out_shape, spec.in_size)
-    again, again_kernel = fc.transpose(turned, turned_kernel)
+    again, again_kernel = fc.transpose(turned, flipped_kernel)
     assert again == spec.canonical
     assert (np.asarray(again_kernel) == kernel).all()
 
@@ -76,9 +76,9 @@ def test_transposing_twice_is_the_canonical_original(geometry, seed):
 def test_complex_gives_the_plain_transpose_and_a_conjugate_kernel_the_hermitian_one(rng):
     kernel, x, y = arrays(PLAIN, rng, np.complex128, normals)
     spec, matrix = PLAIN.spec(), oracle.matrix(kernel, PLAIN)
-    turned, turned_kernel = fc.transpose(spec, kernel)
-    np.testing.assert_array_equal(fc.as_matrix(turned, turned_kernel), matrix.T)
-    np.testing.assert_array_equal(fc.as_matrix(turned, turned_kernel.conj()), matrix.conj().T)
+    turned, flipped_kernel = fc.transpose(spec, kernel)
+    np.testing.assert_array_equal(fc.as_matrix(turned, flipped_kernel), matrix.T)
+    np.testing.assert_array_equal(fc.as_matrix(turned, flipped_kernel.conj()), matrix.conj().T)
     hermitian = np.asarray(fc.apply_transpose(spec, kernel.conj(), y)).ravel()
     np.testing.assert_allclose(hermitian, matrix.conj().T @ y.ravel(), rtol=1e-12)
     (plain,) = jax.vjp(partial(fc.apply, spec, kernel), x)[1](y)

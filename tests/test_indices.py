@@ -16,8 +16,8 @@ from geometries import Geometry, arrays, integers
 
 import jaxconv_fc as fc
 from jaxconv_fc import cache, lattice, spectrum
-from jaxconv_fc.adjoint import _detect_axis, _fitting
 from jaxconv_fc.axis import MODES, Axis
+from jaxconv_fc.projection import _detect_axis, _fitting
 from jaxconv_fc.spectrum import norms
 
 BIG = 10**12

@@ -24,7 +24,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 
 import jaxconv_fc as fc
-from jaxconv_fc.jaxprs import inner_jaxprs, opened
+from jaxconv_fc.functions.jaxprs import inner_jaxprs, open_jaxpr
 
 RNG = np.random.default_rng(11)
 X = jnp.asarray(RNG.standard_normal(4))
@@ -264,7 +264,7 @@ def test_every_primitive_of_jax_is_in_the_table():
 
 
 def _primitives(jaxpr):
-    for eqn in opened(jaxpr)[0].eqns:
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
         yield eqn.primitive.name
         for inner in inner_jaxprs(eqn):
             yield from _primitives(inner)
@@ -291,7 +291,7 @@ def _holds(got, fn, plain, x):
 
 @pytest.mark.parametrize("name", HANDLED)
 def test_a_handled_primitive_is_its_jacobian(name):
-    """Alone, and where its transpose is carried: between matrices that make the output the smaller side."""
+    """Alone, and where its transpose is propagate: between matrices that make the output the smaller side."""
     fn, plain = _pair(HANDLED[name])
     size = jax.eval_shape(fn, X).size
     first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, size)))

@@ -13,14 +13,14 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.jaxprs import _RULES, CALLS, WRITES, bind, inner_jaxprs, opened, scan_counts
+from jaxconv_fc.functions.jaxprs import _RULES, CALLS, WRITES, eval_eqn, inner_jaxprs, open_jaxpr, scan_counts
 
 V = jnp.arange(3.0)
 IMAGE = jnp.ones((1, 1, 4, 4))
 
 
 def equations(fn, *args):
-    return opened(jax.make_jaxpr(fn)(*args))[0].eqns
+    return open_jaxpr(jax.make_jaxpr(fn)(*args))[0].eqns
 
 
 def test_a_convolution_is_one_equation_with_its_geometry():
@@ -46,8 +46,8 @@ def test_calls_hold_one_jaxpr_on_their_own_operands(fn, name):
     assert eqn.primitive.name in (name, "checkpoint", "pjit")
     assert eqn.primitive.name in CALLS
     (inner,) = inner_jaxprs(eqn)
-    assert len(opened(inner)[0].invars) == len(eqn.invars)
-    np.testing.assert_array_equal(bind(eqn, [V])[0], fn(V))
+    assert len(open_jaxpr(inner)[0].invars) == len(eqn.invars)
+    np.testing.assert_array_equal(eval_eqn(eqn, [V])[0], fn(V))
 
 
 def test_remat_has_its_options():
@@ -62,11 +62,11 @@ def test_one_equation_is_evaluated_alone():
     scale, slope = equations(lambda x: lax.slice(x * 2.0, (1,), (3,)), V)
     assert [type(v) is Literal for v in scale.invars] == [False, True]
     assert scale.invars[1].val == 2
-    np.testing.assert_array_equal(bind(scale, [V, jnp.full((), 5.0)])[0], 5 * V)
-    np.testing.assert_array_equal(bind(slope, [V], slope.params | {"start_indices": (0,)})[0], V)
+    np.testing.assert_array_equal(eval_eqn(scale, [V, jnp.full((), 5.0)])[0], 5 * V)
+    np.testing.assert_array_equal(eval_eqn(slope, [V], slope.params | {"start_indices": (0,)})[0], V)
     with jax.named_scope("then"):
         (then,) = equations(jax.named_scope("inner")(jnp.negative), V)
-    (again,) = equations(lambda x: bind(then, [x])[0], V)
+    (again,) = equations(lambda x: eval_eqn(then, [x])[0], V)
     assert str(again.source_info.name_stack) == "inner"
     lines = [[(f.file_name, f.line_num) for f in e.source_info.traceback.frames] for e in (then, again)]
     assert lines[0] == lines[1]
@@ -75,7 +75,7 @@ def test_one_equation_is_evaluated_alone():
 def test_constants_are_kept_beside_the_equations():
     large = jnp.arange(100.0)
     closed = jax.make_jaxpr(lambda x: x + large)(large)
-    inner, constants = opened(closed)
+    inner, constants = open_jaxpr(closed)
     assert (len(inner.constvars), len(inner.invars), len(constants)) == (1, 1, 1)
     assert constants[0] is large
 
@@ -83,14 +83,14 @@ def test_constants_are_kept_beside_the_equations():
 def test_results_that_nobody_reads_have_variables_too():
     (eqn,) = equations(jax.jit(lambda x: lax.top_k(x, 1)[0]), V)
     (inner,) = inner_jaxprs(eqn)
-    top = next(e for e in opened(inner)[0].eqns if e.primitive.name == "top_k")
-    assert len(top.outvars) == len(bind(top, [V])) >= 2
+    top = next(e for e in open_jaxpr(inner)[0].eqns if e.primitive.name == "top_k")
+    assert len(top.outvars) == len(eval_eqn(top, [V])) >= 2
 
 
 def test_a_linear_solve_names_the_jaxpr_that_solves():
     eqn = equations(lambda x: jax.scipy.sparse.linalg.cg(lambda v: 2 * v, x)[0], V)[-1]
     while eqn.primitive.name in CALLS:
-        eqn = opened(inner_jaxprs(eqn)[0])[0].eqns[-1]
+        eqn = open_jaxpr(inner_jaxprs(eqn)[0])[0].eqns[-1]
     assert eqn.primitive.name == "custom_linear_solve"
     assert eqn.params["jaxprs"].solve in inner_jaxprs(eqn)
     assert hasattr(eqn.params["jaxprs"], "_fields")
@@ -102,7 +102,7 @@ def test_custom_vjp_calls_bind_with_their_rule():
     (eqn,) = equations(f, V)
     assert eqn.primitive.name == "custom_vjp_call"
     assert eqn.params["num_consts"] == 0
-    np.testing.assert_array_equal(jax.vjp(lambda x: bind(eqn, [x])[0], V)[1](V)[0], 100 * V)
+    np.testing.assert_array_equal(jax.vjp(lambda x: eval_eqn(eqn, [x])[0], V)[1](V)[0], 100 * V)
 
 
 def test_a_pullback_is_a_pytree_that_leaves_a_trace():
@@ -124,11 +124,11 @@ def test_rules_for_derivatives_are_parameters_of_their_own():
 def test_a_jaxpr_can_be_stripped_of_its_constants():
     """And be given others: newer versions of JAX keep the constants in the jaxpr itself."""
     closed = jax.make_jaxpr(lambda x: x + jnp.array([1.0, 2.0, 3.0]))(V)
-    inner, constants = opened(closed)
+    inner, constants = open_jaxpr(closed)
     bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
-    assert not opened(bare)[1]
+    assert not open_jaxpr(bare)[1]
     if constants:
-        (got,) = jax.core.eval_jaxpr(*opened(ClosedJaxpr(bare, [2 * c for c in constants])), V)
+        (got,) = jax.core.eval_jaxpr(*open_jaxpr(ClosedJaxpr(bare, [2 * c for c in constants])), V)
         np.testing.assert_array_equal(got, V + jnp.array([2.0, 4.0, 6.0]))
 
 
@@ -184,10 +184,10 @@ def test_loops_and_branches():
 def test_a_scan_takes_a_rewritten_jaxpr():
     (eqn,) = equations(lambda x: lax.scan(lambda c, _: (c * 2, None), x, None, length=3)[0], V)
     (body,) = inner_jaxprs(eqn)
-    tripled = jax.make_jaxpr(lambda c: c * 3)(opened(body)[0].invars[0].aval)
+    tripled = jax.make_jaxpr(lambda c: c * 3)(open_jaxpr(body)[0].invars[0].aval)
     assert isinstance(tripled, ClosedJaxpr | Jaxpr)
     (key,) = [k for k, v in eqn.params.items() if isinstance(v, ClosedJaxpr | Jaxpr)]
-    np.testing.assert_array_equal(bind(eqn, [V], eqn.params | {key: tripled})[0], 27 * V)
+    np.testing.assert_array_equal(eval_eqn(eqn, [V], eqn.params | {key: tripled})[0], 27 * V)
 
 
 def test_shard_map_parameters():
@@ -238,7 +238,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_primitives_have_the_names_that_affine_reads(name):
     def names(jaxpr):
-        for eqn in opened(jaxpr)[0].eqns:
+        for eqn in open_jaxpr(jaxpr)[0].eqns:
             yield eqn.primitive.name
             for inner in inner_jaxprs(eqn):
                 yield from names(inner)

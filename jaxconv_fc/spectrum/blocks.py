@@ -21,10 +21,12 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.layout import by_group, from_canonical
+from jaxconv_fc.memory import check_dense
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand, check_dense
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical
+from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spectrum.norms import as_inexact
 
 _HELD = 2**19  # entries of blocks that are made at one time
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.layout import by_group
 from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, over_blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, inf_norm, one_norm, widened
+from jaxconv_fc.spectrum.norms import as_inexact, inf_norm, one_norm, widened
 
 _SQUARINGS = 7  # of the Gram iteration
 _DENSE = 512  # rows or columns of a group's M up to which M itself is squared

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.apply import apply, apply_transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.layout import by_group, from_canonical
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
+from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.norms import as_inexact, by_group, from_canonical, widened
+from jaxconv_fc.spectrum.norms import as_inexact, widened
 
 _BASIS = 24  # Krylov vectors before the first look at the residual, enough for a tolerance of 1e-4
 _LATER = 120  # and before each further one: convergence per step grows with the length of a run

@@ -22,6 +22,7 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis, Lines
 from jaxconv_fc.cache import bounded_cache
+from jaxconv_fc.layout import by_group, from_canonical
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -467,14 +468,3 @@ def widened(array: jax.Array) -> jax.Array:
     """In the default floating dtype, the only one that matfree and lineax's LSMR compute in."""
     default = jnp.result_type(float)
     return array.astype(np.result_type(default, np.complex64) if jnp.iscomplexobj(array) else default)
-
-
-def by_group(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The kernel as (group, out channel, in channel, taps...)."""
-    kernel = jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)
-    return kernel.reshape(spec.groups, kernel.shape[0] // spec.groups, *kernel.shape[1:])
-
-
-def from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    """(positions..., batch groups, channels) in the caller's layout."""
-    return jnp.transpose(value, np.argsort(order).tolist())

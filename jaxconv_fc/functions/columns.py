@@ -1,4 +1,4 @@
-"""The matrix of a linear jaxpr: the columns of its matrix carried through the equations, all at once.
+"""The matrix of a linear jaxpr: the columns of its matrix propagate through the equations, all at once.
 
 What an equation makes of x is held in one of two forms. As long as entries of x are only moved, copied,
 dropped and scaled (padding, slicing, reshaping, concatenating, normalising) it is a *pick*: per entry the
@@ -26,11 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Literal
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
-from jaxconv_fc.jaxprs import CALLS, bind, inner_jaxprs, opened, operand_numbers
+from jaxconv_fc.functions.jaxprs import CALLS, Literal, eval_eqn, inner_jaxprs, open_jaxpr, operand_numbers
 from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
 
@@ -52,7 +51,7 @@ CHUNK_BYTES = 2**22  # on CPU, what one matrix product may write: it is read aga
 
 
 @dataclass(frozen=True)
-class Pick:
+class Selection:
     """``value[i] = weights[i] * x[labels[i] - 1]``, and 0 where the label is 0.
 
     ``labels`` None are those of the identity, up to a reshape; ``weights`` None are ones.
@@ -101,13 +100,15 @@ class Columns:
 # -- jaxprs ------------------------------------------------------------------------------------
 
 
-def carried(jaxpr: Any, arguments: Sequence[Any], finish: Sequence[Callable[[Any], Any] | None]) -> list[Any]:
-    """The results of a jaxpr that is linear in those arguments that are a Pick or Columns.
+def propagate(
+    jaxpr: Any, arguments: Sequence[Any], finish: Sequence[Callable[[Any], Any] | None]
+) -> list[Any]:
+    """The results of a jaxpr that is linear in those arguments that are a Selection or Columns.
 
     ``finish[i]`` is applied to result ``i`` as soon as it is there (None: it is not wanted, nor computed),
     and a value is dropped after its last use, so that no more columns are held than the function needs.
     """
-    inner, constants = opened(jaxpr)
+    inner, constants = open_jaxpr(jaxpr)
     wanted = [(i, v, f) for i, (v, f) in enumerate(zip(inner.outvars, finish, strict=True)) if f is not None]
     equations, last = _needed(inner.eqns, [v for _, v, _ in wanted])
     env: dict[Any, Any] = {}
@@ -150,15 +151,15 @@ def _equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
     linear = [v for v in values if _is_linear(v)]
     name = eqn.primitive.name
     if not linear:
-        return bind(eqn, values)
+        return eval_eqn(eqn, values)
     if name in CALLS:
         (inner,) = inner_jaxprs(eqn)
-        return carried(inner, values, [lambda v: v] * len(eqn.outvars))
+        return propagate(inner, values, [lambda v: v] * len(eqn.outvars))
     if name == "conv_product":
         made = _product(eqn, *values)
     elif name == "reduce_window_sum":
         made = _window_sum(eqn, values[0])
-    elif all(isinstance(v, Pick) for v in linear):
+    elif all(isinstance(v, Selection) for v in linear):
         made = _of_picks(eqn, values)
     else:
         made = None
@@ -166,7 +167,7 @@ def _equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 def _is_linear(value: Any) -> bool:
-    return isinstance(value, Pick | Columns)
+    return isinstance(value, Selection | Columns)
 
 
 def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -174,7 +175,7 @@ def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
     at = 0 if eqn.primitive.name in _BATCHED_FIRST else -1
     arrays = [jnp.moveaxis(v.columns(), -1, at) if _is_linear(v) else v for v in values]
     axes = [at if _is_linear(v) else None for v in values]
-    return list(map(Columns, jax.vmap(lambda *a: bind(eqn, a), axes, -1)(*arrays)))
+    return list(map(Columns, jax.vmap(lambda *a: eval_eqn(eqn, a), axes, -1)(*arrays)))
 
 
 # -- picks -------------------------------------------------------------------------------------
@@ -190,13 +191,13 @@ def _of_picks(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
     i = next(i for i, v in enumerate(values) if _is_linear(v))
     pick = values[i]
     if name == "neg":
-        return [Pick(pick.size, out.shape, out.dtype, pick.labels, -pick.weighted())]
+        return [Selection(pick.size, out.shape, out.dtype, pick.labels, -pick.weighted())]
     if name == "convert_element_type":
-        weights = None if pick.weights is None else bind(eqn, [pick.weights])[0]
-        return [Pick(pick.size, out.shape, out.dtype, pick.labels, weights)]
+        weights = None if pick.weights is None else eval_eqn(eqn, [pick.weights])[0]
+        return [Selection(pick.size, out.shape, out.dtype, pick.labels, weights)]
     if name in ("mul", "div") and pick.shape == out.shape:
-        (weights,) = bind(eqn, [pick.weighted() if j == i else v for j, v in enumerate(values)])
-        return [Pick(pick.size, out.shape, out.dtype, pick.labels, weights)]
+        (weights,) = eval_eqn(eqn, [pick.weighted() if j == i else v for j, v in enumerate(values)])
+        return [Selection(pick.size, out.shape, out.dtype, pick.labels, weights)]
     return None
 
 
@@ -212,16 +213,16 @@ def _moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
             v.numbered() if _is_linear(v) else jnp.zeros(jnp.shape(v), jnp.int32) if i in data else v
             for i, v in enumerate(values)
         ]
-        labels = bind(eqn, numbers)
+        labels = eval_eqn(eqn, numbers)
     weights: list[Any] = [None] * len(outs)
     if any(_is_linear(v) and v.weights is not None for v in values):
-        weights = bind(eqn, [v.weighted() if _is_linear(v) else v for v in values])
-    return [Pick(size, a.shape, a.dtype, n, w) for a, n, w in zip(outs, labels, weights, strict=True)]
+        weights = eval_eqn(eqn, [v.weighted() if _is_linear(v) else v for v in values])
+    return [Selection(size, a.shape, a.dtype, n, w) for a, n, w in zip(outs, labels, weights, strict=True)]
 
 
 def _dense_layer(eqn: Any, values: Sequence[Any]) -> Columns:
     """The columns of ``dot_general`` with a pick as one operand: rows of the other, put where it reads."""
-    i = 0 if isinstance(values[0], Pick) else 1
+    i = 0 if isinstance(values[0], Selection) else 1
     pick, other, out = values[i], values[1 - i], eqn.outvars[0].aval
     contract, batch = ((pair[i], pair[1 - i]) for pair in eqn.params["dimension_numbers"])
     labels, free = _batch_free_contract(pick.numbered(), batch[0], contract[0])
@@ -268,7 +269,7 @@ def _product(eqn: Any, a: Any, b: Any) -> list[Any] | None:
     if _is_linear(a) or params["out"] == "k" or any("k" in label for label in params["batches"]):
         return None
     out = eqn.outvars[0].aval.shape
-    if isinstance(b, Pick):
+    if isinstance(b, Selection):
         lead = (
             math.prod(b.shape) // math.prod(spec.out_shape if transposed else spec.in_shape)
             if math.prod(b.shape)
@@ -287,7 +288,7 @@ def _product(eqn: Any, a: Any, b: Any) -> list[Any] | None:
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 
-def _first_layer(spec: ConvSpec, kernel: Any, pick: Pick, count: int, transposed: bool) -> Any:
+def _first_layer(spec: ConvSpec, kernel: Any, pick: Selection, count: int, transposed: bool) -> Any:
     """``(examples, outputs, size)``: M, its columns moved to the entries of x that they read."""
     if count == 1 and pick.labels is None and pick.weights is None:
         matrix = as_matrix(spec, kernel)

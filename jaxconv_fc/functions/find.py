@@ -1,19 +1,11 @@
-"""Any JAX function: the convolutions it performs, and the same function run fully connected.
+"""The convolutions that a function performs.
 
 A function is traced to a jaxpr, whose equations name every convolution with its full geometry, whatever
-library wrote the layer. Reading the equations lists the convolutions (:func:`find_convs`); evaluating
-them with each convolution exchanged for a product with its matrix runs the network as a fully connected
-one (:func:`fully_connected`).
-
-Equations that hold other jaxprs (loops, branches, calls) are exchanged for the same equation around
-rewritten jaxprs. A custom derivative or batching rule is kept by one trick: transform the *original*
-call, which obeys its rule, and rewrite what that transformation computes.
+library wrote the layer.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,33 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
-from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.adjoint import kernel_matrix
-from jaxconv_fc.apply import product_p
-from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.jaxprs import (
+from jaxconv_fc.functions.jaxprs import (
     CALLS,
     Environment,
-    alone,
-    bind,
-    compiled,
+    JaxprEqn,
+    Var,
+    conv_general_dilated_p,
+    eval_eqn,
     inner_jaxprs,
-    opened,
+    open_jaxpr,
     scan_counts,
     trace,
 )
-from jaxconv_fc.sharding import as_on_one_device
-from jaxconv_fc.spec import ConvSpec, conv_spec, readable
+from jaxconv_fc.memory import readable
+from jaxconv_fc.products import product_p
+from jaxconv_fc.spec import ConvSpec, conv_spec
 
 _CONVOLUTIONS = (conv_general_dilated_p, product_p)
-
-
-# -- the convolutions of a function ------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +117,13 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
     """
     traced = trace(fn, args, kwargs)
     sites = ConvSites()
-    _Walk(sites)(traced.jaxpr, traced.arguments, "", 1, [False] * len(opened(traced.jaxpr)[0].outvars))
+    ConvFinder(sites)(
+        traced.jaxpr, traced.arguments, "", 1, [False] * len(open_jaxpr(traced.jaxpr)[0].outvars)
+    )
     return sites
 
 
-class _Walk:
+class ConvFinder:
     """Goes through a jaxpr in order, with the values that are known, and notes the convolutions.
 
     Computed is what a later convolution depends on, and nothing else.
@@ -161,16 +148,16 @@ class _Walk:
                 elif holds_conv(eqn):
                     self.inside(eqn, values, _nested(scope, eqn), times)
                 known = self.evaluate and any(use) and all(map(_is_known, values)) and not _is_mutable(eqn)
-                results = bind(eqn, values) if known else list(map(_abstract, eqn.outvars))
+                results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
             env.write(eqn.outvars, results)
         return env.read(env.outvars)
 
     def inside(self, eqn: JaxprEqn, values: Sequence[Any], scope: str, times: int | None) -> None:
         """The bodies of a loop, the branches of a condition."""
         for body, operands, count, evaluate in _bodies(eqn, values):
-            walk = self if evaluate else _Walk(self.sites, evaluate=False)
+            walk = self if evaluate else ConvFinder(self.sites, evaluate=False)
             repeated = None if times is None or count is None else times * count
-            walk(body, operands, scope, repeated, [False] * len(opened(body)[0].outvars))
+            walk(body, operands, scope, repeated, [False] * len(open_jaxpr(body)[0].outvars))
 
 
 def _needed(env: Environment, wanted: Sequence[bool]) -> set[Any]:
@@ -202,7 +189,7 @@ def _bodies(eqn: JaxprEqn, values: Sequence[Any]) -> Iterator[tuple[Any, list[An
         if name == "custom_linear_solve":  # the other jaxprs are there for its derivatives
             inner = [eqn.params["jaxprs"].solve]
         for body in inner:
-            operands = [_abstract(v) for v in opened(body)[0].invars]
+            operands = [_abstract(v) for v in open_jaxpr(body)[0].invars]
             if len(operands) == len(values):
                 pairs = zip(values, operands, strict=True)
                 operands = [v if np.shape(v) == shape.shape else shape for v, shape in pairs]
@@ -211,14 +198,14 @@ def _bodies(eqn: JaxprEqn, values: Sequence[Any]) -> Iterator[tuple[Any, list[An
 
 def _scan_operands(eqn: JaxprEqn, body: Any, values: Sequence[Any]) -> list[Any]:
     """Constants are known, a carry where the body hands it on, a slice of xs never."""
-    fixed, carried = scan_counts(eqn, body)
-    carry = _unchanged(body, values[: fixed + carried], fixed)
-    return [*values[:fixed], *carry, *map(_abstract, opened(body)[0].invars[fixed + carried :])]
+    fixed, propagate = scan_counts(eqn, body)
+    carry = _unchanged(body, values[: fixed + propagate], fixed)
+    return [*values[:fixed], *carry, *map(_abstract, open_jaxpr(body)[0].invars[fixed + propagate :])]
 
 
 def _unchanged(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
     """The carry of a loop after ``fixed`` constants, known where the body returns what it was given."""
-    inner = opened(body)[0]
+    inner = open_jaxpr(body)[0]
     carry = zip(inner.invars[fixed:], inner.outvars, values[fixed:], strict=False)
     return [value if before is after else _abstract(before) for before, after, value in carry]
 
@@ -291,210 +278,6 @@ def _bytes_of(site: ConvSite) -> tuple[int, int]:
     return sizes.dense, sizes.bcsr
 
 
-# -- the same function, fully connected --------------------------------------------------------
-
-
-def fully_connected(
-    fn: Callable[..., Any], *, builder: Callable[[ConvSpec, Any], Any] = as_matrix
-) -> Callable[..., Any]:
-    """The same function with every convolution done as a product ``M @ x``, the batch as columns.
-
-    Composes with jit, vmap and grad on either side. Gradients with respect to kernels flow through the
-    matrices. A custom derivative rule in ``fn`` is kept, and the convolutions in it are exchanged too.
-    Also exchanged are the products of this library, :func:`apply` and its derivatives.
-
-    Each matrix is built anew from its kernel whenever the function runs, so put ``jax.jit`` around it.
-
-    Args:
-      fn: any function of JAX arrays; models of flax, equinox, haiku or keras among them.
-      builder: ``builder(spec, kernel)`` returns what stands for M: anything with ``@`` and ``.T``. Dense
-        by default; :func:`as_bcoo` for a sparse one.
-
-    Returns:
-      A function of the same arguments and results.
-
-    Raises:
-      ValueError: from the builder when a dense M is beyond the memory limit.
-
-    >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
-    >>> layer = lambda x: jax.nn.relu(jax.lax.conv(x, jnp.ones((1, 1, 2)), (1,), "VALID") - 3)
-    >>> x = jnp.arange(5.0).reshape(1, 1, 5)
-    >>> print(layer(x), fc.fully_connected(layer)(x))
-    [[[0. 0. 2. 4.]]] [[[0. 0. 2. 4.]]]
-    >>> fc.find_convs(fc.fully_connected(layer), x)
-    no convolutions
-    """
-
-    @functools.wraps(fn, updated=())
-    def connected(*args: Any, **kwargs: Any) -> Any:
-        traced = trace(fn, args, kwargs)
-        return traced.rebuild(_Exchange(builder)(traced.jaxpr, traced.arguments))
-
-    return connected
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """Evaluates a jaxpr with every convolution exchanged for a product with the builder's matrix."""
-
-    builder: Callable[[ConvSpec, Any], Any]
-
-    def __call__(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-        env = Environment(jaxpr, arguments)
-        for eqn in env.equations:
-            values = env.read(eqn.invars)
-            if eqn.primitive is conv_general_dilated_p:
-                results = [self.convolution(eqn, *values)]
-            elif eqn.primitive is product_p:
-                results = [self.product(eqn, *values)]
-            elif holds_conv(eqn):
-                results = self.call(eqn, values)
-            else:
-                results = bind(eqn, values)
-            env.write(eqn.outvars, results)
-        return env.read(env.outvars)
-
-    def transformed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        return fully_connected(fn, builder=self.builder)
-
-    # -- products ------------------------------------------------------------------------------
-
-    def convolution(self, eqn: JaxprEqn, x: Any, kernel: Any) -> Any:
-        spec, precision = spec_of(eqn), eqn.params["precision"]
-        result: Any = eqn.outvars[0].aval
-
-        def compute(x: Any, kernel: Any) -> Any:
-            matrix = self.builder(spec, kernel.astype(result.dtype))
-            stack = examples(spec, x.astype(result.dtype))
-            y = _matmul(matrix, stack.reshape(stack.shape[0], spec.in_size).T, precision)
-            return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
-
-        return as_on_one_device(compute, result)(x, kernel)
-
-    def product(self, eqn: JaxprEqn, a: Any, b: Any) -> Any:
-        """A product of this library: its batch axes mapped over, and summed where the result has none."""
-        spec, out, precision = eqn.params["spec"], eqn.params["out"], eqn.params["precision"]
-
-        def compute(a: Any, b: Any) -> Any:
-            if out == "k":  # linear in the kernel: the matrix of that map is X
-                return _matmul(kernel_matrix(spec, a).T, b.ravel(), precision).reshape(spec.rhs_shape)
-            matrix = self.builder(spec, a)
-            if out == "x":
-                return _matmul(matrix.T, b.ravel(), precision).reshape(spec.in_shape)
-            return _matmul(matrix, b.ravel(), precision).reshape(spec.out_shape)
-
-        for label in reversed(eqn.params["batches"]):
-            axes = tuple(0 if role in label else None for role in {"y": "kx", "x": "ky", "k": "xy"}[out])
-            compute = _mapped(compute, axes, summed=out not in label)
-        return as_on_one_device(compute, eqn.outvars[0].aval)(a, b)
-
-    # -- calls that hold convolutions ----------------------------------------------------------
-
-    def call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        name = eqn.primitive.name
-        if name in ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"):
-            return getattr(self, name)(eqn, values)
-        if name in ("remat2", "checkpoint"):
-            keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-            return jax.checkpoint(lambda *a: self(inner_jaxprs(eqn)[0], a), **keep)(*values)
-        if name in CALLS:  # a boundary of compilation is none of evaluation
-            return self(inner_jaxprs(eqn)[0], values)
-        if name == "shard_map":
-            return self.shard_map(eqn, values)
-        if not _is_closed(self.builder):
-            return self.around(eqn, values)
-        # JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new here.
-        return compiled(_Around(self), alone(eqn), *values)
-
-    def around(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        """The same equation around rewritten jaxprs."""
-        return bind(eqn, values, {key: self.rewritten(value) for key, value in eqn.params.items()})
-
-    def rewritten(self, value: Any) -> Any:
-        """A parameter of an equation with the convolutions exchanged in every jaxpr it consists of."""
-        if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
-            parts = map(self.rewritten, value)
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        if not isinstance(value, ClosedJaxpr | Jaxpr):
-            return value
-        operands = [v.aval for v in opened(value)[0].invars]
-        return jax.make_jaxpr(lambda *a: self(value, a))(*operands)
-
-    def custom_jvp_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_jvp(call)
-        call.defjvp(self.transformed(lambda primals, tangents: jax.jvp(original, primals, tangents)))
-        return call(*operands)
-
-    def custom_vjp_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_vjp(call)
-        # The pullback is a pytree: its arrays are the residuals.
-        forward = self.transformed(lambda *a: jax.vjp(original, *a))
-        backward = self.transformed(lambda pullback, cotangents: pullback(cotangents))
-        call.defvjp(forward, backward)
-        return call(*operands)
-
-    def custom_vmap_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_batching.custom_vmap(call)
-
-        def rule(size: int, batched: Sequence[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
-            axes = [0 if b else None for b in batched]
-            results = self.transformed(jax.vmap(original, axes, axis_size=size))(*operands)
-            return results, [True] * len(results)
-
-        call.def_vmap(rule)
-        return call(*operands)
-
-    def primal(self, eqn: JaxprEqn, values: Sequence[Any]) -> tuple[Any, Any, Sequence[Any]]:
-        """(the function rewritten, the original with its rule, operands) of a call with a custom rule."""
-        count = eqn.params.get("num_consts", 0)  # the rule has no say over these
-        constants, operands = values[:count], values[count:]
-        return (
-            lambda *a: self(inner_jaxprs(eqn)[0], [*constants, *a]),
-            lambda *a: bind(eqn, [*constants, *a]),
-            operands,
-        )
-
-    def shard_map(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        mapped = jax.shard_map(
-            lambda *a: tuple(self(inner_jaxprs(eqn)[0], a)),
-            mesh=eqn.params["mesh"],
-            in_specs=tuple(eqn.params["in_specs"]),
-            out_specs=tuple(eqn.params["out_specs"]),
-            axis_names=set(eqn.params["newly_manual_axes"]),
-            check_vma=eqn.params["check_vma"],
-        )
-        return list(mapped(*values))
-
-
-def _is_closed(builder: Any) -> bool:
-    """Whether a function closes over nothing: what is compiled for it may be kept, and keeps no tracer."""
-    return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
-
-
-@dataclass(frozen=True)
-class _Around:
-    """The one equation of a jaxpr, around rewritten jaxprs."""
-
-    exchange: _Exchange
-
-    def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
-        return self.exchange.around(opened(jaxpr)[0].eqns[0], values)
-
-
-def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
-    if isinstance(matrix, jax.Array):
-        return jnp.matmul(matrix, columns, precision=precision)
-    return matrix @ columns
-
-
-def _mapped(compute: Callable[..., Any], axes: tuple[int | None, ...], summed: bool) -> Callable[..., Any]:
-    mapped = jax.vmap(compute, axes)
-    return (lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)) if summed else mapped
-
-
 # -- batches as examples -----------------------------------------------------------------------
 
 
@@ -506,22 +289,6 @@ def spec_of(eqn: JaxprEqn) -> ConvSpec:
     return conv_spec(lhs, rhs, *(eqn.params[name] for name in names))
 
 
-def examples(spec: ConvSpec, x: Any) -> Any:
-    """A batch of ``lhs_shape`` as a stack ``(examples, *in_shape)``; batch groups lie group-major."""
-    axis = spec.dimension_numbers.lhs_spec[0]
-    groups = spec.batch_group_count
-    count = x.shape[axis] // groups
-    if count != 1:
-        x = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
-        x = jnp.moveaxis(x, axis + 1, 0)
-    return x.reshape(count, *spec.in_shape)
-
-
-def batched_output(spec: ConvSpec, y: Any) -> Any:
-    """A stack ``(examples, *out_shape)`` with the batch where the convolution puts it."""
-    return jnp.moveaxis(y, 0, spec.dimension_numbers.out_spec[0])
-
-
 # -- where an equation is ---------------------------------------------------------------------
 
 
@@ -530,7 +297,7 @@ def holds_conv(eqn: JaxprEqn) -> bool:
     return any(
         inner.primitive in _CONVOLUTIONS or holds_conv(inner)
         for jaxpr in inner_jaxprs(eqn)
-        for inner in opened(jaxpr)[0].eqns
+        for inner in open_jaxpr(jaxpr)[0].eqns
     )
 
 

@@ -10,14 +10,10 @@ and each of these products, differentiated or transposed, is another of them. On
 all three, so every derivative of any order runs through the code of this file, and none through the
 convolutions that JAX would derive: those read out of bounds or abort on CPU when a padding turns
 negative, and are slow where a stride becomes an input dilation.
-
-What reaches ``lax.conv_general_dilated`` is always of the kind that is safe and fast everywhere:
-channels last, no input dilation (split into phases instead) and no negative padding (cropped before).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +27,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 
-from jaxconv_fc.axis import Axis, Phase
+from jaxconv_fc.correlation import correlate
+from jaxconv_fc.layout import inverse
 from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -92,14 +89,36 @@ def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = Non
     return _product("x", spec, *_operands(spec, "kernel", kernel, "y", y), precision=precision)
 
 
+def kernel_vjp(spec: ConvSpec, x: Any, y_bar: Any, *, precision: Any = None) -> jax.Array:
+    """``X(x)^T y_bar``: the gradient with respect to the kernel, itself a convolution.
+
+    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]``. The plain transpose for complex
+    numbers. Right where ``jax.vjp`` of lax on CPU is not, and not slowed down by groups. Per-example
+    gradients by ``jax.vmap``.
+
+    Args:
+      spec: the geometry.
+      x: array of shape ``spec.in_shape``.
+      y_bar: array of shape ``spec.out_shape`` and the dtype of x.
+      precision: as in :func:`apply`.
+
+    Returns:
+      Array of shape ``spec.rhs_shape``.
+
+    Raises:
+      TypeError: dtypes differ, or are bool.  ValueError: a shape is not the spec's.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> print(fc.kernel_vjp(spec, jnp.array([[1, 2, 3, 4]]), jnp.array([[1, 0, 10]])))
+    [[[31 42]]]
+    """
+    return _product("k", spec, *_operands(spec, "x", x, "y_bar", y_bar), precision=precision)
+
+
 def stacked_product(spec: ConvSpec, kernel: jax.Array, xs: jax.Array, precision: Any) -> jax.Array:
     """``M x`` of every x of a stack: what ``vmap`` makes of :func:`apply`."""
     return _product("y", spec, kernel, xs, precision=precision, batches=("xy",))
-
-
-def kernel_product(spec: ConvSpec, x: Any, y: Any, precision: Any) -> jax.Array:
-    """``X(x)^T y``, the third product; public as :func:`kernel_vjp`."""
-    return _product("k", spec, *_operands(spec, "x", x, "y_bar", y), precision=precision)
 
 
 def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple[jax.Array, jax.Array]:
@@ -127,10 +146,8 @@ def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple
 # The type of the result follows from those of the operands: it varies over the mesh axes over which they
 # do, and a dimension is partitioned as theirs of the same name is. `sharding` overrules the partition: a
 # cotangent has that of its operand.
-
-_OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
+OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
 _SHAPES = {"k": "rhs_shape", "x": "in_shape", "y": "out_shape"}
-
 product_p = Primitive("conv_product")
 
 
@@ -151,7 +168,7 @@ def _abstract(
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
     shape = (*(sizes[i] for i in _lead(batches, out)), *_role_shape(spec, out))
     if sharding is None:
-        operands = [(_labels(spec, batches, r), v) for r, v in zip(_OPERANDS[out], (a, b), strict=True)]
+        operands = [(_labels(spec, batches, r), v) for r, v in zip(OPERANDS[out], (a, b), strict=True)]
         sharding = result_sharding(_labels(spec, batches, out), shape, operands)
     return a.update(shape=shape, weak_type=False, sharding=sharding)
 
@@ -177,7 +194,7 @@ def _lead(batches: tuple[str, ...], role: str) -> list[int]:
 
 def _batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -> dict[int, int]:
     sizes: dict[int, int] = {}
-    for role, shape in zip(_OPERANDS[out], shapes, strict=True):
+    for role, shape in zip(OPERANDS[out], shapes, strict=True):
         sizes |= dict(zip(_lead(batches, role), shape, strict=False))
     return sizes
 
@@ -190,18 +207,18 @@ def _cotangent(
     operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, sharding: Any, **params: Any
 ) -> jax.Array:
     """The cotangent of one operand: the product that has this operand's role as its result."""
-    roles = _OPERANDS[out]
+    roles = OPERANDS[out]
     given = {out: ct, roles[1 - operand]: (a, b)[1 - operand]}
     wanted, aval = roles[operand], (a, b)[operand].aval
     sharding = None if aval.sharding.mesh.empty else aval.sharding
-    return _bind(*(given[role] for role in _OPERANDS[wanted]), out=wanted, sharding=sharding, **params)
+    return _bind(*(given[role] for role in OPERANDS[wanted]), out=wanted, sharding=sharding, **params)
 
 
 def _batched(
     args: Any, dims: Any, *, out: str, batches: tuple[str, ...], sharding: Any, **params: Any
 ) -> Any:
     fronted = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(args, dims, strict=True)]
-    roles = {out, *(role for role, d in zip(_OPERANDS[out], dims, strict=True) if d is not None)}
+    roles = {out, *(role for role, d in zip(OPERANDS[out], dims, strict=True) if d is not None)}
     label = "".join(role for role in "kxy" if role in roles)
     if sharding is not None:  # the new axis keeps the partition that it has
         fronts = [jax.typeof(v).sharding.spec[0] for v, d in zip(fronted, dims, strict=True) if d is not None]
@@ -226,7 +243,7 @@ def _evaluate(
     for axis in spec.axes:
         if axis.mode != "zeros":  # what it pads is an array, read through indices of 32 bits
             axis.check_held_by(np.int32)
-    roles = _OPERANDS[out]
+    roles = OPERANDS[out]
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
     stacked = _lead(batches, "k")
     shared = [i for i in range(len(batches)) if i not in stacked]
@@ -243,17 +260,20 @@ def _evaluate(
 
     compute = partial(_PRODUCTS[out], spec, precision)
     for i in reversed(stacked):
-        compute = _stack(compute, [0 if role in batches[i] else None for role in roles], out in batches[i])
+        compute = vmap_or_sum(
+            compute, [0 if role in batches[i] else None for role in roles], out in batches[i]
+        )
     result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
     result = result.reshape(*(sizes[i] for i in order(out)), *_role_shape(spec, out))
     lead = _lead(batches, out)
     return jnp.moveaxis(result, range(len(lead)), [lead.index(i) for i in order(out)])
 
 
-def _stack(
-    compute: Callable[..., jax.Array], in_axes: list[int | None], kept: bool
+def vmap_or_sum(
+    compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool
 ) -> Callable[..., jax.Array]:
-    mapped = jax.vmap(compute, in_axes)
+    """``compute`` over a batch axis of some operands, summed over where the result does not keep it."""
+    mapped = jax.vmap(compute, tuple(in_axes))
     # A sum of small integers is wide by default.
     return mapped if kept else lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)
 
@@ -281,7 +301,7 @@ batching.primitive_batchers[product_p] = _batched
 def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.inner for a in spec.axes]
     kernel = jnp.transpose(kernel, spec.kernel_order)
-    y = _correlate(axes, _read(spec, x), kernel, spec.groups, precision)
+    y = correlate(axes, _read(spec, x), kernel, spec.groups, precision)
     return _from_canonical(y, spec.out_order)
 
 
@@ -289,10 +309,10 @@ def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array)
     """Correlation with the kernel turned around, the copies in the padding folded back."""
     axes = [a.inner.transpose() for a in spec.axes]
     y = _to_canonical(y, spec.out_order)
-    return _unread(spec, _correlate(axes, y, turned_kernel(spec, kernel), spec.groups, precision))
+    return _unread(spec, correlate(axes, y, flipped_kernel(spec, kernel), spec.groups, precision))
 
 
-def turned_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """The canonical kernel of the transpose: taps reversed, channels exchanged within each group."""
     kernel = lax.rev(jnp.transpose(kernel, spec.kernel_order), range(len(spec.axes)))
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
@@ -311,8 +331,8 @@ def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array)
     x = jnp.moveaxis(x.reshape(*x.shape[:-1], spec.groups, spec.group_channels), (0, -1), (-1, 0))
     x = x.reshape(*x.shape[:-2], -1)
     y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)
-    kernel = _correlate(axes, x, y, spec.groups, precision)
-    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), _inverse(spec.kernel_order))
+    kernel = correlate(axes, x, y, spec.groups, precision)
+    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), inverse(spec.kernel_order))
 
 
 _PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}
@@ -322,12 +342,8 @@ def _to_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
     return jnp.transpose(value, (0, *(1 + i for i in order)))
 
 
-def _inverse(order: Sequence[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)
-
-
 def _from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    return jnp.transpose(value, (0, *(1 + i for i in _inverse(order))))
+    return jnp.transpose(value, (0, *(1 + i for i in inverse(order))))
 
 
 def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
@@ -350,106 +366,3 @@ def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
             x = folded.at[(slice(None),) * i + (source,)].add(x)
     canonical = [spec.in_shape[i] for i in spec.in_order]
     return _from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
-
-
-# -- correlation, reduced to what lax does well ------------------------------------------------
-
-
-def _correlate(
-    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
-) -> jax.Array:
-    """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
-
-    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.phases`). Residues with
-    the same relation differ only in their taps, so they are computed as more output channels.
-    """
-    dims, features = len(axes), rhs.shape[-1]
-    shape = (lhs.shape[0], *(a.out_size for a in axes), features)
-    if not lhs.size or not rhs.size or 0 in shape:
-        return jnp.zeros(shape, lhs.dtype)
-    phases = [axis.phases() for axis in axes]
-    families = [_families(p) for p in phases]
-
-    def block(choice: Sequence[list[int]]) -> jax.Array:
-        """(batch, positions..., out, residues...) of one family of residues per axis."""
-        inner = [phases[i][family[0]].axis for i, family in enumerate(choice)]
-        result = (shape[0], *(a.out_size for a in inner), features, *map(len, choice))
-        if not all(a.taps for a in inner):  # outputs that fall between all inputs
-            return jnp.zeros(result, lhs.dtype)
-        kernel = rhs
-        for i, family in enumerate(choice):
-            kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
-        kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)
-        return _window(inner, lhs, kernel, groups, precision).reshape(result)
-
-    def assemble(choice: tuple[list[int], ...]) -> jax.Array:
-        if len(choice) == dims:
-            return block(choice)
-        i = len(choice)
-        parts = [assemble((*choice, family)) for family in families[i]]
-        if len(parts) == 1:
-            return parts[0]
-        order = np.argsort(list(itertools.chain.from_iterable(families[i])))
-        return jnp.take(jnp.concatenate(parts, axis=2 + dims + i), order, axis=2 + dims + i)
-
-    y = assemble(())
-    beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
-    y = jnp.transpose(y, (0, *beside, 1 + dims))
-    y = y.reshape(shape[0], *(p[0].axis.out_size * len(p) for p in phases), features)
-    return y[(slice(None), *(slice(a.out_size) for a in axes))]
-
-
-def _families(phases: Sequence[Phase]) -> list[list[int]]:
-    """Residues grouped by equal relation."""
-    families: dict[Axis, list[int]] = {}
-    for c, phase in enumerate(phases):
-        families.setdefault(phase.axis, []).append(c)
-    return list(families.values())
-
-
-def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
-    return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
-
-
-def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
-    """Correlation without input dilation, for any dtype on any backend."""
-    pads = [(a.lo, a.hi) for a in axes]
-    integer = jnp.issubdtype(lhs.dtype, jnp.integer)
-    if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
-        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
-        pads = [(0, 0)] * len(axes)
-    if integer:
-        return _dot_of_windows(axes, lhs, rhs, groups)
-    d = len(axes)
-    last = (0, d + 1, *range(1, d + 1))
-    convolve = partial(
-        lax.conv_general_dilated,
-        window_strides=[a.stride for a in axes],
-        padding=pads,
-        rhs_dilation=[a.rhs_dilation for a in axes],
-        dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
-        feature_group_count=groups,
-        precision=precision,
-    )
-    return _complex(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
-
-
-def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
-    """Correlation of an already padded integer array: GPUs have integer products, not convolutions."""
-    d = len(axes)
-    for i, axis in enumerate(axes):
-        reads = lax.iota(jnp.int32, axis.out_size)[:, None] * axis.stride
-        reads = reads + lax.iota(jnp.int32, axis.taps)[None] * axis.rhs_dilation
-        lhs = jnp.take(lhs, reads, axis=1 + 2 * i, mode="clip")
-    windows = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
-    kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
-    contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
-    y = lax.dot_general(windows, kernel, (contracting, ([2 * d + 1], [d + 1])))
-    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
-
-
-def _complex(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """A complex convolution as three real ones (Gauss), as GPUs have no other."""
-    both = convolve(lhs.real + lhs.imag, rhs.real)
-    real = both - convolve(lhs.imag, rhs.real + rhs.imag)
-    return lax.complex(real, both + convolve(lhs.real, rhs.imag - rhs.real))

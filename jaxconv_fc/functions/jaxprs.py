@@ -1,4 +1,7 @@
-"""Jaxprs: tracing a function to one, going through it, evaluating one equation, comparing two of them."""
+"""Jaxprs: tracing a function to one, going through it, evaluating one equation, comparing two of them.
+
+The only file that knows JAX's classes of jaxprs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer, eval_jaxpr
+from jax.core import eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core.primitives import conv_general_dilated_p as conv_general_dilated_p
+
+from jaxconv_fc.sharding import is_traced
 
 # Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
 CALLS = frozenset({
@@ -67,7 +73,7 @@ class Environment:
     """The variables of one jaxpr under evaluation, and its equations in order."""
 
     def __init__(self, jaxpr: Any, arguments: Sequence[Any]):
-        inner, constants = opened(jaxpr)
+        inner, constants = open_jaxpr(jaxpr)
         self.outvars, self.equations = inner.outvars, inner.eqns
         self._values: dict[Any, Any] = {}
         self.write(inner.constvars, constants)
@@ -80,12 +86,12 @@ class Environment:
         self._values.update(zip(variables, values, strict=True))
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """``(jaxpr, constants)`` of a ClosedJaxpr, or of a Jaxpr (which has none, or is both in one)."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+def eval_eqn(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
     """The results of an equation for these operands, in the context (name, mesh, ...) it was traced in."""
     return list(eval_jaxpr(alone(eqn, params), (), *values))
 
@@ -95,7 +101,7 @@ def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
     operands: list[Any] = [Var(v.aval) for v in eqn.invars]
     results: list[Any] = [Var(v.aval) for v in eqn.outvars]
     eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
-    label = DebugInfo("bind", eqn.primitive.name, None, None)
+    label = DebugInfo("eval_eqn", eqn.primitive.name, None, None)
     return Jaxpr([], operands, results, [eqn], eqn.effects, label)
 
 
@@ -114,11 +120,11 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
 
 
 def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are carried.
+    """How many operands of a scan are constants, and how many are propagate.
 
     An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
     """
-    inner = opened(body)[0]
+    inner = open_jaxpr(body)[0]
     operands, results = (
         sum(_rank(a) == _rank(b) for a, b in zip(outside, inside, strict=True))
         for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
@@ -145,8 +151,8 @@ def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
     So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
     others (a parameter is not hashable, or a function) is gone through equation by equation.
     """
-    inner, constants = opened(jaxpr)
-    plain = not any(isinstance(v, Tracer) for v in (*constants, *arrays))
+    inner, constants = open_jaxpr(jaxpr)
+    plain = not any(is_traced(v) for v in (*constants, *arrays))
     try:
         hash(of)
         text = _comparable(inner, _RULES if plain else {})  # what is not traced is not differentiated
@@ -200,7 +206,7 @@ def _comparable(jaxpr: Jaxpr, without: Mapping[str, set[str]]) -> Any:
 def _value(value: Any, without: Mapping[str, set[str]]) -> Any:
     """A parameter of an equation."""
     if isinstance(value, ClosedJaxpr | Jaxpr):
-        inner, constants = opened(value)
+        inner, constants = open_jaxpr(value)
         if constants:
             raise _Incomparable
         return _comparable(inner, without)

@@ -1,16 +1,11 @@
-"""The matrix of a whole function: affine ones exactly, piecewise linear ones at a point.
+"""The linear jaxpr of a function: its tangent as a function of x, beside its value at a point.
 
-In two steps. The first goes through the jaxpr with pairs of a *tangent*, the linear part of a value as a
-function of x, and the value at the point (0 for an affine function: the offset). It refuses what is not
-affine, evaluates what does not depend on x, replaces every switch of a piecewise linear function by what
-it is at the point, unrolls loops, and leaves a jaxpr that is linear. The second carries the columns of the
-matrix through that jaxpr (:mod:`jaxconv_fc.columns`), or, where the output is smaller than the input,
-through its transpose.
+Each primitive has its rule in one table: what it makes of values that depend on x. A switch of a piecewise
+linear function becomes what it is at the point. Loops are unrolled.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,223 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from jaxconv_fc.apply import stacked_product
-from jaxconv_fc.columns import MOVES, Pick, carried, moved_by, window_axes
-from jaxconv_fc.jaxprs import (
+from jaxconv_fc.functions.columns import MOVES, moved_by, window_axes
+from jaxconv_fc.functions.connect import batched_output, examples
+from jaxconv_fc.functions.find import place_of, spec_of
+from jaxconv_fc.functions.jaxprs import (
     CALLS,
     WRITES,
     Environment,
-    bind,
-    compiled,
+    eval_eqn,
     inner_jaxprs,
-    opened,
+    open_jaxpr,
     operand_numbers,
     scan_counts,
-    trace,
 )
-from jaxconv_fc.numerics import least, nan_unless_finite
-from jaxconv_fc.sharding import broadcast, replicated, zeros
-from jaxconv_fc.spec import fits_in_memory
-from jaxconv_fc.tracing import batched_output, examples, place_of, spec_of
+from jaxconv_fc.products import stacked_product
+from jaxconv_fc.sharding import broadcast, is_traced, zeros
 
-_LAYERS = ("dot_general", "conv_product")
 _RELABELS = ("pvary", "relabel_varying_axes")  # the same value, said to vary over other devices
-
-
-class Local(NamedTuple):
-    """The affine map that a function is around a point: ``fn(z).ravel() == matrix @ z.ravel() + offset``
-    for every z closer to x than ``radius`` (in the 2-norm)."""
-
-    matrix: jax.Array
-    offset: jax.Array
-    radius: jax.Array
-
-
-def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
-    """``(A, b)`` with ``fn(x).ravel() == A @ x.ravel() + b`` for every x, of a function affine in x.
-
-    Convolutions, padding, slicing, reshaping, transposition, concatenation, addition, scaling, sums,
-    average pooling, dense layers, normalisation with fixed statistics: whatever is built of these, loops
-    of known length and custom derivatives included, is one matrix. A is composed from the equations of
-    the function and never probed, and does not depend on the values of x. Matrix products are done with
-    ``precision="highest"`` unless ``fn`` asks for another.
-
-    Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
-    Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that
-    differ from it in the arrays they close over alone.
-
-    Args:
-      fn: a function from one array to one array.
-      x: an array, or a ``jax.ShapeDtypeStruct``: only shape and dtype count.
-
-    Returns:
-      A of shape ``(out size, in size)`` and b of shape ``(out size,)``, in the dtype of the result.
-      Differentiable with respect to arrays that ``fn`` closes over, and jittable.
-
-    Raises:
-      ValueError: ``fn`` is not affine in x; the message names the primitive that broke it, and where. Or A
-        is beyond the memory limit.
-      TypeError: x or the result is not a single array.
-
-    >>> import jax.numpy as jnp, jaxconv_fc as fc
-    >>> def circular(x):  # pad, then VALID
-    ...     return jnp.convolve(jnp.pad(x, 1, mode="wrap"), jnp.array([1., 2., 3.]), "valid") + 5
-    >>> matrix, offset = fc.matrix_of(circular, jnp.zeros(4))
-    >>> print(matrix)
-    [[2. 1. 0. 3.]
-     [3. 2. 1. 0.]
-     [0. 3. 2. 1.]
-     [1. 0. 3. 2.]]
-    >>> print(offset)
-    [5. 5. 5. 5.]
-    """
-    with jax.default_matmul_precision("highest"):
-        jaxpr, x = _single(fn, x, "matrix_of")
-        return compiled(_matrix_and_offset, _linearized("matrix_of", jaxpr, x, None))
-
-
-def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the jaxpr from x to (tangent, offset)."""
-    x, out = linear.in_avals[0], linear.out_avals[0]
-    transposed = _transposed(linear, x, out) if _is_narrow(linear, x, out) else None
-    if transposed is None:
-        matrix, offset = carried(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
-        return matrix, offset
-    (offset,) = carried(linear, [None], [None, jnp.ravel])[1:]
-    (matrix,) = carried(transposed, [_identity(out)], [_matrix(out, x)])
-    return matrix.T, offset
-
-
-def _transposed(linear: Any, x: Any, out: Any) -> Any:
-    """The jaxpr of the transpose; None where JAX has none (of a scatter that may write a place twice)."""
-
-    def tangent(x: Any) -> Any:
-        return carried(linear, [x], [lambda y: y, None])[0]
-
-    try:
-        return jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
-    except NotImplementedError:
-        return None
-
-
-def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
-    """``(A, b, radius)`` with ``fn(z).ravel() == A @ z.ravel() + b`` wherever ``||z - x|| < radius``.
-
-    For piecewise linear networks: everything that :func:`matrix_of` takes, and ReLU, leaky ReLU, clipping,
-    absolute values, maxima, max pooling. Each of these switches where some ``z_i`` crosses 0, so with all
-    switches as at x the network is ``A = M_L D ... D_1 M_1``, and no switch turns nearer to x than
-    ``radius = min over i of |z_i| / ||dz_i/dx||`` up to rounding (docs/maths.md, section 13).
-    Further out it may, or may not matter.
-
-    Cost: that of ``fn`` for ``in size`` examples at once, the first layer free.
-
-    Args:
-      fn: a function from one array to one array.
-      x: the point, a real array.
-
-    Returns:
-      A named tuple ``(matrix, offset, radius)``: shapes ``(out size, in size)``, ``(out size,)``, ``()``.
-      The radius is 0 where x lies on a boundary, and infinite for an affine function. All three are NaN
-      where x or a value that decides a switch is. Jittable.
-
-    Raises:
-      ValueError: ``fn`` is not piecewise linear; the message names the primitive and where it is. Or A is
-        beyond the memory limit.
-      TypeError: x is not a single array of real floats, or the result not a single array.
-
-    >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
-    >>> local = fc.local_affine(lambda x: jax.nn.relu(2 * x - 1), jnp.array([0.0, 3.0]))
-    >>> print(local.matrix, local.offset, local.radius)
-    [[0. 0.]
-     [0. 2.]] [ 0. -1.] 0.5
-    """
-    with jax.default_matmul_precision("highest"):
-        jaxpr, shape = _single(fn, x, "local_affine")
-        if isinstance(x, jax.ShapeDtypeStruct) or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
-            )
-        x = replicated(jnp.asarray(x))
-        linear = _linearized("local_affine", jaxpr, shape, x)
-        return Local(*compiled(_around, linear, x))
-
-
-def _around(linear: Any, point: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``(matrix, offset, radius)`` of the jaxpr from x to (tangents, values)."""
-    x, out = linear.in_avals[0], linear.out_avals[0]
-    switches = len(linear.out_avals) // 2 - 1
-    finish = [_matrix(x, out), *[lambda z: z.norms()] * switches, *[lambda value: value] * (1 + switches)]
-    matrix, *norms = carried(linear, [_identity(x)], finish)
-    norms, (value, *differences) = norms[:switches], norms[switches:]
-    product = jnp.matmul(matrix, point.ravel().astype(matrix.dtype))
-    radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
-    radius = least(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
-    # A switch at NaN has no side: its radius is NaN, and the map is none.
-    unknown = jnp.isnan(radius)
-    return nan_unless_finite(
-        (matrix, value.ravel() - product, radius), point, jnp.where(unknown, radius, jnp.zeros_like(radius))
-    )
-
-
-def _nearest(values: Any, norms: Any) -> Any:
-    """How far from x the first of these values crosses 0, given the norms of their gradients."""
-    moving = norms != 0  # NaN too
-    distance = abs(values) / jnp.where(moving, norms, jnp.ones((), norms.dtype))
-    never = jnp.full(1, jnp.inf, distance.dtype)
-    return least(jnp.append(jnp.where(moving, distance, never[0]).ravel(), never))
-
-
-def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
-    """The jaxpr of a function of one array, and shape and dtype of the argument."""
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-        raise TypeError(
-            f"{name}: x must be one array, got {type(x).__name__}. Flatten a pytree with ravel_pytree."
-        )
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        x = jax.eval_shape(lambda: replicated(jnp.asarray(x)))  # with what its type says of devices
-    jaxpr = trace(fn, (x,), {}).jaxpr
-    outs = opened(jaxpr)[0].outvars
-    if len(outs) != 1:
-        raise TypeError(
-            f"{name}: fn must return one array, got {len(outs)}. Return one of them, or ravel_pytree(...)[0]."
-        )
-    out = jax.ShapeDtypeStruct(outs[0].aval.shape, outs[0].aval.dtype)
-    sizes = math.prod(out.shape), math.prod(x.shape)
-    nbytes = math.prod(sizes) * out.dtype.itemsize
-    if not fits_in_memory(nbytes):
-        raise ValueError(
-            f"{name}: the matrix is {sizes[0]:,} x {sizes[1]:,} {out.dtype} = {nbytes:,} bytes dense. "
-            f"Use find_convs and as_bcoo layer by layer, or jaxconv_fc.memory_limit({nbytes})."
-        )
-    return jaxpr, x
-
-
-def _is_narrow(linear: Any, x: Any, out: Any) -> bool:
-    """Whether the transpose has fewer columns to carry; the first layer costs nothing in either direction."""
-    layers = sum(eqn.primitive.name in _LAYERS for eqn in opened(linear)[0].eqns)
-    small = math.prod(out.shape) < math.prod(x.shape)
-    return small and layers > 1 and x.dtype == out.dtype and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _identity(x: Any) -> Pick:
-    return Pick(math.prod(x.shape), x.shape, x.dtype)
-
-
-def _matrix(x: Any, out: Any) -> Callable[[Any], jax.Array]:
-    """The matrix of a linear result; a constant one has the matrix 0."""
-    shape = (math.prod(out.shape), math.prod(x.shape))
-
-    def finish(result: Any) -> jax.Array:
-        if not hasattr(result, "columns"):
-            return jnp.zeros(shape, out.dtype)
-        return result.columns().reshape(shape).astype(out.dtype)
-
-    return finish
-
-
-# -- the linear jaxpr --------------------------------------------------------------------------
 
 
 class Value(NamedTuple):
@@ -247,23 +43,23 @@ class Value(NamedTuple):
     value: Any
 
 
-class Broken(NamedTuple):
+class NotAffine(NamedTuple):
     """A value that is not affine in x, and why; of no consequence unless the result needs it."""
 
     reason: str
 
 
-def _linearized(name: str, jaxpr: Any, x: Any, point: Any) -> Any:
+def linearized(name: str, jaxpr: Any, x: Any, point: Any) -> Any:
     """The jaxpr from x to (tangents, values): those of the result, then those of the switches.
 
     ``point`` None: the function must be affine, and the values are those at 0.
     """
-    aval = opened(jaxpr)[0].outvars[0].aval
+    aval = open_jaxpr(jaxpr)[0].outvars[0].aval
 
     def staged(tangent: Any) -> tuple[list[Any], list[Any]]:
-        walk = _Walk(name, x, local=point is not None)
+        walk = Linearizer(name, x, local=point is not None)
         (result,) = walk.run(jaxpr, [Value(tangent, point)])
-        if isinstance(result, Broken):
+        if isinstance(result, NotAffine):
             raise ValueError(result.reason)
         if not isinstance(result, Value):
             result = Value(zeros(aval), result)
@@ -275,7 +71,7 @@ def _linearized(name: str, jaxpr: Any, x: Any, point: Any) -> Any:
     return jax.make_jaxpr(staged)(x)
 
 
-class _Walk:
+class Linearizer:
     """Goes through a jaxpr with values that depend on x, and values that do not."""
 
     def __init__(self, name: str, x: Any, *, local: bool):
@@ -293,18 +89,18 @@ class _Walk:
 
     def equation(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         name = eqn.primitive.name
-        if not any(isinstance(v, Value | Broken) for v in values):
-            return _known(bind, eqn, values)
+        if not any(isinstance(v, Value | NotAffine) for v in values):
+            return _known(eval_eqn, eqn, values)
         if name in _STATEMENTS:
             return _STATEMENTS[name](self, eqn, values)
-        broken = next((v for v in values if isinstance(v, Broken)), None)
+        broken = next((v for v in values if isinstance(v, NotAffine)), None)
         if broken is not None:
             return [broken] * len(eqn.outvars)
-        rule = self.rules.get(name, _Walk.broken)
+        rule = self.rules.get(name, Linearizer.broken)
         return rule(self, eqn, values)
 
     def broken(self, eqn: Any, values: Sequence[Any] = (), because: str = "") -> list[Any]:
-        return [Broken(self.reason(eqn, because))] * len(eqn.outvars)
+        return [NotAffine(self.reason(eqn, because))] * len(eqn.outvars)
 
     def reason(self, eqn: Any, because: str = "") -> str:
         name, kind = eqn.primitive.name, "piecewise linear" if self.local else "affine"
@@ -330,10 +126,10 @@ class _Walk:
         tangent = self.unchanged(eqn, values)
         if tangent is None:
             operands = [_tangent(v, a.aval) if i in data else v for i, (v, a) in _numbered(values, eqn)]
-            tangents = bind(eqn, operands)
+            tangents = eval_eqn(eqn, operands)
         else:
             tangents = [tangent]
-        return self.paired(bind, eqn, values, data, tangents, rule.results)
+        return self.paired(eval_eqn, eqn, values, data, tangents, rule.results)
 
     def paired(
         self, compute: Callable[..., Any], eqn: Any, values: Sequence[Any], data: Sequence[int],
@@ -391,10 +187,10 @@ class _Walk:
         """Linear in the operand; what is filled in for an index out of range is an offset."""
         without = eqn.replace(params=eqn.params | {"fill_value": 0})
         (result,) = self.linear(without, values, Linear((0,)))
-        if isinstance(result, Broken) or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        if isinstance(result, NotAffine) or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
             return [result]
         if result.value is not None:
-            return [Value(result.tangent, *_known(bind, eqn, list(map(_at_point, values))))]
+            return [Value(result.tangent, *_known(eval_eqn, eqn, list(map(_at_point, values))))]
         (filled,) = _known(_filled, eqn, values)
         nothing = _is_concrete(filled) and not np.any(np.asarray(filled))
         return [Value(result.tangent, None if nothing else filled)]
@@ -456,16 +252,16 @@ class _Walk:
     def scan(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """A loop of known length, unrolled."""
         (body,) = inner_jaxprs(eqn)
-        fixed, carried = scan_counts(eqn, body)
-        carry, xs = list(values[fixed : fixed + carried]), values[fixed + carried :]
-        outs = [v.aval for v in opened(body)[0].outvars[carried:]]
+        fixed, propagate = scan_counts(eqn, body)
+        carry, xs = list(values[fixed : fixed + propagate]), values[fixed + propagate :]
+        outs = [v.aval for v in open_jaxpr(body)[0].outvars[propagate:]]
         steps = range(eqn.params["length"])
         rows: list[Any] = [None] * len(steps)
         for i in reversed(steps) if eqn.params["reverse"] else steps:
             results = self.run(body, [*values[:fixed], *carry, *(_entry(v, i) for v in xs)])
-            carry, rows[i] = results[:carried], results[carried:]
+            carry, rows[i] = results[:propagate], results[propagate:]
         if not rows:
-            return [*carry, *(zeros(v.aval) for v in eqn.outvars[carried:])]
+            return [*carry, *(zeros(v.aval) for v in eqn.outvars[propagate:])]
         return [
             *carry,
             *(_stacked(column, aval) for column, aval in zip(zip(*rows, strict=True), outs, strict=True)),
@@ -494,11 +290,11 @@ class _Walk:
 
     def compared(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         self.switches.append(_difference(eqn, values))
-        return _known(bind, eqn, list(map(_at_point, values)))
+        return _known(eval_eqn, eqn, list(map(_at_point, values)))
 
     def signed(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         self.switches.append(values[0])
-        return _known(bind, eqn, [values[0].value])
+        return _known(eval_eqn, eqn, [values[0].value])
 
     def absolute(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         (result,) = self.signed(eqn, values)
@@ -511,7 +307,7 @@ class _Walk:
         first = difference.value >= 0 if eqn.primitive.name == "max" else difference.value <= 0
         out = eqn.outvars[0].aval
         a, b = (broadcast(_tangent(v, u.aval), out) for _, (v, u) in _numbered(values, eqn))
-        return [Value(lax.select(first, a, b), *_known(bind, eqn, list(map(_at_point, values))))]
+        return [Value(lax.select(first, a, b), *_known(eval_eqn, eqn, list(map(_at_point, values))))]
 
     def clamped(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         low, x, high = values
@@ -520,7 +316,7 @@ class _Walk:
         self.switches += [Value(x.tangent, x.value - low), Value(x.tangent, x.value - high)]
         inside = (x.value >= low) & (x.value <= high)
         tangent = lax.select(inside, x.tangent, jnp.zeros_like(x.tangent))
-        return [Value(tangent, *_known(bind, eqn, [low, x.value, high]))]
+        return [Value(tangent, *_known(eval_eqn, eqn, [low, x.value, high]))]
 
     def extreme(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """The largest or smallest of the candidates of every result; each other one is a switch."""
@@ -536,7 +332,7 @@ class _Walk:
 
         (tangent, rates), (_, gaps) = behind(tangents), behind(candidates)
         self.switches.append(Value(rates, gaps))
-        result = _known(bind, eqn, [x.value])
+        result = _known(eval_eqn, eqn, [x.value])
         return result if name.startswith("arg") else [Value(tangent, *result)]
 
 
@@ -560,7 +356,7 @@ class Linear(NamedTuple):
     data: slice | tuple[int, ...]
     results: int | None = None  # so many results depend on them, the rest is known; None: all
 
-    def __call__(self, walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def __call__(self, walk: Linearizer, eqn: Any, values: Sequence[Any]) -> list[Any]:
         return walk.linear(eqn, values, self)
 
 
@@ -569,9 +365,9 @@ class Bilinear(NamedTuple):
 
     factors: tuple[int, int] = (0, 1)
     results: int | None = None
-    compute: Callable[..., list[Any]] = bind
+    compute: Callable[..., list[Any]] = eval_eqn
 
-    def __call__(self, walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def __call__(self, walk: Linearizer, eqn: Any, values: Sequence[Any]) -> list[Any]:
         return walk.bilinear(eqn, values, self)
 
 
@@ -583,14 +379,14 @@ def _convolve(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [batched_output(spec, stack)]
 
 
-def _same(walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _same(walk: Linearizer, eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(values)
 
 
 def _of_real(rule: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """A switch turns where a *real* value crosses 0."""
 
-    def of_real(walk: _Walk, eqn: Any, values: Sequence[Any]) -> list[Any]:
+    def of_real(walk: Linearizer, eqn: Any, values: Sequence[Any]) -> list[Any]:
         if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in eqn.invars):
             return walk.broken(eqn, because=" of complex values")
         return rule(walk, eqn, values)
@@ -600,17 +396,16 @@ def _of_real(rule: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 # Rules that take whatever operands there are, refused ones too: inside, these may be of no consequence.
 _STATEMENTS: dict[str, Callable[..., list[Any]]] = {
-    **dict.fromkeys((*CALLS, "linear_call", "composite", "xla_metadata_call"), _Walk.call),
-    "custom_linear_solve": _Walk.solve,
-    "scan": _Walk.scan,
-    "while": _Walk.while_loop,
-    "cond": _Walk.cond,
-    **dict.fromkeys(WRITES, _Walk.write),
+    **dict.fromkeys((*CALLS, "linear_call", "composite", "xla_metadata_call"), Linearizer.call),
+    "custom_linear_solve": Linearizer.solve,
+    "scan": Linearizer.scan,
+    "while": Linearizer.while_loop,
+    "cond": Linearizer.cond,
+    **dict.fromkeys(WRITES, Linearizer.write),
 }
-
 _AFFINE: dict[str, Callable[..., list[Any]]] = {
     **{name: Linear(data) for name, data in MOVES.items()},
-    "gather": _Walk.gathered,
+    "gather": Linearizer.gathered,
     # The matrix is that of the values, whatever their derivative.
     **dict.fromkeys(("stop_gradient", "name", "xla_metadata_value"), _same),
     # sums
@@ -619,18 +414,18 @@ _AFFINE: dict[str, Callable[..., list[Any]]] = {
     **dict.fromkeys(("scatter-add", "scatter-sub"), Linear((0, 2))),
     "select_and_scatter_add": Linear((0,)),
     "select_and_gather_add": Linear((0,)),
-    "psum": _Walk.summed_over_positions,
+    "psum": Linearizer.summed_over_positions,
     # where an array lies
     **dict.fromkeys(("device_put", "sharding_constraint", "layout_constraint"), Linear(slice(None))),
     # dtypes and complex numbers
-    "convert_element_type": _Walk.converted,
-    **dict.fromkeys(("real", "imag", "conj", "complex"), _Walk.of_parts),
-    "fft": _Walk.transformed,
+    "convert_element_type": Linearizer.converted,
+    **dict.fromkeys(("real", "imag", "conj", "complex"), Linearizer.of_parts),
+    "fft": Linearizer.transformed,
     # products
     "mul": Bilinear(),
-    "div": _Walk.divided,
-    "integer_pow": _Walk.power,
-    "pow": _Walk.power,
+    "div": Linearizer.divided,
+    "integer_pow": Linearizer.power,
+    "pow": Linearizer.power,
     "polynomial": Linear(slice(1, None)),  # in its coefficients
     "scatter-mul": Linear((0,)),
     "dot_general": Bilinear(),
@@ -651,18 +446,17 @@ _AFFINE: dict[str, Callable[..., list[Any]]] = {
     "bcoo_dot_general_sampled": Bilinear((0, 1)),
     "bcoo_spdot_general": Bilinear((0, 2), results=1),
 }
-
 _SWITCHES: dict[str, Callable[..., list[Any]]] = {
     name: _of_real(rule)
     for name, rule in {
-        **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), _Walk.compared),
-        **dict.fromkeys(("max", "min"), _Walk.larger),
-        "abs": _Walk.absolute,
-        "sign": _Walk.signed,
-        "clamp": _Walk.clamped,
+        **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), Linearizer.compared),
+        **dict.fromkeys(("max", "min"), Linearizer.larger),
+        "abs": Linearizer.absolute,
+        "sign": Linearizer.signed,
+        "clamp": Linearizer.clamped,
         **dict.fromkeys(
             ("reduce_max", "reduce_min", "argmax", "argmin", "reduce_window_max", "reduce_window_min"),
-            _Walk.extreme,
+            Linearizer.extreme,
         ),
     }.items()
 }
@@ -700,6 +494,7 @@ _BENDS: dict[str, str] = dict.fromkeys(
     "is piecewise linear, and its pieces have no rule here",
 )  # fmt: skip
 
+
 # -- operands ----------------------------------------------------------------------------------
 
 
@@ -713,7 +508,7 @@ def _known(compute: Callable[..., list[Any]], eqn: Any, values: Sequence[Any]) -
 
 def _filled(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """What a gather makes of zeros: 0, and what it fills in."""
-    return bind(eqn, [zeros(eqn.invars[0].aval), values[1]])
+    return eval_eqn(eqn, [zeros(eqn.invars[0].aval), values[1]])
 
 
 def _difference(eqn: Any, values: Sequence[Any]) -> Value:
@@ -730,12 +525,12 @@ def _entry(v: Any, i: int) -> Any:
     """One slice of what a loop runs over."""
     if isinstance(v, Value):
         return Value(v.tangent[i], None if v.value is None else v.value[i])
-    return v if isinstance(v, Broken) else v[i]
+    return v if isinstance(v, NotAffine) else v[i]
 
 
 def _stacked(values: Sequence[Any], aval: Any) -> Any:
     """The slices that a loop has made, put together."""
-    broken = next((v for v in values if isinstance(v, Broken)), None)
+    broken = next((v for v in values if isinstance(v, NotAffine)), None)
     if broken is not None:
         return broken
     known = None if all(map(_is_zero, values)) else jnp.stack([_at_point(v, aval) for v in values])
@@ -766,4 +561,4 @@ def _is_zero(value: Any) -> bool:
 
 
 def _is_concrete(value: Any) -> bool:
-    return not isinstance(value, Value | Broken | Tracer)
+    return not isinstance(value, Value | NotAffine) and not is_traced(value)

@@ -1,0 +1,117 @@
+"""From axes to calls of lax: correlation of any geometry, reduced to what lax does well.
+
+What reaches ``lax.conv_general_dilated`` is always of the kind that is safe and fast everywhere: channels
+last, no input dilation (split into phases instead) and no negative padding (cropped before).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Axis, Phase
+
+
+def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
+    """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
+
+    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.phases`). Residues with
+    the same relation differ only in their taps, so they are computed as more output channels.
+    """
+    dims, features = len(axes), rhs.shape[-1]
+    shape = (lhs.shape[0], *(a.out_size for a in axes), features)
+    if not lhs.size or not rhs.size or 0 in shape:
+        return jnp.zeros(shape, lhs.dtype)
+    phases = [axis.phases() for axis in axes]
+    families = [_families(p) for p in phases]
+
+    def block(choice: Sequence[list[int]]) -> jax.Array:
+        """(batch, positions..., out, residues...) of one family of residues per axis."""
+        inner = [phases[i][family[0]].axis for i, family in enumerate(choice)]
+        result = (shape[0], *(a.out_size for a in inner), features, *map(len, choice))
+        if not all(a.taps for a in inner):  # outputs that fall between all inputs
+            return jnp.zeros(result, lhs.dtype)
+        kernel = rhs
+        for i, family in enumerate(choice):
+            kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
+        kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)
+        return _window(inner, lhs, kernel, groups, precision).reshape(result)
+
+    def assemble(choice: tuple[list[int], ...]) -> jax.Array:
+        if len(choice) == dims:
+            return block(choice)
+        i = len(choice)
+        parts = [assemble((*choice, family)) for family in families[i]]
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort(list(itertools.chain.from_iterable(families[i])))
+        return jnp.take(jnp.concatenate(parts, axis=2 + dims + i), order, axis=2 + dims + i)
+
+    y = assemble(())
+    beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
+    y = jnp.transpose(y, (0, *beside, 1 + dims))
+    y = y.reshape(shape[0], *(p[0].axis.out_size * len(p) for p in phases), features)
+    return y[(slice(None), *(slice(a.out_size) for a in axes))]
+
+
+def _families(phases: Sequence[Phase]) -> list[list[int]]:
+    """Residues grouped by equal relation."""
+    families: dict[Axis, list[int]] = {}
+    for c, phase in enumerate(phases):
+        families.setdefault(phase.axis, []).append(c)
+    return list(families.values())
+
+
+def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
+    return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
+
+
+def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
+    """Correlation without input dilation, for any dtype on any backend."""
+    pads = [(a.lo, a.hi) for a in axes]
+    integer = jnp.issubdtype(lhs.dtype, jnp.integer)
+    if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
+        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
+        pads = [(0, 0)] * len(axes)
+    if integer:
+        return _dot_of_windows(axes, lhs, rhs, groups)
+    d = len(axes)
+    last = (0, d + 1, *range(1, d + 1))
+    convolve = partial(
+        lax.conv_general_dilated,
+        window_strides=[a.stride for a in axes],
+        padding=pads,
+        rhs_dilation=[a.rhs_dilation for a in axes],
+        dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
+        feature_group_count=groups,
+        precision=precision,
+    )
+    return _complex(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
+    """Correlation of an already padded integer array: GPUs have integer products, not convolutions."""
+    d = len(axes)
+    for i, axis in enumerate(axes):
+        reads = lax.iota(jnp.int32, axis.out_size)[:, None] * axis.stride
+        reads = reads + lax.iota(jnp.int32, axis.taps)[None] * axis.rhs_dilation
+        lhs = jnp.take(lhs, reads, axis=1 + 2 * i, mode="clip")
+    windows = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
+    kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
+    contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
+    y = lax.dot_general(windows, kernel, (contracting, ([2 * d + 1], [d + 1])))
+    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
+
+
+def _complex(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """A complex convolution as three real ones (Gauss), as GPUs have no other."""
+    both = convolve(lhs.real + lhs.imag, rhs.real)
+    real = both - convolve(lhs.imag, rhs.real + rhs.imag)
+    return lax.complex(real, both + convolve(lhs.real, rhs.imag - rhs.real))

@@ -1,0 +1,1 @@
+"""Any JAX function: its convolutions, and its matrix."""

@@ -1,0 +1,1 @@
+"""The matrix of a convolution without its zeros."""
