@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import ShapedArray
 
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
@@ -24,6 +23,7 @@ from jaxconv_fc.functions.jaxprs import (
     conv_general_dilated_p,
     eval_eqn,
     inner_jaxprs,
+    is_mutable,
     open_jaxpr,
     scan_counts,
     trace,
@@ -147,7 +147,7 @@ class ConvFinder:
                     self.sites.append(_site(eqn, values, place_of(eqn, scope), times))
                 elif holds_conv(eqn):
                     self.inside(eqn, values, _nested(scope, eqn), times)
-                known = self.evaluate and any(use) and all(map(_is_known, values)) and not _is_mutable(eqn)
+                known = self.evaluate and any(use) and all(map(_is_known, values)) and not is_mutable(eqn)
                 results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
             env.write(eqn.outvars, results)
         return env.read(env.outvars)
@@ -221,11 +221,6 @@ def _site(eqn: JaxprEqn, values: Sequence[Any], name: str, times: int | None) ->
     if out == "x":
         return ConvSite(spec, a, None, name, times, "M^T y", b)
     return ConvSite(spec, None, a, name, times, "X^T y", b)
-
-
-def _is_mutable(eqn: JaxprEqn) -> bool:
-    """Whether an equation makes, reads or writes a mutable array, whose value depends on what ran before."""
-    return not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars))
 
 
 def _is_known(value: Any) -> bool:

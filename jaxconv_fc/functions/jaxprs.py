@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.core import eval_jaxpr
+from jax.core import ShapedArray, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import conv_general_dilated_p as conv_general_dilated_p
 
@@ -117,6 +117,11 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
         parts = value if isinstance(value, tuple | list) else (value,)
         found += [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
     return found
+
+
+def is_mutable(eqn: JaxprEqn) -> bool:
+    """Whether an equation makes, reads or writes a mutable array, whose value depends on what ran before."""
+    return not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars))
 
 
 def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
