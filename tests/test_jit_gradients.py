@@ -2,7 +2,7 @@
 
 The rest of the suite compiles without the optimiser, where a value computed twice is the same twice.
 
-JAXCONV_FC_KERNELS=50   how many random kernels
+JAXCONV_FC_KERNELS=50   how many random kernels; from 10 on, in double precision and for costly programs too
 """
 
 import os
@@ -16,7 +16,8 @@ from jax import lax
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = int(os.environ.get("JAXCONV_FC_KERNELS", "3"))
+COUNT = int(os.environ.get("JAXCONV_FC_KERNELS", "2"))
+DTYPES = ["float32", "float64"] if COUNT >= 10 else ["float32"]
 OPTIMISED = {"xla_backend_optimization_level": 3}
 SPEC = fc.conv_spec((1, 2, 4, 4), (2, 2, 3, 3), (1, 1), "SAME")
 GROUPED = fc.conv_spec((1, 4, 5), (4, 2, 3), (1,), "SAME", feature_group_count=2)
@@ -75,8 +76,11 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+COSTLY = {"upper bound", "upper bound of groups", "upper bound, circular", "lstsq"} if COUNT < 10 else set()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in COSTLY])
 def test_jit_changes_no_gradient(name, dtype):
     """That of the upper bound was about 0 for a third of all kernels."""
     spec, function = FUNCTIONS[name]
@@ -85,7 +89,6 @@ def test_jit_changes_no_gradient(name, dtype):
         values = function(kernel)
         return jnp.sum(values * jnp.cos(jnp.arange(values.size, dtype=values.dtype)).reshape(values.shape))
 
-    slope = jax.jit(jax.grad(loss), compiler_options=OPTIMISED)
     both = jax.jit(jax.value_and_grad(loss), compiler_options=OPTIMISED)
     for number in range(COUNT):
         kernel = np.random.default_rng([number, 21]).standard_normal(spec.rhs_shape)
@@ -94,6 +97,17 @@ def test_jit_changes_no_gradient(name, dtype):
         eager = np.asarray(jax.grad(loss)(kernel))
         tolerance = 2e-3 if dtype == "float32" else 1e-7
         close = np.abs(eager).max() * tolerance
-        np.testing.assert_allclose(slope(kernel), eager, rtol=0, atol=close, err_msg=f"kernel {number}")
-        np.testing.assert_allclose(both(kernel)[1], eager, rtol=0, atol=close, err_msg=f"kernel {number}")
-        np.testing.assert_allclose(both(kernel)[0], loss(kernel), rtol=1e-4, atol=close)
+        value, jitted = both(kernel)
+        np.testing.assert_allclose(jitted, eager, rtol=0, atol=close, err_msg=f"kernel {number}")
+        np.testing.assert_allclose(value, loss(kernel), rtol=1e-4, atol=close)
+
+
+def test_jit_keeps_the_gradient_of_the_upper_bound():
+    """Of 20 kernels a third had lost it, in the plain gradient and beside the value, in both precisions."""
+    function = FUNCTIONS["upper bound"][1]
+    kernels = np.random.default_rng(3).standard_normal((20, *SPEC.rhs_shape))
+    for dtype, tolerance in (("float32", 1e-3), ("float64", 1e-9)):
+        slope = jax.jit(jax.grad(function), compiler_options=OPTIMISED)
+        unoptimised = jax.jit(jax.grad(function))
+        for kernel in kernels.astype(dtype):
+            np.testing.assert_allclose(slope(kernel), unoptimised(kernel), rtol=0, atol=tolerance)

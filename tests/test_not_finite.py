@@ -18,8 +18,9 @@ PLAIN = fc.conv_spec((1, 2, 4), (2, 2, 3), (1,), "SAME")
 
 
 def network(kernel):
-    ones = jnp.ones(4, kernel.dtype)
-    return lambda x: jax.nn.relu(lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]) @ ones
+    return lambda x: (
+        jax.nn.relu(lax.conv_general_dilated(x[None], kernel, (1,), "SAME")[0]) @ jnp.ones(4, kernel.dtype)
+    )
 
 
 def linear(kernel):
