@@ -273,7 +273,7 @@ def test_bounds_of_adversarial_kernels(run_seed, number):
 
 
 def test_bounds_where_taps_that_meet_cancel():
-    """The rounding of a product is that of the taps, not of what is left of them: the lower bound was above."""
+    """The rounding of a product is that of the taps, not of what is left: the lower bound was above."""
     shapes = (2, 1, 1, 1, 4), (1, 2, 3, 1, 2), (1, 3, 3), [(0, 1), (4, 3), (4, 2)]
     numbers = ("HCDWN", "HOWID", "NDHCW")
     spec = fc.conv_spec(*shapes, None, (1, 3, 3), numbers, 1, 2, padding_mode="edge")
