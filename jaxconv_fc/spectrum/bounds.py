@@ -89,7 +89,7 @@ def _lower(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     value = largest_triplet(Search(spec, 1e-4, 20), kernel).value
     lengths = sum(one_group(spec).out_shape) + sum(one_group(spec).in_shape) + 16
     product = 2 * (math.prod(a.taps for a in spec.axes) * spec.group_channels + 2)
-    slack = product * unit * _hoelder(spec, kernel)
+    slack = product * unit * _hoelder(spec, jnp.abs(kernel))  # taps that meet may cancel, their rounding not
     return jnp.maximum(value * (1 - lengths * unit) - slack, jnp.zeros_like(value))
 
 
@@ -101,10 +101,11 @@ def _upper(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """``sqrt(||M||_1 ||M||_inf)``, rounded up."""
+    """``sqrt(||M||_1 ||M||_inf)``, rounded up: by the sums without cancellation, of absolute values."""
     terms = math.prod(a.taps * a.copies for a in spec.axes) * max(spec.rhs_shape) ** 2
-    product = one_norm(spec, kernel) * inf_norm(spec, kernel)
-    return root(product) * (1 + terms * float(jnp.finfo(kernel.dtype).eps))
+    rounding, sizes = terms * float(jnp.finfo(kernel.dtype).eps), lax.stop_gradient(jnp.abs(kernel))
+    one, most = (n(spec, kernel) + rounding * n(spec, sizes) for n in (one_norm, inf_norm))
+    return root(one * most) * (1 + rounding)
 
 
 # -- matrices that contain M -----------------------------------------------------------------------
