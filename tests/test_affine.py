@@ -13,7 +13,7 @@ from handwritten import close, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc import jaxprs
+from jaxconv_fc.functions import jaxprs
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 6, 6), normal(RNG, 3, 3, 3, 3)
@@ -322,7 +322,7 @@ COMPLEX_SWITCHES = {
 def test_switches_of_complex_values_are_refused(name):
     """``|z|`` is a cone, and no plane separates where two complex numbers differ."""
     fn = COMPLEX_SWITCHES[name]
-    names = [e.primitive.name for e in jaxprs.opened(jax.make_jaxpr(fn)(COMPLEX))[0].eqns]
+    names = [e.primitive.name for e in jaxprs.open_jaxpr(jax.make_jaxpr(fn)(COMPLEX))[0].eqns]
     said = (
         f"not piecewise linear in x: primitive '{name}' of complex values" if name in names else "not piece"
     )

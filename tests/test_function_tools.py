@@ -11,7 +11,7 @@ from handwritten import close, conv, normal
 from jax import lax, monitoring
 
 import jaxconv_fc as fc
-from jaxconv_fc import jaxprs
+from jaxconv_fc.functions import jaxprs
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 4, 4), normal(RNG, 3, 3, 3, 3)

@@ -1,4 +1,4 @@
-"""What jaxprs.py, tracing.py and affine.py take for granted about jaxprs, one assumption per test.
+"""What the rooms of functions/ take for granted about jaxprs, one assumption per test.
 
 Red here means that JAX has changed, not that the mathematics is wrong.
 """
