@@ -16,7 +16,7 @@ from jax import lax
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = int(os.environ.get("JAXCONV_FC_KERNELS", "2"))
+COUNT = int(os.environ.get("JAXCONV_FC_KERNELS", "1"))
 DTYPES = ["float32", "float64"] if COUNT >= 10 else ["float32"]
 OPTIMISED = {"xla_backend_optimization_level": 3}
 SPEC = fc.conv_spec((1, 2, 4, 4), (2, 2, 3, 3), (1, 1), "SAME")

@@ -501,26 +501,6 @@ def test_more_values_than_one_group_has():
     np.testing.assert_allclose(values, [5, 5, 5, 3, 3], rtol=1e-12)
 
 
-def test_blocks_that_are_made_in_several_parts_are_all_there_once():
-    """2,177 pairs of frequencies, of which 2,048 are made at a time."""
-    spec = fc.conv_spec((1, 16, 65, 67), (16, 16, 2, 2), (1, 1), "SAME", padding_mode="circular")
-    kernel = geometries.normals(np.random.default_rng(8), spec.rhs_shape, float)
-    transfer = np.moveaxis(np.fft.fft2(kernel, (65, 67)), (0, 1), (-2, -1))
-    want = np.sort(np.linalg.svd(transfer, compute_uv=False).ravel())[::-1]
-    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), want, rtol=0, atol=1e-10)
-
-
-def test_bounds_are_rounded_outward_where_they_are_tight():
-    """One channel that wraps around: the largest of 16 frequencies, and nothing else, decides."""
-    spec = fc.conv_spec((1, 1, 16), (1, 1, 5), (1,), "SAME", padding_mode="circular")
-    rng = np.random.default_rng(9)
-    for _ in range(24):
-        kernel = rng.standard_normal((1, 1, 5)).astype(np.float32)
-        exact = abs(np.fft.fft(kernel.ravel().astype(float), 16)).max()
-        lower, upper = (float(v) for v in spectrum.spectral_norm_bounds(spec, kernel))
-        assert lower <= exact <= upper < exact * (1 + 1e-6)
-
-
 def test_a_cover_one_short_would_wrap_into_the_matrix():
     """Its peak half way between two of 24 frequencies is below the norm of M, which is one of 25."""
     line = np.exp(1j * np.pi / 24 * np.arange(3))
