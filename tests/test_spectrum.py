@@ -215,6 +215,20 @@ def test_spectral_norm_and_bounds(run_seed, number, record_property):
         close(spectrum.top_singular_values(spec, kernel, k), values[:k])
 
 
+def test_values_of_a_complex_kernel_are_counted_once():
+    """It is searched in real numbers, where every value occurs twice, with the vectors v and i*v."""
+    rng = np.random.default_rng(1)
+    for shapes, mode in (
+        (((1, 2, 6, 7), (3, 2, 2, 3)), "zeros"),
+        (((1, 2, 6, 6), (2, 2, 3, 3)), "circular"),
+    ):
+        spec = fc.conv_spec(*shapes, (1, 1), "SAME", padding_mode=mode)
+        kernel = geometries.normals(rng, spec.rhs_shape, complex)
+        values = svd(oracle.matrix(kernel, spec))
+        got = spectrum.top_singular_values(spec, kernel, 4)
+        np.testing.assert_allclose(got, values[:4], rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("n", "taps", "stride", "padding", "options"),
     [

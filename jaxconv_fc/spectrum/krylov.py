@@ -342,6 +342,19 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, ...
             v = v - jnp.tensordot(inner, rights, 1, precision="highest")
         return v
 
+    def new_directions(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Each vector without its part in the locked ones and in those before it, and what is left of it.
+
+        A complex kernel is searched in real numbers, where every vector v comes with i*v: the same direction.
+        """
+
+        def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            (unit,), (length,) = _normalised(off(taken, off(rights, vectors[place]))[None])
+            kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
+            return taken.at[place].set(kept), (unit, length)
+
+        return lax.scan(one, jnp.zeros_like(vectors), jnp.arange(len(vectors)))[1]
+
     def improve(state: Any) -> Any:
         values, rights, start, rounds, key, _ = state
         key, subkey = jax.random.split(key)
@@ -352,13 +365,14 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, ...
         (_, basis), small, *_ = decompose(deflated, _split(off(rights, start)))
         _, (rest, *_), weights = _svd(small)
         vectors = _combine(weights[:kept], basis)
-        vectors = jax.vmap(lambda v: off(rights, _join(v, kernel)))(vectors)
-        _, lengths = _normalised(vectors)
+        vectors, lengths = new_directions(rights, jax.vmap(lambda v: _join(v, kernel))(vectors))
         found, _, vectors, residuals = jax.vmap(partial(_checked, spec, kernel))(vectors)
         largest = jnp.maximum(values[0], found[0])
-        # Locked are the leading values that have converged: none behind one that has not.
-        good = (residuals <= tolerance * largest) & (lengths > 0.5)
-        good = jnp.cumprod(good.astype(jnp.int32)).astype(bool)
+        # Locked are the leading values that have converged, none behind one that has not; those that point
+        # nowhere new are passed over.
+        new = lengths > 0.5
+        settled = (residuals <= tolerance * largest) | ~new
+        good = jnp.cumprod(settled.astype(jnp.int32)).astype(bool) & new
         candidates = jnp.where(good, found, -jnp.ones_like(found))
         merged, order = lax.top_k(jnp.concatenate([values, candidates]), k)
         rights = jnp.concatenate([rights, vectors])[order]
