@@ -149,8 +149,8 @@ def detect_conv(
 ) -> tuple[ConvSpec, jax.Array] | None:
     """The zero-padded convolution that a matrix secretly is, or None.
 
-    :func:`nearest_conv`, where its distance is at most ``tol``: use that function to learn how far a
-    matrix that is none is from being one.
+    :func:`nearest_conv`, where its distance is at most ``tol``. That function says how far a matrix is from
+    a convolution.
 
     Args:
       matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``.

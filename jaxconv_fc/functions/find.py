@@ -126,7 +126,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
 class ConvFinder:
     """Goes through a jaxpr in order, with the values that are known, and notes the convolutions.
 
-    Computed is what a later convolution depends on, and nothing else.
+    Evaluates only what a later convolution needs.
     """
 
     def __init__(self, sites: list[ConvSite], evaluate: bool = True):

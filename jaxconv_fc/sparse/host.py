@@ -82,9 +82,9 @@ def fill_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
 
 
 def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
-    """All products of classes of outputs, the largest first; none where nothing is stored.
+    """All products of classes of outputs; none where nothing is stored.
 
-    The largest go through the arrays page after page, and the others find the pages there.
+    The largest come first, so that memory pages are touched in sequence.
     """
     ordered = [sorted(axis.runs, key=lambda run: -len(run.outputs)) for axis in spec.axes]
     return itertools.product(*ordered) if spec.nse else iter(())

@@ -390,8 +390,10 @@ def frequency_blocks(
 def over_blocks(
     of: Callable[[jax.Array], jax.Array], spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis]
 ) -> jax.Array:
-    """``of`` every block, ``[group, block, ...]``, in no order of blocks: a function that neither the
-    order of rows or columns nor conjugation changes.
+    """``of`` every block, ``[group, block, ...]``.
+
+    The result must not depend on the order of blocks. ``of`` must not depend on the order of rows or columns,
+    nor on conjugation.
 
     Of a real kernel the blocks at opposite frequencies are conjugate but for the order of rows and columns,
     so one of the two is made; where a frequency is its own opposite, a block of one position is real.
