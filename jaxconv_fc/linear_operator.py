@@ -19,8 +19,8 @@ def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
 
     Inputs and outputs are images, of ``spec.in_shape`` and ``spec.out_shape``. ``operator.T.mv`` is
     :func:`apply_transpose`, and ``operator.as_matrix()`` is :func:`as_matrix`, its memory limit included.
-    The operator is a pytree whose leaf is the kernel,
-    so it passes through jit, and what is solved with it is differentiable in the kernel.
+    The operator is a pytree whose leaf is the kernel, so it passes through jit. What is solved with it is
+    differentiable in the kernel.
 
     Args:
       spec: the geometry.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxconv_fc.layout import group_of
 from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -72,7 +73,7 @@ def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[i
         for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
             at.setdefault(int(table[p]), []).append(p)
         met.append(at)
-    first = d // (spec.out_channels // spec.groups) * spec.group_channels
+    first = group_of(spec, d) * spec.group_channels
     entries = {}
     for column, (inputs, channel) in columns.items():
         if first <= channel < first + spec.group_channels:

@@ -22,7 +22,7 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis, Lines
 from jaxconv_fc.cache import bounded_cache
-from jaxconv_fc.layout import by_group, from_canonical
+from jaxconv_fc.layout import by_group, from_canonical, group_of
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -203,7 +203,7 @@ def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
         return jnp.zeros((), kernel.dtype)
     n = lax.iota(spec.index_dtype, size).reshape(size, *[1] * dims)
     (outputs, d), (inputs, c) = spec.split_row(n), spec.split_column(n)
-    first = d // (spec.out_channels // spec.groups) * spec.group_channels
+    first = group_of(spec, d) * spec.group_channels
     i, meets, taps = c - first, True, []
     for a, (axis, o, t) in enumerate(zip(spec.axes, outputs, inputs, strict=True)):
         p = lax.broadcasted_iota(n.dtype, tuple(axis.taps if j == a else 1 for j in range(-1, dims)), a + 1)
