@@ -15,6 +15,9 @@ from jax import lax
 from jaxconv_fc.axis import MODES, Axis, dilated
 from jaxconv_fc.sharding import is_traced
 
+# What a user may pass as a kernel, an input or a matrix.
+Array = jax.Array | np.ndarray
+
 # The names that numpy.pad and torch give to the same modes.
 _MODE_ALIASES = {"constant": "zeros", "wrap": "circular", "replicate": "edge"}
 _PADDINGS = ("VALID", "SAME", "SAME_LOWER")

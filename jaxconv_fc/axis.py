@@ -90,7 +90,7 @@ class Axis:
     # -- the law -------------------------------------------------------------------------------
 
     @property
-    def inner(self) -> Axis:
+    def on_padded(self) -> Axis:
         """The zeros-mode axis between the padded positions and the outputs."""
         if self.mode == "zeros":
             return self
@@ -114,16 +114,16 @@ class Axis:
     def input_of(self, o: Ints, p: Ints) -> tuple[Ints, Ints]:
         """``(t, valid)``: the input position that output ``o`` reads through tap ``p``."""
         self._check_indices(o, p)
-        inner = self.inner
-        u = o * self.stride + p * self.rhs_dilation - inner.lo
+        padded = self.on_padded
+        u = o * self.stride + p * self.rhs_dilation - padded.lo
         j = u // self.lhs_dilation
-        valid = (u % self.lhs_dilation == 0) & (j >= 0) & (j < inner.size)
+        valid = (u % self.lhs_dilation == 0) & (j >= 0) & (j < padded.size)
         return self.source(j), valid
 
     def output_of(self, j: Ints, p: Ints) -> tuple[Ints, Ints]:
         """``(o, valid)``: the output that reads *padded* position ``j`` through tap ``p``."""
         self._check_indices(j, p)
-        v = j * self.lhs_dilation + self.inner.lo - p * self.rhs_dilation
+        v = j * self.lhs_dilation + self.on_padded.lo - p * self.rhs_dilation
         o = v // self.stride
         return o, (v % self.stride == 0) & (o >= 0) & (o < self.out_size)
 
@@ -196,16 +196,16 @@ class Axis:
     @property
     def tap_counts(self) -> np.ndarray:
         """Of each tap, how many outputs it lets read an input; O(1) per tap (docs/maths.md, section 3)."""
-        inner = self.inner
-        s, l, m = inner.stride, inner.lhs_dilation, inner.out_size
-        if not inner.size:
+        padded = self.on_padded
+        s, l, m = padded.stride, padded.lhs_dilation, padded.out_size
+        if not padded.size:
             return np.zeros(self.taps, np.int64)
         g = math.gcd(s, l)
         step = l // g
-        b = self._exact(np.arange(self.taps)) * inner.rhs_dilation - inner.lo
+        b = self._exact(np.arange(self.taps)) * padded.rhs_dilation - padded.lo
         residue = -b // g % step * pow(s // g, -1, step) % step
         first = np.maximum(0, -(b // s))  # ceil(-b / s)
-        last = np.minimum(m - 1, (l * (inner.size - 1) - b) // s)
+        last = np.minimum(m - 1, (l * (padded.size - 1) - b) // s)
         counts = np.maximum(0, (last - residue) // step - (first - 1 - residue) // step)
         return np.where(b % g == 0, counts, 0).astype(np.int64)
 
@@ -236,7 +236,7 @@ class Axis:
         first of them reads through its first tap, and the relation from there."""
         count = self.lhs_dilation // math.gcd(self.stride, self.lhs_dilation)
         for c in range(min(count, self.out_size)):
-            axis = self.inner._phase(c).axis
+            axis = self.on_padded._phase(c).axis
             if axis.taps:
                 yield -(-(self.out_size - c) // count), -axis.lo, axis
 
@@ -389,7 +389,7 @@ class Axis:
             return 0, n
         return (0, min(n, max(i1, depth))) if below else (max(0, min(i0, n - depth)), n)
 
-    def phases(self) -> list[Phase]:
+    def polyphase(self) -> list[Phase]:
         """Split a zeros-mode axis by output residue so that no ``lhs_dilation`` is left.
 
         Outputs ``o = c + L*q``, with ``L = l / gcd(s, l)``, reach inputs only through taps

@@ -108,7 +108,7 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
             f"{(second.lo, second.hi)}: only zeros mode may pad what another convolution made. Every row "
             "that reads this padding would differ."
         )
-    inner = first.inner
+    inner = first.on_padded
     if math.gcd(inner.stride, second.lhs_dilation) != 1:
         raise ValueError(
             f"compose: on spatial axis {i} the first has stride {inner.stride} and the second lhs_dilation "
@@ -167,9 +167,9 @@ def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
     at = o * second.stride + p * second.rhs_dilation - second.lo
     u = at // second.lhs_dilation
     on_grid = at % second.lhs_dilation == 0
-    j = u[..., None] * first.stride + np.arange(first.taps) * first.rhs_dilation - first.inner.lo
+    j = u[..., None] * first.stride + np.arange(first.taps) * first.rhs_dilation - first.on_padded.lo
     t = j // first.lhs_dilation
-    reads = ((j % first.lhs_dilation == 0) & (t >= 0) & (t < first.inner.size)).any(-1) & on_grid
+    reads = ((j % first.lhs_dilation == 0) & (t >= 0) & (t < first.on_padded.size)).any(-1) & on_grid
     outside = (u < 0) | (u >= first.out_size)
     return reads.any(-1), (reads & outside).any(-1)
 

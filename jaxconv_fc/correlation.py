@@ -22,14 +22,14 @@ from jaxconv_fc.axis import Axis, Phase
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
     """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
 
-    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.phases`). Residues with
+    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.polyphase`). Residues with
     the same relation differ only in their taps, so they are computed as more output channels.
     """
     dims, features = len(axes), rhs.shape[-1]
     shape = (lhs.shape[0], *(a.out_size for a in axes), features)
     if not lhs.size or not rhs.size or 0 in shape:
         return jnp.zeros(shape, lhs.dtype)
-    phases = [axis.phases() for axis in axes]
+    phases = [axis.polyphase() for axis in axes]
     families = [_families(p) for p in phases]
 
     def block(choice: Sequence[list[int]]) -> jax.Array:

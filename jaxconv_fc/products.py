@@ -299,7 +299,7 @@ batching.primitive_batchers[product_p] = _batched
 
 
 def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    axes = [a.inner for a in spec.axes]
+    axes = [a.on_padded for a in spec.axes]
     kernel = jnp.transpose(kernel, spec.kernel_order)
     y = correlate(axes, _read(spec, x), kernel, spec.groups, precision)
     return _from_canonical(y, spec.out_order)
@@ -307,7 +307,7 @@ def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) ->
 
 def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
     """Correlation with the kernel turned around, the copies in the padding folded back."""
-    axes = [a.inner.transpose() for a in spec.axes]
+    axes = [a.on_padded.transpose() for a in spec.axes]
     y = _to_canonical(y, spec.out_order)
     return _unread(spec, correlate(axes, y, flipped_kernel(spec, kernel), spec.groups, precision))
 
@@ -327,7 +327,7 @@ def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array)
     """
     if not x.size or not y.size:
         return jnp.zeros(spec.rhs_shape, x.dtype)
-    x, axes = _read(spec, x), [a.inner.kernel_gradient() for a in spec.axes]
+    x, axes = _read(spec, x), [a.on_padded.kernel_gradient() for a in spec.axes]
     x = jnp.moveaxis(x.reshape(*x.shape[:-1], spec.groups, spec.group_channels), (0, -1), (-1, 0))
     x = x.reshape(*x.shape[:-2], -1)
     y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)

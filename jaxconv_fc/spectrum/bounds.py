@@ -136,7 +136,7 @@ def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
     congruent to 0 only where it is 0. A boundary mode is such an axis after copying inputs into the
     padding, a map of norm ``sqrt(copies)``.
     """
-    inner, factor = axis.inner, math.sqrt(axis.copies)
+    inner, factor = axis.on_padded, math.sqrt(axis.copies)
     s, l, r = inner.stride, inner.lhs_dilation, inner.rhs_dilation
     period, taps = math.lcm(s, l), (inner.taps - 1) * r
     reach = max(inner.lo + (inner.size - 1) * l, (inner.out_size - 1) * s + taps - inner.lo) + 1
