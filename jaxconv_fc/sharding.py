@@ -60,6 +60,7 @@ def _varying(array: Any, axes: frozenset[str]) -> Any:
 # it can take axes away, and its transpose puts them back and sums nothing. That is right only where the
 # computation between taking away and putting back has no communication.
 relabel_p = Primitive("relabel_varying_axes")
+RELABELS = ("pvary", relabel_p.name)  # primitives whose result is their operand, said to vary elsewhere
 relabel_p.def_impl(lambda x, *, axes: x)
 relabel_p.def_abstract_eval(lambda x, *, axes: x.update(manual_axis_type=ManualAxisType(varying=axes)))
 mlir.register_lowering(relabel_p, lambda _, x, *, axes: [x])

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.functions.jaxprs import _RULES, CALLS, WRITES, eval_eqn, inner_jaxprs, open_jaxpr, scan_counts
+from jaxconv_fc.functions.jaxprs import DERIVATIVES, CALLS, WRITES, eval_eqn, inner_jaxprs, open_jaxpr, scan_counts
 
 V = jnp.arange(3.0)
 IMAGE = jnp.ones((1, 1, 4, 4))
@@ -118,7 +118,7 @@ def test_rules_for_derivatives_are_parameters_of_their_own():
     for fn in (with_jvp, with_vjp):
         (eqn,) = equations(fn, V)
         rules = {name for name, value in eqn.params.items() if callable(value)}
-        assert rules <= _RULES[eqn.primitive.name] <= {*eqn.params}
+        assert rules <= DERIVATIVES[eqn.primitive.name] <= {*eqn.params}
 
 
 def test_a_jaxpr_can_be_stripped_of_its_constants():

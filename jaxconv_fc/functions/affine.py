@@ -18,12 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.functions.columns import Selection, propagate
-from jaxconv_fc.functions.jaxprs import (
-    compiled,
-    open_jaxpr,
-    trace,
-)
+from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
 from jaxconv_fc.functions.linearize import linearized
+from jaxconv_fc.functions.rules import AFFINE, PIECEWISE_LINEAR
 from jaxconv_fc.memory import fits_in_memory
 from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.sharding import replicated
@@ -80,7 +77,7 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     """
     with jax.default_matmul_precision("highest"):
         jaxpr, x = _single(fn, x, "matrix_of")
-        return compiled(_matrix_and_offset, linearized("matrix_of", jaxpr, x, None))
+        return compiled(_matrix_and_offset, linearized("matrix_of", AFFINE, jaxpr, x, None))
 
 
 def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +142,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
                 f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
             )
         x = replicated(jnp.asarray(x))
-        linear = linearized("local_affine", jaxpr, shape, x)
+        linear = linearized("local_affine", PIECEWISE_LINEAR, jaxpr, shape, x)
         return Local(*compiled(_around, linear, x))
 
 

@@ -1,15 +1,15 @@
 """The matrix of a linear jaxpr: the columns of its matrix propagate through the equations, all at once.
 
-What an equation makes of x is held in one of two forms. As long as entries of x are only moved, copied,
-dropped and scaled (padding, slicing, reshaping, concatenating, normalising) it is a *pick*: per entry the
-number of the entry of x that it reads, and a weight. The first layer makes *columns* straight from its
-kernel, and all equations after it act on these. Nothing is probed with unit vectors, so no Inf or NaN
-spreads beyond the entries it belongs to.
+What an equation makes of x is held in one of two forms. It is a :class:`Selection` as long as entries of x
+are only moved, copied, dropped and scaled (padding, slicing, reshaping, concatenating, normalising): for
+each entry the number of the entry of x that it is, and a weight. The first layer turns a selection into
+:class:`Columns`, straight from its kernel, and all equations after it act on columns. Nothing is probed with
+unit vectors, so an Inf or NaN stays in the entries that it belongs to.
 
-A convolution acts on columns as a sum over taps, ``M = sum_p K_p (x) S_p``: K_p mixes channels, one
-matrix product for all taps, columns and positions, and S_p moves tap p's input positions to the outputs
-that read them, which is padding and slicing. That is several times faster on CPU than convolving the
-columns: XLA has no fast 64-bit convolution.
+A convolution acts on columns as a sum over taps, ``M = sum_p K_p (x) S_p``. K_p mixes channels: one matrix
+product for all taps, columns and positions. S_p moves the input positions of tap p to the outputs that read
+them: padding and slicing. On CPU this is several times faster than to convolve the columns, because XLA has
+no fast 64-bit convolution.
 """
 
 from __future__ import annotations
@@ -29,7 +29,17 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
-from jaxconv_fc.functions.jaxprs import CALLS, Literal, eval_eqn, inner_jaxprs, open_jaxpr, operand_numbers
+from jaxconv_fc.functions.jaxprs import (
+    CALLS,
+    Finish,
+    JaxprEqn,
+    eval_eqn,
+    evaluate,
+    inner_jaxprs,
+    operand_numbers,
+    result_avals,
+    wanted,
+)
 from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
 
@@ -57,11 +67,11 @@ class Selection:
     ``labels`` None are those of the identity, up to a reshape; ``weights`` None are ones.
     """
 
-    size: int
-    shape: tuple[int, ...]
+    size: int  # of x
+    shape: tuple[int, ...]  # of this value
     dtype: Any
-    labels: Any = None
-    weights: Any = None
+    labels: Any = None  # integers of `shape`
+    weights: Any = None  # of `shape`
 
     def numbered(self) -> Any:
         if self.labels is not None:
@@ -88,7 +98,11 @@ class Selection:
 class Columns:
     """The matrix itself: ``array[..., j]`` is the value for the j-th unit vector."""
 
-    array: Any
+    array: Any  # [*shape, size of x]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape[:-1]
 
     def columns(self) -> Any:
         return self.array
@@ -100,69 +114,24 @@ class Columns:
 # -- jaxprs ------------------------------------------------------------------------------------
 
 
-def propagate(
-    jaxpr: Any, arguments: Sequence[Any], finish: Sequence[Callable[[Any], Any] | None]
-) -> list[Any]:
+def propagate(jaxpr: Any, arguments: Sequence[Any], finish: Sequence[Finish | None]) -> list[Any]:
     """The results of a jaxpr that is linear in those arguments that are a Selection or Columns.
 
-    ``finish[i]`` is applied to result ``i`` as soon as it is there (None: it is not wanted, nor computed),
-    and a value is dropped after its last use, so that no more columns are held than the function needs.
+    ``finish`` as in :func:`evaluate`: what is not wanted is not computed, effects included.
     """
-    inner, constants = open_jaxpr(jaxpr)
-    wanted = [(i, v, f) for i, (v, f) in enumerate(zip(inner.outvars, finish, strict=True)) if f is not None]
-    equations, last = _needed(inner.eqns, [v for _, v, _ in wanted])
-    env: dict[Any, Any] = {}
-    results: list[Any] = [None] * len(inner.outvars)
-
-    def write(variables: Sequence[Any], values: Sequence[Any]) -> None:
-        for variable, value in zip(variables, values, strict=True):
-            env[variable] = value
-            for i, v, done in wanted:
-                if v is variable:
-                    results[i] = done(value)
-
-    write(inner.constvars, constants)
-    write(inner.invars, arguments)
-    for step, eqn in enumerate(equations):
-        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        write(eqn.outvars, _equation(eqn, values))
-        for v in (*eqn.invars, *eqn.outvars):
-            if not isinstance(v, Literal) and last.get(v, step) <= step:
-                env.pop(v, None)
-    for i, v, done in wanted:
-        if isinstance(v, Literal):
-            results[i] = done(v.val)
-    return results
+    return evaluate(jaxpr, arguments, _equation, finish=finish, keep=lambda eqn: False)
 
 
-def _needed(equations: Sequence[Any], wanted: Sequence[Any]) -> tuple[list[Any], dict[Any, int]]:
-    """The equations that these variables need, and the last of them to use each variable."""
-    needed = {v for v in wanted if not isinstance(v, Literal)}
-    kept: list[Any] = []
-    for eqn in reversed(equations):
-        if needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
-    kept.reverse()
-    return kept, {v: i for i, eqn in enumerate(kept) for v in eqn.invars if not isinstance(v, Literal)}
-
-
-def _equation(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _equation(eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
     linear = [v for v in values if _is_linear(v)]
     name = eqn.primitive.name
     if not linear:
         return eval_eqn(eqn, values)
     if name in CALLS:
-        (inner,) = inner_jaxprs(eqn)
-        return propagate(inner, values, [lambda v: v] * len(eqn.outvars))
-    if name == "conv_product":
-        made = _product(eqn, *values)
-    elif name == "reduce_window_sum":
-        made = _window_sum(eqn, values[0])
-    elif all(isinstance(v, Selection) for v in linear):
-        made = _of_picks(eqn, values)
-    else:
-        made = None
+        return propagate(inner_jaxprs(eqn)[0], values, wanted(used))
+    selected = all(isinstance(v, Selection) for v in linear)
+    rule = _RULES.get(name) or (_OF_SELECTIONS.get(name) if selected else None)
+    made = None if rule is None else rule(eqn, values)
     return _on_columns(eqn, values) if made is None else made
 
 
@@ -170,7 +139,7 @@ def _is_linear(value: Any) -> bool:
     return isinstance(value, Selection | Columns)
 
 
-def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _on_columns(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Any equation, on all columns at once."""
     at = 0 if eqn.primitive.name in _BATCHED_FIRST else -1
     arrays = [jnp.moveaxis(v.columns(), -1, at) if _is_linear(v) else v for v in values]
@@ -178,33 +147,13 @@ def _on_columns(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(map(Columns, jax.vmap(lambda *a: eval_eqn(eqn, a), axes, -1)(*arrays)))
 
 
-# -- picks -------------------------------------------------------------------------------------
+# -- selections --------------------------------------------------------------------------------
 
 
-def _of_picks(eqn: Any, values: Sequence[Any]) -> list[Any] | None:
-    """An equation that leaves picks picks, or the first dense layer; None for any other."""
-    name, (out, *_) = eqn.primitive.name, [v.aval for v in eqn.outvars]
-    if name in MOVES:
-        return _moved(eqn, values)
-    if name == "dot_general":
-        return [_dense_layer(eqn, values)]
-    i = next(i for i, v in enumerate(values) if _is_linear(v))
-    pick = values[i]
-    if name == "neg":
-        return [Selection(pick.size, out.shape, out.dtype, pick.labels, -pick.weighted())]
-    if name == "convert_element_type":
-        weights = None if pick.weights is None else eval_eqn(eqn, [pick.weights])[0]
-        return [Selection(pick.size, out.shape, out.dtype, pick.labels, weights)]
-    if name in ("mul", "div") and pick.shape == out.shape:
-        (weights,) = eval_eqn(eqn, [pick.weighted() if j == i else v for j, v in enumerate(values)])
-        return [Selection(pick.size, out.shape, out.dtype, pick.labels, weights)]
-    return None
-
-
-def _moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _moved(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """What moves entries moves their labels and weights."""
     size = next(v.size for v in values if _is_linear(v))
-    outs = [v.aval for v in eqn.outvars]
+    outs = result_avals(eqn)
     if eqn.primitive.name in ("reshape", "squeeze") and values[0].labels is None:
         labels: list[Any] = [None]
     else:
@@ -220,30 +169,47 @@ def _moved(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return [Selection(size, a.shape, a.dtype, n, w) for a, n, w in zip(outs, labels, weights, strict=True)]
 
 
-def _dense_layer(eqn: Any, values: Sequence[Any]) -> Columns:
-    """The columns of ``dot_general`` with a pick as one operand: rows of the other, put where it reads."""
+def _scaled(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """What scales entries acts on their weights."""
+    (selection,), out = [v for v in values if _is_linear(v)], result_avals(eqn)[0]
+    if selection.shape != out.shape:
+        return None
+    (weights,) = eval_eqn(eqn, [v.weighted() if _is_linear(v) else v for v in values])
+    return [Selection(selection.size, out.shape, out.dtype, selection.labels, weights)]
+
+
+def _converted(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    (selection,), out = values, result_avals(eqn)[0]
+    if selection.weights is not None:
+        return _scaled(eqn, values)
+    return [Selection(selection.size, out.shape, out.dtype, selection.labels)]
+
+
+def _dense_layer(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The columns of ``dot_general`` with a selection as one operand: rows of the other, where it reads."""
     i = 0 if isinstance(values[0], Selection) else 1
-    pick, other, out = values[i], values[1 - i], eqn.outvars[0].aval
+    selection, other, out = values[i], values[1 - i], result_avals(eqn)[0]
     contract, batch = ((pair[i], pair[1 - i]) for pair in eqn.params["dimension_numbers"])
-    labels, free = _batch_free_contract(pick.numbered(), batch[0], contract[0])
-    weights, _ = _batch_free_contract(pick.weighted(), batch[0], contract[0])
+    # [batch, free, contracted] each, and [batch, other free, contracted] of the other operand
+    labels, free = _batch_free_contract(selection.numbered(), batch[0], contract[0])
+    weights, _ = _batch_free_contract(selection.weighted(), batch[0], contract[0])
     known, other_free = _batch_free_contract(other, batch[1], contract[1])
-    rows = jnp.swapaxes(known, 1, 2).astype(out.dtype)
-    in_order = list(contract[0]) == sorted(contract[0]) and labels.shape == (1, 1, pick.size)
-    if pick.labels is None and pick.weights is None and in_order:  # x itself, whole: the layer is its matrix
-        array = rows[:, None]
+    rows = jnp.swapaxes(known, 1, 2).astype(out.dtype)  # [batch, contracted, other free]
+    in_order = list(contract[0]) == sorted(contract[0]) and labels.shape == (1, 1, selection.size)
+    if selection.labels is None and selection.weights is None and in_order:  # x itself: the matrix is `other`
+        array = rows[:, None]  # [1, 1, size, other free]
     else:
-        array = _placed(labels, weights.astype(out.dtype), rows, size=pick.size)
-    array = (
-        jnp.moveaxis(array, 3, 2) if i == 0 else jnp.transpose(array, (0, 3, 1, 2))
-    )  # (batch, free, free, size)
-    parts = [pick.shape[a] for a in batch[0]], *((free, other_free) if i == 0 else (other_free, free))
-    return Columns(array.reshape(*parts[0], *parts[1], *parts[2], pick.size))
+        array = _placed(labels, weights.astype(out.dtype), rows, size=selection.size)
+    # [batch, free, size, other free] -> [batch, free of the first, free of the second, size]
+    array = jnp.moveaxis(array, 3, 2) if i == 0 else jnp.transpose(array, (0, 3, 1, 2))
+    frees = (free, other_free) if i == 0 else (other_free, free)
+    shape = [*(selection.shape[a] for a in batch[0]), *frees[0], *frees[1], selection.size]
+    return [Columns(array.reshape(shape))]
 
 
 @partial(jax.jit, static_argnames="size")
 def _placed(labels: Any, weights: Any, rows: Any, *, size: int) -> Any:
-    """``(b, f, size, other)``: row ``labels[b, f, c]`` sums ``weights[b, f, c] * rows[b, c]`` over c."""
+    """``[b, f, size, other]``: row ``labels[b, f, c] - 1`` sums ``weights[b, f, c] * rows[b, c]`` over c."""
 
     def one(labels: Any, weights: Any, rows: Any) -> Any:
         into = jnp.where(labels > 0, labels - 1, size)
@@ -262,40 +228,38 @@ def _batch_free_contract(v: Any, batch: Sequence[int], contract: Sequence[int]) 
 # -- sums over taps ----------------------------------------------------------------------------
 
 
-def _product(eqn: Any, a: Any, b: Any) -> list[Any] | None:
-    """``M x`` or ``M^T y`` of x or y as columns; None where the kernel has a batch, or is the operand."""
-    params = eqn.params
+def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
+    """``M x`` or ``M^T y`` of x or y as columns; None where the kernel has a batch, or depends on x."""
+    (kernel, operand), params = values, eqn.params
     spec, transposed = params["spec"], params["out"] == "x"
-    if _is_linear(a) or params["out"] == "k" or any("k" in label for label in params["batches"]):
+    if _is_linear(kernel) or params["out"] == "k" or any("k" in label for label in params["batches"]):
         return None
-    out = eqn.outvars[0].aval.shape
-    if isinstance(b, Selection):
-        lead = (
-            math.prod(b.shape) // math.prod(spec.out_shape if transposed else spec.in_shape)
-            if math.prod(b.shape)
-            else 0
-        )
-        if not lead:
-            return None
-        array = _first_layer(spec, a, b, lead, transposed)
-        return [Columns(array.reshape(*out, b.size))]
-    if spec.padding_mode != "zeros" or not b.array.size or not math.prod(out) or not a.size:
+    out = result_avals(eqn)[0].shape
+    if not math.prod(out) or not kernel.size or not math.prod(operand.shape):
         return None
     shape = spec.out_shape if transposed else spec.in_shape
-    stack = b.array.reshape(-1, *shape, b.array.shape[-1])
-    made = _convolved(spec, a, stack, transposed=transposed, precision=params["precision"],
+    if isinstance(operand, Selection):
+        examples = math.prod(operand.shape) // math.prod(shape)
+        array = _first_layer(spec, kernel, operand, examples, transposed)
+        return [Columns(array.reshape(*out, operand.size))]
+    if spec.padding_mode != "zeros" or not operand.array.size:
+        return None
+    stack = operand.array.reshape(-1, *shape, operand.array.shape[-1])
+    made = _convolved(spec, kernel, stack, transposed=transposed, precision=params["precision"],
                       chunked=jax.default_backend() == "cpu")  # fmt: skip
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 
-def _first_layer(spec: ConvSpec, kernel: Any, pick: Selection, count: int, transposed: bool) -> Any:
-    """``(examples, outputs, size)``: M, its columns moved to the entries of x that they read."""
-    if count == 1 and pick.labels is None and pick.weights is None:
+def _first_layer(
+    spec: ConvSpec, kernel: Any, selection: Selection, examples: int, transposed: bool
+) -> Any:
+    """``[examples, outputs, size]``: M, its columns moved to the entries of x that they read."""
+    if examples == 1 and selection.labels is None and selection.weights is None:
         matrix = as_matrix(spec, kernel)
         return matrix.T if transposed else matrix
-    labels = pick.numbered().reshape(count, -1)
-    weights = None if pick.weights is None else pick.weights.reshape(count, -1)
-    return _scattered(spec, kernel, labels, weights, size=pick.size, transposed=transposed)
+    labels = selection.numbered().reshape(examples, -1)
+    weights = None if selection.weights is None else selection.weights.reshape(examples, -1)
+    return _scattered(spec, kernel, labels, weights, size=selection.size, transposed=transposed)
 
 
 @partial(jax.jit, static_argnames=("size", "transposed"))
@@ -404,9 +368,9 @@ def _total(values: Sequence[Any]) -> Any:
     return functools.reduce(operator.add, values)
 
 
-def _window_sum(eqn: Any, operand: Any) -> list[Any]:
+def _window_sum(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """Pooling is a sum over taps, an axis at a time."""
-    value = operand.columns()
+    value = values[0].columns()
     for i, axis in enumerate(window_axes(eqn.params, value.shape[:-1])):
         if axis != Axis(axis.size, 1):
             value = _total([moved_by([axis], (tap,), value, i) for tap in range(axis.taps)])
@@ -432,3 +396,19 @@ def moved_by(axes: Sequence[Axis], tap: Sequence[int], value: Any, first: int, f
         stops[i], steps[i] = reach, axis.stride
     value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
     return lax.slice(value, [0] * value.ndim, stops, steps)
+
+
+# -- the tables: primitive -> rule ---------------------------------------------------------------
+
+# A rule returns None where it does not apply, and the equation is done on all columns.
+_RULES: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = {
+    "conv_product": _product,
+    "reduce_window_sum": _window_sum,
+}
+# Where all operands that depend on x are selections.
+_OF_SELECTIONS: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[Any] | None]] = {
+    **dict.fromkeys(MOVES, _moved),
+    "dot_general": _dense_layer,
+    "convert_element_type": _converted,
+    **dict.fromkeys(("neg", "mul", "div"), _scaled),
+}

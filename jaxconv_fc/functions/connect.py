@@ -1,8 +1,8 @@
-"""A function with every convolution exchanged for a product with its matrix: a fully connected network.
+"""A function with its convolutions replaced by products with their matrices: a fully connected network.
 
-Equations that hold other jaxprs (loops, branches, calls) are exchanged for the same equation around
-rewritten jaxprs. A custom derivative or batching rule is kept by one trick: transform the *original*
-call, which obeys its rule, and rewrite what that transformation computes.
+An equation that holds other jaxprs (a loop, a branch, a call) becomes the same equation around rewritten
+jaxprs. A custom derivative or batching rule is kept in this way: the *original* call, which obeys its rule,
+is transformed, and what the transformation computes is rewritten.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.functions.find import holds_conv, spec_of
+from jaxconv_fc.functions.find import performs_conv, spec_of
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     ClosedJaxpr,
-    Environment,
     Jaxpr,
     JaxprEqn,
     alone,
     compiled,
-    conv_general_dilated_p,
     eval_eqn,
+    evaluate,
     inner_jaxprs,
     open_jaxpr,
+    result_avals,
     trace,
 )
-from jaxconv_fc.products import OPERANDS, product_p, vmap_or_sum
+from jaxconv_fc.products import OPERANDS, vmap_or_sum
 from jaxconv_fc.sharding import as_on_one_device
 from jaxconv_fc.spec import ConvSpec
 
@@ -41,7 +41,7 @@ from jaxconv_fc.spec import ConvSpec
 def fully_connected(
     fn: Callable[..., Any], *, builder: Callable[[ConvSpec, Any], Any] = as_matrix
 ) -> Callable[..., Any]:
-    """The same function with every convolution done as a product ``M @ x``, the batch as columns.
+    """The same function with every convolution computed as ``M @ x``, the batch as columns of ``x``.
 
     Composes with jit, vmap and grad on either side. Gradients with respect to kernels flow through the
     matrices. A custom derivative rule in ``fn`` is kept, and the convolutions in it are exchanged too.
@@ -79,138 +79,173 @@ def fully_connected(
 
 @dataclass(frozen=True)
 class MatrixEvaluator:
-    """Evaluates a jaxpr with every convolution exchanged for a product with the builder's matrix."""
+    """Evaluates a jaxpr with every convolution replaced by a product with the builder's matrix."""
 
     builder: Callable[[ConvSpec, Any], Any]
 
     def __call__(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
-        env = Environment(jaxpr, arguments)
-        for eqn in env.equations:
-            values = env.read(eqn.invars)
-            if eqn.primitive is conv_general_dilated_p:
-                results = [self.convolution(eqn, *values)]
-            elif eqn.primitive is product_p:
-                results = [self.product(eqn, *values)]
-            elif holds_conv(eqn):
-                results = self.call(eqn, values)
-            else:
-                results = eval_eqn(eqn, values)
-            env.write(eqn.outvars, results)
-        return env.read(env.outvars)
+        return evaluate(jaxpr, arguments, self.equation)
+
+    def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
+        if not performs_conv(eqn):
+            return eval_eqn(eqn, values)
+        return _RULES.get(eqn.primitive.name, _compiled_around)(self, eqn, values)
 
     def transformed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fully_connected(fn, builder=self.builder)
 
-    # -- products ------------------------------------------------------------------------------
 
-    def convolution(self, eqn: JaxprEqn, x: Any, kernel: Any) -> Any:
-        spec, precision = spec_of(eqn), eqn.params["precision"]
-        result: Any = eqn.outvars[0].aval
+# -- products ------------------------------------------------------------------------------
 
-        def compute(x: Any, kernel: Any) -> Any:
-            matrix = self.builder(spec, kernel.astype(result.dtype))
-            stack = examples(spec, x.astype(result.dtype))
-            y = _matmul(matrix, stack.reshape(stack.shape[0], spec.in_size).T, precision)
-            return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
 
-        return as_on_one_device(compute, result)(x, kernel)
+def _convolution(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    spec, precision = spec_of(eqn), eqn.params["precision"]
+    result = result_avals(eqn)[0]
 
-    def product(self, eqn: JaxprEqn, a: Any, b: Any) -> Any:
-        """A product of this library: its batch axes mapped over, and summed where the result has none."""
-        spec, out, precision = eqn.params["spec"], eqn.params["out"], eqn.params["precision"]
+    def compute(x: Any, kernel: Any) -> Any:
+        matrix = evaluator.builder(spec, kernel.astype(result.dtype))
+        stack = examples(spec, x.astype(result.dtype))  # [examples, *in_shape]
+        columns = stack.reshape(stack.shape[0], spec.in_size).T
+        y = _matmul(matrix, columns, precision)  # [out_size, in_size] [in_size, examples]
+        return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
 
-        def compute(a: Any, b: Any) -> Any:
-            if out == "k":  # linear in the kernel: the matrix of that map is X
-                return _matmul(kernel_matrix(spec, a).T, b.ravel(), precision).reshape(spec.rhs_shape)
-            matrix = self.builder(spec, a)
-            if out == "x":
-                return _matmul(matrix.T, b.ravel(), precision).reshape(spec.in_shape)
-            return _matmul(matrix, b.ravel(), precision).reshape(spec.out_shape)
+    return [as_on_one_device(compute, result)(*values)]
 
-        for label in reversed(eqn.params["batches"]):
-            axes = [0 if role in label else None for role in OPERANDS[out]]
-            compute = vmap_or_sum(compute, axes, out in label)
-        return as_on_one_device(compute, eqn.outvars[0].aval)(a, b)
 
-    # -- calls that hold convolutions ----------------------------------------------------------
+def _product(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """A product of this library: its batch axes mapped over, and summed where the result has none."""
+    spec, out, precision = eqn.params["spec"], eqn.params["out"], eqn.params["precision"]
 
-    def call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        name = eqn.primitive.name
-        if name in ("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"):
-            return getattr(self, name)(eqn, values)
-        if name in ("remat2", "checkpoint"):
-            keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-            return jax.checkpoint(lambda *a: self(inner_jaxprs(eqn)[0], a), **keep)(*values)
-        if name in CALLS:  # a boundary of compilation is none of evaluation
-            return self(inner_jaxprs(eqn)[0], values)
-        if name == "shard_map":
-            return self.shard_map(eqn, values)
-        if not _is_closed(self.builder):
-            return self.around(eqn, values)
-        # JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new here.
-        return compiled(_Around(self), alone(eqn), *values)
+    def compute(a: Any, b: Any) -> Any:
+        if out == "k":  # linear in the kernel: the matrix of that map is X
+            return _matmul(kernel_matrix(spec, a).T, b.ravel(), precision).reshape(spec.rhs_shape)
+        matrix = evaluator.builder(spec, a)
+        if out == "x":
+            return _matmul(matrix.T, b.ravel(), precision).reshape(spec.in_shape)
+        return _matmul(matrix, b.ravel(), precision).reshape(spec.out_shape)
 
-    def around(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        """The same equation around rewritten jaxprs."""
-        return eval_eqn(eqn, values, {key: self.rewritten(value) for key, value in eqn.params.items()})
+    for label in reversed(eqn.params["batches"]):
+        axes = [0 if role in label else None for role in OPERANDS[out]]
+        compute = vmap_or_sum(compute, axes, out in label)
+    return [as_on_one_device(compute, result_avals(eqn)[0])(*values)]
 
-    def rewritten(self, value: Any) -> Any:
-        """A parameter of an equation with the convolutions exchanged in every jaxpr it consists of."""
-        if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
-            parts = map(self.rewritten, value)
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        if not isinstance(value, ClosedJaxpr | Jaxpr):
-            return value
-        operands = [v.aval for v in open_jaxpr(value)[0].invars]
-        return jax.make_jaxpr(lambda *a: self(value, a))(*operands)
 
-    def custom_jvp_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_jvp(call)
-        call.defjvp(self.transformed(lambda primals, tangents: jax.jvp(original, primals, tangents)))
-        return call(*operands)
+def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
+    if isinstance(matrix, jax.Array):
+        return jnp.matmul(matrix, columns, precision=precision)
+    return matrix @ columns
 
-    def custom_vjp_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_vjp(call)
-        # The pullback is a pytree: its arrays are the residuals.
-        forward = self.transformed(lambda *a: jax.vjp(original, *a))
-        backward = self.transformed(lambda pullback, cotangents: pullback(cotangents))
-        call.defvjp(forward, backward)
-        return call(*operands)
 
-    def custom_vmap_call(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        call, original, operands = self.primal(eqn, values)
-        call = jax.custom_batching.custom_vmap(call)
+# -- calls that hold convolutions ----------------------------------------------------------
 
-        def rule(size: int, batched: Sequence[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
-            axes = [0 if b else None for b in batched]
-            results = self.transformed(jax.vmap(original, axes, axis_size=size))(*operands)
-            return results, [True] * len(results)
 
-        call.def_vmap(rule)
-        return call(*operands)
+def _inline(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """What is compiled as one program need not be evaluated as one."""
+    return evaluator(inner_jaxprs(eqn)[0], values)
 
-    def primal(self, eqn: JaxprEqn, values: Sequence[Any]) -> tuple[Any, Any, Sequence[Any]]:
-        """(the function rewritten, the original with its rule, operands) of a call with a custom rule."""
-        count = eqn.params.get("num_consts", 0)  # the rule has no say over these
-        constants, operands = values[:count], values[count:]
-        return (
-            lambda *a: self(inner_jaxprs(eqn)[0], [*constants, *a]),
-            lambda *a: eval_eqn(eqn, [*constants, *a]),
-            operands,
-        )
 
-    def shard_map(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        mapped = jax.shard_map(
-            lambda *a: tuple(self(inner_jaxprs(eqn)[0], a)),
-            mesh=eqn.params["mesh"],
-            in_specs=tuple(eqn.params["in_specs"]),
-            out_specs=tuple(eqn.params["out_specs"]),
-            axis_names=set(eqn.params["newly_manual_axes"]),
-            check_vma=eqn.params["check_vma"],
-        )
-        return list(mapped(*values))
+def _checkpoint(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+    return jax.checkpoint(lambda *a: evaluator(inner_jaxprs(eqn)[0], a), **keep)(*values)
+
+
+def _custom_jvp(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    rewritten, original, operands = _with_rule(evaluator, eqn, values)
+    call = jax.custom_jvp(rewritten)
+    call.defjvp(evaluator.transformed(lambda primals, tangents: jax.jvp(original, primals, tangents)))
+    return call(*operands)
+
+
+def _custom_vjp(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    rewritten, original, operands = _with_rule(evaluator, eqn, values)
+    call = jax.custom_vjp(rewritten)
+    # The pullback is a pytree: its arrays are the residuals.
+    forward = evaluator.transformed(lambda *a: jax.vjp(original, *a))
+    backward = evaluator.transformed(lambda pullback, cotangents: pullback(cotangents))
+    call.defvjp(forward, backward)
+    return call(*operands)
+
+
+def _custom_vmap(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    rewritten, original, operands = _with_rule(evaluator, eqn, values)
+    call = jax.custom_batching.custom_vmap(rewritten)
+
+    def rule(size: int, batched: Sequence[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
+        axes = [0 if b else None for b in batched]
+        results = evaluator.transformed(jax.vmap(original, axes, axis_size=size))(*operands)
+        return results, [True] * len(results)
+
+    call.def_vmap(rule)
+    return call(*operands)
+
+
+class _WithRule(NamedTuple):
+    """A call with a custom rule."""
+
+    rewritten: Callable[..., Any]  # what the call evaluates, with the convolutions replaced
+    original: Callable[..., Any]  # the call itself, which obeys its rule
+    operands: Sequence[Any]  # those that the rule is about
+
+
+def _with_rule(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> _WithRule:
+    count = eqn.params.get("num_consts", 0)  # the rule has no say over these
+    constants = values[:count]
+    return _WithRule(
+        lambda *a: evaluator(inner_jaxprs(eqn)[0], [*constants, *a]),
+        lambda *a: eval_eqn(eqn, [*constants, *a]),
+        values[count:],
+    )
+
+
+def _shard_map(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    mapped = jax.shard_map(
+        lambda *a: tuple(evaluator(inner_jaxprs(eqn)[0], a)),
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(eqn.params["in_specs"]),
+        out_specs=tuple(eqn.params["out_specs"]),
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+    return list(mapped(*values))
+
+
+# -- loops and branches ------------------------------------------------------------------------
+
+
+def _compiled_around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The same equation around rewritten jaxprs, compiled once.
+
+    JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new at every call.
+    """
+    if not _is_closed(evaluator.builder):
+        return _around(evaluator, eqn, values)
+    return compiled(_Around(evaluator), alone(eqn), *values)
+
+
+@dataclass(frozen=True)
+class _Around:
+    """:func:`_around` the one equation of a jaxpr."""
+
+    evaluator: MatrixEvaluator
+
+    def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
+        return _around(self.evaluator, open_jaxpr(jaxpr)[0].eqns[0], values)
+
+
+def _around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The same equation around rewritten jaxprs."""
+    return eval_eqn(eqn, values, {key: _rewritten(evaluator, value) for key, value in eqn.params.items()})
+
+
+def _rewritten(evaluator: MatrixEvaluator, value: Any) -> Any:
+    """A parameter of an equation, with the convolutions replaced in every jaxpr that it consists of."""
+    if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
+        parts = [_rewritten(evaluator, v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if not isinstance(value, ClosedJaxpr | Jaxpr):
+        return value
+    operands = [v.aval for v in open_jaxpr(value)[0].invars]
+    return jax.make_jaxpr(lambda *a: evaluator(value, a))(*operands)
 
 
 def _is_closed(builder: Any) -> bool:
@@ -218,20 +253,24 @@ def _is_closed(builder: Any) -> bool:
     return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
 
 
-@dataclass(frozen=True)
-class _Around:
-    """The one equation of a jaxpr, around rewritten jaxprs."""
+# -- the table: primitive -> rule ----------------------------------------------------------------
 
-    exchange: MatrixEvaluator
+# Of equations that are a convolution or hold one. A primitive that is not named becomes the same equation
+# around rewritten jaxprs.
+_RULES: dict[str, Callable[[MatrixEvaluator, JaxprEqn, Sequence[Any]], list[Any]]] = {
+    **dict.fromkeys(CALLS, _inline),
+    "conv_general_dilated": _convolution,
+    "conv_product": _product,
+    "remat2": _checkpoint,
+    "checkpoint": _checkpoint,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+    "custom_vmap_call": _custom_vmap,
+    "shard_map": _shard_map,
+}
 
-    def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
-        return self.exchange.around(open_jaxpr(jaxpr)[0].eqns[0], values)
 
-
-def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
-    if isinstance(matrix, jax.Array):
-        return jnp.matmul(matrix, columns, precision=precision)
-    return matrix @ columns
+# -- batches as stacks of examples ---------------------------------------------------------------
 
 
 def examples(spec: ConvSpec, x: Any) -> Any:

@@ -8,31 +8,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
-    Environment,
     JaxprEqn,
-    Var,
-    conv_general_dilated_p,
     eval_eqn,
+    evaluate,
     inner_jaxprs,
     is_mutable,
     open_jaxpr,
     scan_counts,
     trace,
+    wanted,
 )
 from jaxconv_fc.memory import readable
-from jaxconv_fc.products import product_p
 from jaxconv_fc.spec import ConvSpec, conv_spec
-
-_CONVOLUTIONS = (conv_general_dilated_p, product_p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,110 +113,150 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
     """
     traced = trace(fn, args, kwargs)
     sites = ConvSites()
-    ConvFinder(sites)(
-        traced.jaxpr, traced.arguments, "", 1, [False] * len(open_jaxpr(traced.jaxpr)[0].outvars)
-    )
+    finder = ConvFinder(sites)
+    finder.visit(traced.jaxpr, traced.arguments)
     return sites
 
 
+@dataclass(frozen=True)
 class ConvFinder:
-    """Goes through a jaxpr in order, with the values that are known, and notes the convolutions.
+    """Visits the equations of a jaxpr that matter to convolutions, in order, and notes the convolutions.
 
-    Evaluates only what a later convolution needs.
+    A value is an array where it is known, and a ``jax.ShapeDtypeStruct`` where it is not. Only what a later
+    convolution depends on is computed.
     """
 
-    def __init__(self, sites: list[ConvSite], evaluate: bool = True):
-        self.sites, self.evaluate = sites, evaluate
+    sites: list[ConvSite]  # the convolutions found so far
+    scope: str = ""  # the name stack of the calls around this jaxpr
+    times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
+    evaluable: bool = True  # whether its equations can be evaluated here
 
-    def __call__(
-        self, jaxpr: Any, arguments: Sequence[Any], scope: str, times: int | None, wanted: Sequence[bool]
-    ) -> list[Any]:
-        env = Environment(jaxpr, arguments)
-        needed = _needed(env, wanted)
-        for eqn in env.equations:
-            values = env.read(eqn.invars)
-            use = [v in needed for v in eqn.outvars]
-            if eqn.primitive.name in CALLS and holds_conv(eqn):
-                results = self(inner_jaxprs(eqn)[0], values, _nested(scope, eqn), times, use)
-            else:
-                if eqn.primitive in _CONVOLUTIONS:
-                    self.sites.append(_site(eqn, values, place_of(eqn, scope), times))
-                elif holds_conv(eqn):
-                    self.inside(eqn, values, _nested(scope, eqn), times)
-                known = self.evaluate and any(use) and all(map(_is_known, values)) and not is_mutable(eqn)
-                results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
-            env.write(eqn.outvars, results)
-        return env.read(env.outvars)
+    def visit(self, jaxpr: Any, arguments: Sequence[Any], used: Sequence[bool] | None = None) -> list[Any]:
+        """The results of the jaxpr that are used: none of them by default."""
+        finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
+        return evaluate(jaxpr, arguments, self.equation, finish=finish, keep=performs_conv)
 
-    def inside(self, eqn: JaxprEqn, values: Sequence[Any], scope: str, times: int | None) -> None:
-        """The bodies of a loop, the branches of a condition."""
-        for body, operands, count, evaluate in _bodies(eqn, values):
-            walk = self if evaluate else ConvFinder(self.sites, evaluate=False)
-            repeated = None if times is None or count is None else times * count
-            walk(body, operands, scope, repeated, [False] * len(open_jaxpr(body)[0].outvars))
+    def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
+        name = eqn.primitive.name
+        inside = replace(self, scope=_nested(self.scope, eqn))
+        if name in CALLS and holds_conv(eqn):
+            return inside.visit(inner_jaxprs(eqn)[0], values, used)
+        if name in _SITES:
+            place = place_of(eqn, self.scope)
+            self.sites.append(replace(_SITES[name](eqn, *values), name=place, times=self.times))
+        elif holds_conv(eqn):
+            for body in _BODIES.get(name, _other_bodies)(eqn, values):
+                inside.body(body)
+        known = self.evaluable and any(used) and all(map(_is_known, values)) and not is_mutable(eqn)
+        return eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
 
-
-def _needed(env: Environment, wanted: Sequence[bool]) -> set[Any]:
-    """The variables that a convolution, or a result that is wanted, depends on."""
-    needed = {v for v, w in zip(env.outvars, wanted, strict=True) if w and isinstance(v, Var)}
-    for eqn in reversed(env.equations):
-        if eqn.primitive in _CONVOLUTIONS or holds_conv(eqn) or not needed.isdisjoint(eqn.outvars):
-            needed.update(v for v in eqn.invars if isinstance(v, Var))
-    return needed
+    def body(self, body: _Body) -> None:
+        times = None if self.times is None or body.times is None else self.times * body.times
+        finder = replace(self, times=times, evaluable=self.evaluable and body.evaluable)
+        finder.visit(body.jaxpr, body.operands)
 
 
-def _bodies(eqn: JaxprEqn, values: Sequence[Any]) -> Iterator[tuple[Any, list[Any], int | None, bool]]:
-    """(jaxpr, what is known of its operands, times it runs, whether it can be evaluated outside)."""
-    inner = inner_jaxprs(eqn)
-    name = eqn.primitive.name
-    if name == "scan":
-        (body,) = inner
-        yield body, _scan_operands(eqn, body, values), eqn.params["length"], True
-    elif name == "while":
-        cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-        split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = _unchanged(body, values[split:], fixed)
-        yield cond, [*values[:split], *carry], None, True
-        yield body, [*values[split : split + fixed], *carry], None, True
-    elif name == "cond":
-        for branch in inner:
-            yield branch, list(values[1:]), 1, True
-    else:  # shard_map and others: operands may be shards, and axis names have no meaning outside
-        if name == "custom_linear_solve":  # the other jaxprs are there for its derivatives
-            inner = [eqn.params["jaxprs"].solve]
-        for body in inner:
-            operands = [_abstract(v) for v in open_jaxpr(body)[0].invars]
-            if len(operands) == len(values):
-                pairs = zip(values, operands, strict=True)
-                operands = [v if np.shape(v) == shape.shape else shape for v, shape in pairs]
-            yield body, operands, 1, False
+# -- the tables: primitive -> the convolution that it is ---------------------------------------------
 
 
-def _scan_operands(eqn: JaxprEqn, body: Any, values: Sequence[Any]) -> list[Any]:
-    """Constants are known, a carry where the body hands it on, a slice of xs never."""
-    fixed, propagate = scan_counts(eqn, body)
-    carry = _unchanged(body, values[: fixed + propagate], fixed)
-    return [*values[:fixed], *carry, *map(_abstract, open_jaxpr(body)[0].invars[fixed + propagate :])]
+def _lax_site(eqn: JaxprEqn, x: Any, kernel: Any) -> ConvSite:
+    return ConvSite(spec_of(eqn), kernel, x, "")
 
 
-def _unchanged(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
+def _product_site(eqn: JaxprEqn, a: Any, b: Any) -> ConvSite:
+    spec, out = eqn.params["spec"], eqn.params["out"]
+    if out == "y":
+        return ConvSite(spec, a, b, "")
+    if out == "x":
+        return ConvSite(spec, a, None, "", product="M^T y", y=b)
+    return ConvSite(spec, None, a, "", product="X^T y", y=b)
+
+
+_SITES: dict[str, Callable[..., ConvSite]] = {
+    "conv_general_dilated": _lax_site,
+    "conv_product": _product_site,
+}
+
+
+def performs_conv(eqn: JaxprEqn) -> bool:
+    """Whether an equation is a convolution or holds one."""
+    return eqn.primitive.name in _SITES or holds_conv(eqn)
+
+
+def holds_conv(eqn: JaxprEqn) -> bool:
+    """Whether a convolution is performed somewhere inside an equation."""
+    return any(
+        performs_conv(inner) for jaxpr in inner_jaxprs(eqn) for inner in open_jaxpr(jaxpr)[0].eqns
+    )
+
+
+# -- the table: primitive -> the jaxprs that it runs ------------------------------------------------
+
+
+class _Body(NamedTuple):
+    """A jaxpr that an equation runs: the body of a loop, a branch of a condition."""
+
+    jaxpr: Any
+    operands: Sequence[Any]  # what is known of them
+    times: int | None = 1  # how often one run of the equation runs it; None if only the run can tell
+    evaluable: bool = True  # whether its equations can be evaluated outside of the equation
+
+
+def _scan_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+    """Constants are known, the carry where the body returns what it was given, slices of xs never."""
+    (body,) = inner_jaxprs(eqn)
+    fixed, carried = scan_counts(eqn, body)
+    carry = _carry(body, values[: fixed + carried], fixed)
+    slices = map(_abstract, open_jaxpr(body)[0].invars[fixed + carried :])
+    return [_Body(body, [*values[:fixed], *carry, *slices], eqn.params["length"])]
+
+
+def _while_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    carry = _carry(body, values[split:], fixed)
+    return [
+        _Body(cond, [*values[:split], *carry], None),
+        _Body(body, [*values[split : split + fixed], *carry], None),
+    ]
+
+
+def _branches(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+    return [_Body(branch, values[1:]) for branch in inner_jaxprs(eqn)]
+
+
+def _solve_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+    """Of the four jaxprs the one that solves runs. The others are there for its derivatives."""
+    return _other_bodies(eqn, values, [eqn.params["jaxprs"].solve])
+
+
+def _other_bodies(
+    eqn: JaxprEqn, values: Sequence[Any], jaxprs: Sequence[Any] | None = None
+) -> list[_Body]:
+    """Those of shard_map and others: operands may be shards, and mesh axes have no meaning outside."""
+    bodies = []
+    for body in inner_jaxprs(eqn) if jaxprs is None else jaxprs:
+        operands = [_abstract(v) for v in open_jaxpr(body)[0].invars]
+        if len(operands) == len(values):
+            pairs = zip(values, operands, strict=True)
+            operands = [v if np.shape(v) == shape.shape else shape for v, shape in pairs]
+        bodies.append(_Body(body, operands, evaluable=False))
+    return bodies
+
+
+def _carry(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
     """The carry of a loop after ``fixed`` constants, known where the body returns what it was given."""
     inner = open_jaxpr(body)[0]
     carry = zip(inner.invars[fixed:], inner.outvars, values[fixed:], strict=False)
     return [value if before is after else _abstract(before) for before, after, value in carry]
 
 
-def _site(eqn: JaxprEqn, values: Sequence[Any], name: str, times: int | None) -> ConvSite:
-    if eqn.primitive is conv_general_dilated_p:
-        x, kernel = values
-        return ConvSite(spec_of(eqn), kernel, x, name, times)
-    a, b = values
-    spec, out = eqn.params["spec"], eqn.params["out"]
-    if out == "y":
-        return ConvSite(spec, a, b, name, times)
-    if out == "x":
-        return ConvSite(spec, a, None, name, times, "M^T y", b)
-    return ConvSite(spec, None, a, name, times, "X^T y", b)
+_BODIES: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[_Body]]] = {
+    "scan": _scan_bodies,
+    "while": _while_bodies,
+    "cond": _branches,
+    "custom_linear_solve": _solve_bodies,
+}
 
 
 def _is_known(value: Any) -> bool:
@@ -273,9 +309,6 @@ def _bytes_of(site: ConvSite) -> tuple[int, int]:
     return sizes.dense, sizes.bcsr
 
 
-# -- batches as examples -----------------------------------------------------------------------
-
-
 def spec_of(eqn: JaxprEqn) -> ConvSpec:
     """The geometry of a ``conv_general_dilated`` equation."""
     lhs, rhs = (_abstract(v).shape for v in eqn.invars)
@@ -285,15 +318,6 @@ def spec_of(eqn: JaxprEqn) -> ConvSpec:
 
 
 # -- where an equation is ---------------------------------------------------------------------
-
-
-def holds_conv(eqn: JaxprEqn) -> bool:
-    """Whether a convolution is performed somewhere inside an equation."""
-    return any(
-        inner.primitive in _CONVOLUTIONS or holds_conv(inner)
-        for jaxpr in inner_jaxprs(eqn)
-        for inner in open_jaxpr(jaxpr)[0].eqns
-    )
 
 
 def place_of(eqn: JaxprEqn, outer: str = "") -> str:

@@ -1,23 +1,25 @@
-"""Jaxprs: tracing a function to one, going through it, evaluating one equation, comparing two of them.
+"""Jaxprs: tracing a function to one, evaluating it by rules, comparing two of them.
 
-The only file that knows JAX's classes of jaxprs.
+The only file that knows JAX's classes of jaxprs. :func:`evaluate` is the one evaluator of this library.
+:func:`find_convs`, :func:`fully_connected`, :func:`matrix_of` and :func:`local_affine` differ in the rule
+that they give it for an equation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
-from jax.extend.core.primitives import conv_general_dilated_p as conv_general_dilated_p
 
 from jaxconv_fc.sharding import is_traced
 
+# A primitive is matched by its name, here and in every table of rules.
 # Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
 CALLS = frozenset({
     "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
@@ -69,21 +71,96 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
-class Environment:
-    """The variables of one jaxpr under evaluation, and its equations in order."""
+# -- the evaluator -------------------------------------------------------------------------------
 
-    def __init__(self, jaxpr: Any, arguments: Sequence[Any]):
-        inner, constants = open_jaxpr(jaxpr)
-        self.outvars, self.equations = inner.outvars, inner.eqns
-        self._values: dict[Any, Any] = {}
-        self.write(inner.constvars, constants)
-        self.write(inner.invars, arguments)
+# (equation, its operands, which of its results are used) -> its results. A result that is not used may
+# be None.
+Rule = Callable[[JaxprEqn, Sequence[Any], Sequence[bool]], Sequence[Any]]
+Finish = Callable[[Any], Any]
 
-    def read(self, variables: Sequence[Any]) -> list[Any]:
-        return [v.val if isinstance(v, Literal) else self._values[v] for v in variables]
 
-    def write(self, variables: Sequence[Any], values: Sequence[Any]) -> None:
-        self._values.update(zip(variables, values, strict=True))
+def evaluate(
+    jaxpr: Any,
+    arguments: Sequence[Any],
+    rule: Rule,
+    *,
+    finish: Sequence[Finish | None] | None = None,
+    keep: Callable[[JaxprEqn], bool] = lambda eqn: bool(eqn.effects),
+) -> list[Any]:
+    """The results of a jaxpr, where ``rule`` says what an equation makes of its operands.
+
+    Only those equations are evaluated that a wanted result depends on, or that ``keep`` names: those with
+    effects, unless it is given. A value is dropped after its last use, so that no more values are held
+    than the equations to come read.
+
+    ``finish[i]`` is applied to result ``i`` as soon as it is made, and what it returns is kept in its place.
+    Result ``i`` is not wanted, and None, where ``finish[i]`` is None. All results are wanted as they are
+    where ``finish`` is None.
+    """
+    inner, constants = open_jaxpr(jaxpr)
+    finish = [unchanged] * len(inner.outvars) if finish is None else finish
+    places: dict[Any, list[int]] = {}  # a variable -> the numbers of the results that it is
+    results: list[Any] = [None] * len(inner.outvars)
+    for i, (variable, done) in enumerate(zip(inner.outvars, finish, strict=True)):
+        if done is not None and isinstance(variable, Literal):
+            results[i] = done(variable.val)
+        elif done is not None:
+            places.setdefault(variable, []).append(i)
+    steps, read = _plan(inner.eqns, places, keep)
+    values: dict[Any, Any] = {}
+
+    def write(variables: Sequence[Any], new: Sequence[Any]) -> None:
+        for variable, value in zip(variables, new, strict=True):
+            if variable in read:
+                values[variable] = value
+            for i in places.get(variable, ()):
+                results[i] = finish[i](value)  # type: ignore[misc]
+
+    write(inner.constvars, constants)
+    write(inner.invars, arguments)
+    for eqn, used, last in steps:
+        operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+        for variable in last:
+            del values[variable]
+        write(eqn.outvars, rule(eqn, operands, used))
+    return results
+
+
+class _Step(NamedTuple):
+    """One equation that is evaluated."""
+
+    eqn: JaxprEqn
+    used: list[bool]  # of each result: whether a wanted result or a kept equation depends on it
+    last: set[Any]  # the operands that no later equation reads
+
+
+def _plan(
+    equations: Sequence[JaxprEqn], wanted: Iterable[Any], keep: Callable[[JaxprEqn], bool]
+) -> tuple[list[_Step], set[Any]]:
+    """The equations to evaluate, in order, and all variables that they read."""
+    needed, read = set(wanted), set()
+    steps: list[_Step] = []
+    for eqn in reversed(equations):
+        used = [v in needed for v in eqn.outvars]
+        if any(used) or keep(eqn):
+            operands = {v for v in eqn.invars if isinstance(v, Var)}
+            steps.append(_Step(eqn, used, operands - read))
+            read |= operands
+            needed |= operands
+    return steps[::-1], read
+
+
+def unchanged(value: Any) -> Any:
+    """Finishes a result that is wanted as it is."""
+    return value
+
+
+def wanted(used: Sequence[bool]) -> list[Finish | None]:
+    """How the results of an inner jaxpr are finished, of which these are used."""
+    return [unchanged if u else None for u in used]
+
+
+# -- equations -----------------------------------------------------------------------------------
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -103,6 +180,16 @@ def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
     eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
     label = DebugInfo("eval_eqn", eqn.primitive.name, None, None)
     return Jaxpr([], operands, results, [eqn], eqn.effects, label)
+
+
+def operand_avals(eqn: JaxprEqn) -> list[Any]:
+    """The types of the operands: shape, dtype, and what they say of devices."""
+    return [v.aval for v in eqn.invars]
+
+
+def result_avals(eqn: JaxprEqn) -> list[Any]:
+    """The types of the results."""
+    return [v.aval for v in eqn.outvars]
 
 
 def operand_numbers(data: slice | tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -125,9 +212,9 @@ def is_mutable(eqn: JaxprEqn) -> bool:
 
 
 def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
-    """How many operands of a scan are constants, and how many are propagate.
+    """How many operands of a scan are constants, and how many are carried from step to step.
 
-    An array scanned over has one more axis outside of the body than inside: that tells the kinds apart.
+    An array that is scanned over has one more axis outside of the body than inside. That tells it apart.
     """
     inner = open_jaxpr(body)[0]
     operands, results = (
@@ -144,7 +231,7 @@ def _rank(variable: Any) -> int:
 # -- programs ----------------------------------------------------------------------------------
 
 # Parameters that say how a call is differentiated, by the name of its primitive.
-_RULES = {
+DERIVATIVES = {
     "custom_jvp_call": {"jvp_jaxpr_fun"},
     "custom_vjp_call": {"fwd_jaxpr_thunk", "bwd", "out_trees"},
 }
@@ -154,13 +241,13 @@ def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
     """``of(jaxpr, *arrays)`` as one compiled program, which jaxprs that differ in their constants share.
 
     So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
-    others (a parameter is not hashable, or a function) is gone through equation by equation.
+    others is evaluated equation by equation: one with a parameter that is not hashable, or a function.
     """
     inner, constants = open_jaxpr(jaxpr)
     plain = not any(is_traced(v) for v in (*constants, *arrays))
     try:
         hash(of)
-        text = _comparable(inner, _RULES if plain else {})  # what is not traced is not differentiated
+        text = _comparable(inner, DERIVATIVES if plain else {})  # what is not traced is not differentiated
     except (_Incomparable, TypeError):
         return of(jaxpr, *arrays)
     # Without its constants, which newer versions of JAX keep in the jaxpr: they may be tracers.
