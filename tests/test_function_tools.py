@@ -1,5 +1,7 @@
 """What all function tools share: how often they trace and compile, and that no tracer leaves its trace."""
 
+import gc
+import weakref
 from functools import partial
 
 import chex
@@ -7,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from handwritten import close, conv, normal
-from jax import lax, monitoring
+from handwritten import close, compilations, conv, normal
+from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc.functions import jaxprs
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 4, 4), normal(RNG, 3, 3, 3, 3)
@@ -83,31 +84,25 @@ LOOPS = {
 @pytest.mark.parametrize("name", LOOPS)
 def test_an_eager_fully_connected_compiles_once(name):
     """Other kernels are no reason to compile again, and give other values."""
-    compilations = []
-
-    def note(event, duration, **_):
-        compilations.extend([event] * ("backend_compile" in event))
-
-    connected = fc.fully_connected(LOOPS[name])
-    connected(X, K)
-    monitoring.register_event_duration_secs_listener(note)
-    try:
-        got = [fc.fully_connected(LOOPS[name])(X, k) for k in (K, 2 * K)]
-        jax.block_until_ready(got)
-        assert len(compilations) <= 1  # 2 * K
-    finally:
-        monitoring.clear_event_listeners()
-    for y, k in zip(got, (K, 2 * K), strict=True):
+    kernels = (K, 2 * K)
+    fc.fully_connected(LOOPS[name])(X, K)
+    with compilations() as programs:
+        got = jax.block_until_ready([fc.fully_connected(LOOPS[name])(X, k) for k in kernels])
+    assert not programs
+    for y, k in zip(got, kernels, strict=True):
         close(y, LOOPS[name](X, k))
 
 
 def test_nothing_is_kept_for_a_builder_that_closes_over_arrays():
     """What is compiled for a function without a closure is kept; a closure may hold tracers."""
-    before = jaxprs._run._cache_size()
+    kept = []
     for scale in (1.0, 3.0):
         builder = lambda spec, kernel, s=scale: s * fc.as_matrix(spec, kernel)  # noqa: E731
         close(fc.fully_connected(LOOPS["scan"], builder=builder)(X, K), LOOPS["scan"](X, scale * K))
-    assert jaxprs._run._cache_size() == before
+        kept.append(weakref.ref(builder))
+    del builder
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_loops_that_differ_are_not_taken_for_one_another():
@@ -116,12 +111,26 @@ def test_loops_that_differ_are_not_taken_for_one_another():
         close(fc.fully_connected(fn)(X), fn(X))
 
 
-def test_find_convs_does_not_take_a_mutable_array_for_known():
-    def fn(x):
-        kernel = jax.new_ref(0 * K)
-        kernel[...] = K
-        return conv(x, kernel[...])
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_an_eager_fully_connected_keeps_no_activation(jitted):
+    """A value is dropped after its last use: what is held at a time does not grow with the depth."""
+    x = jnp.ones((64, 3, 4, 4))
 
-    (site,) = fc.find_convs(fn, X)
-    assert isinstance(site.kernel, jax.ShapeDtypeStruct)
-    close(fc.fully_connected(fn)(X), conv(X, K))
+    def held(depth):
+        def network(x):
+            for _ in range(depth):
+                x = jax.nn.relu(conv(x, K)) - 0.5
+            return x
+
+        most = []
+        others = {id(a) for a in jax.live_arrays()}
+
+        def builder(spec, kernel):
+            most.append(sum(a.nbytes for a in jax.live_arrays() if id(a) not in others))
+            return fc.as_matrix(spec, kernel)
+
+        fn = jax.jit(network) if jitted else network
+        close(fc.fully_connected(fn, builder=builder)(x), network(x))
+        return max(most)
+
+    assert held(20) <= held(3) <= 3 * x.nbytes

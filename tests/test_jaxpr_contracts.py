@@ -13,7 +13,15 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxconv_fc.functions.jaxprs import DERIVATIVES, CALLS, WRITES, eval_eqn, inner_jaxprs, open_jaxpr, scan_counts
+from jaxconv_fc.functions.jaxprs import (
+    CALLS,
+    DERIVATIVES,
+    WRITES,
+    eval_eqn,
+    inner_jaxprs,
+    open_jaxpr,
+    scan_counts,
+)
 
 V = jnp.arange(3.0)
 IMAGE = jnp.ones((1, 1, 4, 4))
@@ -202,7 +210,7 @@ def test_equations_know_where_they_come_from():
     with jax.named_scope("layer"):
         (eqn,) = equations(lambda x: x + x, V)
     files = {os.path.basename(frame.file_name) for frame in eqn.source_info.traceback.frames}
-    assert "test_tracing_contracts.py" in files
+    assert "test_jaxpr_contracts.py" in files
     (eqn,) = equations(jax.named_scope("layer")(lambda x: x + x), V)
     assert str(eqn.source_info.name_stack) == "layer"
 
