@@ -5,18 +5,11 @@ are only moved, copied, dropped and scaled (padding, slicing, reshaping, concate
 each entry the number of the entry of x that it is, and a weight. The first layer turns a selection into
 :class:`Columns`, straight from its kernel, and all equations after it act on columns. Nothing is probed with
 unit vectors, so an Inf or NaN stays in the entries that it belongs to.
-
-A convolution acts on columns as a sum over taps, ``M = sum_p K_p (x) S_p``. K_p mixes channels: one matrix
-product for all taps, columns and positions. S_p moves the input positions of tap p to the outputs that read
-them: padding and slicing. On CPU this is several times faster than to convolve the columns, because XLA has
-no fast 64-bit convolution.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,10 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.dense import as_matrix, entries
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
@@ -40,6 +31,8 @@ from jaxconv_fc.functions.jaxprs import (
     result_avals,
     wanted,
 )
+from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
+from jaxconv_fc.layout import out_first
 from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
 
@@ -57,7 +50,6 @@ _BATCHED_FIRST = frozenset({
     "bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_spdot_general", "bcsr_todense", "bcsr_extract",
     "bcsr_dot_general",
 })  # fmt: skip
-CHUNK_BYTES = 2**22  # on CPU, what one matrix product may write: it is read again at once, from the cache
 
 
 @dataclass(frozen=True)
@@ -225,7 +217,7 @@ def _batch_free_contract(v: Any, batch: Sequence[int], contract: Sequence[int]) 
     return jnp.transpose(v, (*batch, *free, *contract)).reshape(sizes), [v.shape[i] for i in free]
 
 
-# -- sums over taps ----------------------------------------------------------------------------
+# -- convolutions and pooling ------------------------------------------------------------------
 
 
 def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
@@ -245,8 +237,7 @@ def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
     if spec.padding_mode != "zeros" or not operand.array.size:
         return None
     stack = operand.array.reshape(-1, *shape, operand.array.shape[-1])
-    made = _convolved(spec, kernel, stack, transposed=transposed, precision=params["precision"],
-                      chunked=jax.default_backend() == "cpu")  # fmt: skip
+    made = convolve_columns(spec, kernel, stack, transposed=transposed, precision=params["precision"])
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 
@@ -264,15 +255,14 @@ def _first_layer(
 
 @partial(jax.jit, static_argnames=("size", "transposed"))
 def _scattered(spec: ConvSpec, kernel: Any, labels: Any, weights: Any, *, size: int, transposed: bool) -> Any:
+    """Every entry of M, added to the column of the entry of x that it reads."""
     dims, rows, columns, _ = entries(spec)
     outputs = spec.in_size if transposed else spec.out_size
-    values = jnp.expand_dims(
-        jnp.transpose(kernel, spec.dimension_numbers.rhs_spec), range(2, 2 + len(spec.axes))
-    )
+    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
     rows, columns, values = (jnp.broadcast_to(v, dims).ravel() for v in (rows, columns, values))
     reads, makes = (rows, columns) if transposed else (columns, rows)
-    inside = columns < spec.in_size
-    makes, reads = jnp.where(inside, makes, outputs), jnp.where(inside, reads, 0)  # padding is dropped
+    inside = columns < spec.in_size  # entries that read padding have no column, and are dropped
+    makes, reads = jnp.where(inside, makes, outputs), jnp.where(inside, reads, 0)
 
     def example(labels: Any, weights: Any) -> Any:
         label = labels[reads]
@@ -283,119 +273,8 @@ def _scattered(spec: ConvSpec, kernel: Any, labels: Any, weights: Any, *, size: 
     return jax.vmap(example, (0, None if weights is None else 0))(labels, weights)
 
 
-@partial(jax.jit, static_argnames=("transposed", "precision", "chunked"))
-def _convolved(
-    spec: ConvSpec, kernel: Any, stack: Any, *, transposed: bool, precision: Any, chunked: bool
-) -> Any:
-    """``sum_p K_p (x) S_p`` of a stack ``(examples, *in_shape, columns)``, or its transpose."""
-    axes, groups, dims = spec.axes, spec.groups, len(spec.axes)
-    before, after = (spec.out_order, spec.in_order) if transposed else (spec.in_order, spec.out_order)
-    # (channels, examples, positions, columns): one matrix product mixes the channels of all the rest.
-    order = (*(1 + i for i in before[dims:]), 0, *(1 + i for i in before[:dims]), stack.ndim - 1)
-    stack = jnp.transpose(stack, order)
-    stack = stack.reshape(groups, -1, *stack.shape[len(before) - dims :])
-    weights = jnp.transpose(kernel, spec.dimension_numbers.rhs_spec)  # (out, in, taps...)
-    weights = jnp.moveaxis(weights.reshape(groups, -1, *weights.shape[1:]), (1, 2), (-2, -1))
-    if transposed:
-        axes = [axis.transpose() for axis in axes]  # whose taps run backwards
-        weights = jnp.flip(jnp.swapaxes(weights, -1, -2), range(1, 1 + dims))
-
-    def product(columns: Any) -> Any:
-        return _sum_over_taps(axes, weights, columns, precision)
-
-    result = _by_chunks(product, stack, _chunk(axes, weights, stack)) if chunked else product(stack)
-    shape = spec.in_shape if transposed else spec.out_shape
-    result = result.reshape(*(shape[i] for i in after[dims:]), *result.shape[2:])
-    channels = len(after) - dims  # the example is behind them
-    places = {
-        **{i: n for n, i in enumerate(after[dims:])},
-        **{i: channels + 1 + n for n, i in enumerate(after[:dims])},
-    }
-    return jnp.transpose(result, (channels, *(places[i] for i in range(len(after))), result.ndim - 1))
-
-
-def _sum_over_taps(axes: Sequence[Axis], weights: Any, stack: Any, precision: Any) -> Any:
-    """``weights (groups, taps..., out, in)`` and ``stack (groups, in, examples, positions..., columns)``.
-
-    The taps' copies of the positions are written out after the product or before it: where they are fewer.
-    """
-    dims = len(axes)
-    groups, *taps, outputs, inputs = weights.shape
-    rest = stack.shape[2:]
-    if _after(axes, weights):
-        flat = weights.reshape(groups, -1, inputs)
-        value = jnp.matmul(flat, stack.reshape(groups, inputs, -1), precision=precision)
-        value = value.reshape(groups, *taps, outputs, *rest)
-        parts = {tap: value[(slice(None), *tap)] for tap in np.ndindex(*taps)}
-        return _total([moved_by(axes, tap, part, part.ndim - 1 - dims) for tap, part in parts.items()])
-    for i in reversed(range(dims)):
-        at = stack.ndim - 1 - dims + i
-        stack = jnp.stack([moved_by([axes[i]], (p,), stack, at) for p in range(axes[i].taps)], axis=1)
-    flat = jnp.moveaxis(weights, -2, 1).reshape(groups, outputs, -1)
-    value = jnp.matmul(flat, stack.reshape(groups, flat.shape[-1], -1), precision=precision)
-    return value.reshape(groups, outputs, *stack.shape[dims + 2 :])
-
-
-def _after(axes: Sequence[Axis], weights: Any) -> bool:
-    outputs, inputs = weights.shape[-2:]
-    before, behind = math.prod(a.size for a in axes), math.prod(a.out_size for a in axes)
-    return outputs * before <= inputs * behind
-
-
-def _chunk(axes: Sequence[Axis], weights: Any, stack: Any) -> int:
-    """How many columns make a matrix product that stays in the cache."""
-    groups, *taps, outputs, inputs = weights.shape
-    before, behind = math.prod(a.size for a in axes), math.prod(a.out_size for a in axes)
-    one = groups * math.prod(taps) * min(outputs * before, inputs * behind) * stack.shape[2]
-    return max(16, CHUNK_BYTES // (one * stack.dtype.itemsize) // 16 * 16)
-
-
-def _by_chunks(fn: Callable[[Any], Any], columns: Any, width: int) -> Any:
-    """``fn(columns)``, so many columns at a time."""
-    count = columns.shape[-1]
-    if count <= width:
-        return fn(columns)
-    blocks = count // width
-    head = columns[..., : blocks * width].reshape(*columns.shape[:-1], blocks, width)
-    made = jnp.moveaxis(lax.map(fn, jnp.moveaxis(head, -2, 0)), 0, -2)
-    made = made.reshape(*made.shape[:-2], blocks * width)
-    if count == blocks * width:
-        return made
-    return jnp.concatenate([made, fn(columns[..., blocks * width :])], axis=-1)
-
-
-def _total(values: Sequence[Any]) -> Any:
-    return functools.reduce(operator.add, values)
-
-
 def _window_sum(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Pooling is a sum over taps, an axis at a time."""
-    value = values[0].columns()
-    for i, axis in enumerate(window_axes(eqn.params, value.shape[:-1])):
-        if axis != Axis(axis.size, 1):
-            value = _total([moved_by([axis], (tap,), value, i) for tap in range(axis.taps)])
-    return [Columns(value)]
-
-
-def window_axes(params: dict[str, Any], shape: Sequence[int]) -> list[Axis]:
-    """The axes of a pooling, by the parameters of its equation."""
-    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-    axes = zip(shape, *(params[name] for name in names), strict=True)
-    return [Axis(n, taps, s, lo, hi, l, r) for n, taps, s, (lo, hi), l, r in axes]
-
-
-def moved_by(axes: Sequence[Axis], tap: Sequence[int], value: Any, first: int, fill: Any = 0) -> Any:
-    """``S_p`` on the axes of ``value`` from ``first`` on: what each output reads through this tap.
-
-    Padding (negative too) and a slice; ``fill`` where nothing is read.
-    """
-    pads, stops, steps = [(0, 0, 0)] * value.ndim, list(value.shape), [1] * value.ndim
-    for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
-        low, reach = axis.lo - p * axis.rhs_dilation, (axis.out_size - 1) * axis.stride + 1
-        pads[i] = (low, reach - low - dilated(axis.size, axis.lhs_dilation), axis.lhs_dilation - 1)
-        stops[i], steps[i] = reach, axis.stride
-    value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
-    return lax.slice(value, [0] * value.ndim, stops, steps)
+    return [Columns(window_sum(eqn.params, values[0].columns()))]
 
 
 # -- the tables: primitive -> rule ---------------------------------------------------------------

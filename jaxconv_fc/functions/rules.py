@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.functions.columns import MOVES, moved_by, window_axes
+from jaxconv_fc.functions.columns import MOVES
 from jaxconv_fc.functions.connect import batched_output, examples
 from jaxconv_fc.functions.find import spec_of
 from jaxconv_fc.functions.jaxprs import (
@@ -44,6 +44,7 @@ from jaxconv_fc.functions.linearize import (
     stacked,
     tangent_of,
 )
+from jaxconv_fc.functions.tap_sums import moved_by, window_axes
 from jaxconv_fc.products import stacked_product
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 
