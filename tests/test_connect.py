@@ -103,6 +103,25 @@ def test_a_matrix_beyond_the_limit_is_refused_before_it_is_made():
         fc.fully_connected(conv)(X, K)
 
 
+@pytest.mark.parametrize("loop", ["scan", "while", "cond"])
+def test_a_builder_may_close_over_traced_arrays(loop):
+    """Also around a loop. Twice M in two steps is four times the result, and the derivative in 2 is 4."""
+    functions = {
+        "scan": lambda x: lax.scan(lambda c, _: (conv(c, K), None), x, None, length=2)[0],
+        "while": lambda x: lax.fori_loop(0, jnp.asarray(2), lambda i, c: conv(c, K), x),
+        "cond": lambda x: lax.cond(x.sum() < 1e9, lambda x: conv(conv(x, K), K), lambda x: x, x),
+    }
+
+    def scaled(scale):
+        builder = lambda spec, kernel: scale * fc.as_matrix(spec, kernel)  # noqa: E731
+        return fc.fully_connected(functions[loop], builder=builder)(X)
+
+    want = functions[loop](X)
+    two = jnp.asarray(2.0)
+    close(jit(scaled)(two), 4 * want)
+    close(jit(lambda s: jax.jvp(scaled, (s,), (jnp.ones_like(s),))[1])(two), 4 * want)
+
+
 # functions whose convolutions sit deep inside --------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.dense import as_matrix
@@ -31,6 +32,7 @@ from jaxconv_fc.functions.jaxprs import (
     inner_jaxprs,
     open_jaxpr,
     result_avals,
+    scan_counts,
     trace,
 )
 from jaxconv_fc.products import OPERANDS, vmap_or_sum
@@ -89,7 +91,7 @@ class MatrixEvaluator:
     def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         if not performs_conv(eqn):
             return eval_eqn(eqn, values)
-        return _RULES.get(eqn.primitive.name, _compiled_around)(self, eqn, values)
+        return _RULES.get(eqn.primitive.name, _compiled)(self, eqn, values)
 
     def transformed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fully_connected(fn, builder=self.builder)
@@ -212,24 +214,67 @@ def _shard_map(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any])
 # -- loops and branches ------------------------------------------------------------------------
 
 
-def _compiled_around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The same equation around rewritten jaxprs, compiled once.
+def _compiled(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """A loop or a branch, compiled once.
 
     JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new at every call.
     """
     if not _is_closed(evaluator.builder):
-        return _around(evaluator, eqn, values)
-    return compiled(_Around(evaluator), alone(eqn), *values)
+        return _LOOPS.get(eqn.primitive.name, _around)(evaluator, eqn, values)
+    return compiled(_Loop(evaluator), alone(eqn), *values)
 
 
 @dataclass(frozen=True)
-class _Around:
-    """:func:`_around` the one equation of a jaxpr."""
+class _Loop:
+    """The one equation of a jaxpr, a loop or a branch, as something hashable."""
 
     evaluator: MatrixEvaluator
 
     def __call__(self, jaxpr: Any, *values: Any) -> list[Any]:
-        return _around(self.evaluator, open_jaxpr(jaxpr)[0].eqns[0], values)
+        (eqn,) = open_jaxpr(jaxpr)[0].eqns
+        return _LOOPS.get(eqn.primitive.name, _around)(self.evaluator, eqn, values)
+
+
+def _scan(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    (body,) = inner_jaxprs(eqn)
+    fixed, carried = scan_counts(eqn, body)
+
+    def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = evaluator(body, [*values[:fixed], *carry, *xs])
+        return results[:carried], results[carried:]
+
+    options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(
+        step, list(values[fixed : fixed + carried]), list(values[fixed + carried :]), **options
+    )
+    return [*carry, *ys]
+
+
+def _while(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """A vmap may leave a condition per example. The loop then runs while one holds, for those examples."""
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    split = eqn.params["cond_nconsts"]
+    start = split + eqn.params["body_nconsts"]
+
+    def going(carry: list[Any]) -> Any:
+        return evaluator(cond, [*values[:split], *carry])[0]
+
+    def step(carry: list[Any]) -> list[Any]:
+        new, on = evaluator(body, [*values[split:start], *carry]), going(carry)
+        if not on.ndim:
+            return new
+        masks = [jnp.expand_dims(on, range(on.ndim, v.ndim)) for v in new]
+        return [jnp.where(mask, v, old) for mask, v, old in zip(masks, new, carry, strict=True)]
+
+    return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(values[start:]))
+
+
+def _cond(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    branches = [lambda *a, branch=branch: evaluator(branch, a) for branch in inner_jaxprs(eqn)]
+    return lax.switch(values[0], branches, *values[1:])
+
+
+_LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
 
 
 def _around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -255,8 +300,8 @@ def _is_closed(builder: Any) -> bool:
 
 # -- the table: primitive -> rule ----------------------------------------------------------------
 
-# Of equations that are a convolution or hold one. A primitive that is not named becomes the same equation
-# around rewritten jaxprs.
+# Of equations that are a convolution or hold one. Loops and branches are in _LOOPS; any other becomes the
+# same equation around rewritten jaxprs.
 _RULES: dict[str, Callable[[MatrixEvaluator, JaxprEqn, Sequence[Any]], list[Any]]] = {
     **dict.fromkeys(CALLS, _inline),
     "conv_general_dilated": _convolution,
