@@ -16,8 +16,8 @@ from jaxconv_fc.dense import update_matrix as update_matrix
 from jaxconv_fc.functions.affine import local_affine as local_affine
 from jaxconv_fc.functions.affine import matrix_of as matrix_of
 from jaxconv_fc.functions.connect import fully_connected as fully_connected
-from jaxconv_fc.functions.find import ConvSite as ConvSite
 from jaxconv_fc.functions.find import find_convs as find_convs
+from jaxconv_fc.functions.sites import ConvSite as ConvSite
 from jaxconv_fc.linear_operator import as_linear_operator as as_linear_operator
 from jaxconv_fc.memory import memory_limit as memory_limit
 from jaxconv_fc.products import apply as apply

@@ -145,10 +145,12 @@ def test_the_table():
 
     sites = fc.find_convs(network, X.astype(jnp.float32))
     lines = repr(sites).splitlines()
-    assert lines[0].split() == ["layer", "geometry", "M", "stored", "density", "dense", "sparse", "times"]
+    assert lines[0].split() == [
+        "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times",
+    ]  # fmt: skip
     assert lines[1].split() == [
-        "0", "first", "3x4x4", "->", "3x4x4,", "kernel", "3x3x3x3,", "pad", "(1,1)", "(1,1)", "48x48",
-        "900", "39.06%", "9", "KiB", "7.22", "KiB", "1",
+        "0", "first", "NCHW", "OIHW", "3x4x4", "->", "3x4x4,", "kernel", "3x3x3x3,", "pad", "(1,1)", "(1,1)",
+        "48x48", "900", "39.06%", "9", "KiB", "7.22", "KiB", "1",
     ]  # fmt: skip
     for text in ("stride 2x1", "pad (0,1) (1,1)", "3 groups"):
         assert text in lines[2]
@@ -158,6 +160,88 @@ def test_the_table():
     dense, stored = sum(s.spec.nbytes().dense for s in sites), sum(s.spec.nse for s in sites)
     assert lines[-1].split()[:4] == ["total", f"{stored:,}", f"{dense / 1024:.3g}", "KiB"]
     assert repr(fc.find_convs(jnp.sin, X)) == "no convolutions"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "layout"),
+    [
+        (("NHWC", "HWIO", "NHWC"), "NHWC HWIO "),
+        (("NHWC", "HWIO", "NCHW"), "NHWC HWIO NCHW "),
+        (("CNHW", "IOHW", "CNHW"), "CNHW IOHW "),
+    ],
+)
+def test_the_layout_of_a_convolution(numbers, layout):
+    x, k = jnp.ones([{"N": 1, "C": 3, "H": 4, "W": 4}[c] for c in numbers[0]]), jnp.ones
+    k = jnp.ones([{"O": 2, "I": 3, "H": 2, "W": 2}[c] for c in numbers[1]])
+    sites = fc.find_convs(lambda x: conv(x, k, dimension_numbers=numbers), x)
+    assert f" {layout} " in repr(sites)
+
+
+def test_a_layer_is_called_by_the_path_of_its_kernel():
+    """Given or closed over, cast, inside of calls and derivatives. Without a path it is the source line."""
+    params = {"encoder": [{"kernel": K}, {"kernel": 2 * K}], "head": 3 * K}
+
+    def network(params, x):
+        for layer in params["encoder"]:
+            x = jax.jit(conv)(x, layer["kernel"])
+        return conv(x.astype(jnp.float32), params["head"].astype(jnp.float32))
+
+    names = ["encoder/0", "encoder/1", "head"]
+    shapes = jax.tree.map(lambda k: jax.ShapeDtypeStruct(k.shape, k.dtype), params)
+    for sites in (
+        fc.find_convs(network, params, X),
+        fc.find_convs(network, shapes, SHAPES[0]),
+        fc.find_convs(lambda x: network(params, x), X),
+        fc.find_convs(partial(network, params), X),
+        fc.find_convs(jax.jit(network), params=params, x=X),
+    ):
+        assert [site.name for site in sites] == names
+    forward, backward = fc.find_convs(jax.grad(lambda x: conv(x, params["head"]).sum()), X)
+    assert "head" in forward.name
+    assert "transpose" in backward.name
+    scoped = jax.named_scope("scope")(lambda x: conv(x, params["encoder"][0]["kernel"]))
+    assert fc.find_convs(scoped, X)[0].name == "scope/encoder/0"
+    assert fc.find_convs(lambda x: conv(x, K), X)[0].name.startswith("handwritten.py:")
+
+
+def test_modules_of_flax_and_equinox_are_called_by_their_attributes():
+    nnx, eqx = pytest.importorskip("flax.nnx"), pytest.importorskip("equinox")
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.second = (nnx.Conv(3, 3, (3, 3), rngs=rngs) for _ in range(2))
+
+        def __call__(self, x):
+            return self.second(nnx.relu(self.first(x)))
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = nnx.List([Block(rngs), Block(rngs)])
+
+        def __call__(self, x):
+            return self.blocks[1](self.blocks[0](x))
+
+    network, x = Network(nnx.Rngs(0)), jnp.ones((1, 5, 5, 3), jnp.float32)
+    want = [f"blocks/{i}/{name}" for i in range(2) for name in ("first", "second")]
+    for sites in (
+        fc.find_convs(network, x),
+        fc.find_convs(lambda x: network(x), x),
+        fc.find_convs(nnx.jit(lambda m, x: m(x)), network, x),
+    ):
+        assert [site.name for site in sites] == want
+    layers = [eqx.nn.Conv2d(3, 3, 3, key=jax.random.key(i), dtype=jnp.float32) for i in range(2)]
+    sites = fc.find_convs(lambda layers, x: layers[1](layers[0](x)), layers, jnp.ones((3, 8, 8), jnp.float32))
+    assert [site.name for site in sites] == ["eqx.nn.Conv/0", "eqx.nn.Conv/1"]
+
+
+def test_a_function_without_jax_arrays_is_refused():
+    class Tensor:
+        """Of another library."""
+
+    with pytest.raises(TypeError, match="fn returned Tensor, and no JAX array"):
+        fc.find_convs(lambda x: Tensor(), X)
+    assert not fc.find_convs(lambda x: None, X)
+    assert not fc.find_convs(lambda x: (Tensor(), x), X)
 
 
 def test_find_convs_does_not_take_a_mutable_array_for_known():

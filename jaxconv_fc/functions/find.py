@@ -6,8 +6,6 @@ library wrote the layer.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,62 +25,9 @@ from jaxconv_fc.functions.jaxprs import (
     trace,
     wanted,
 )
-from jaxconv_fc.memory import readable
+from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
+from jaxconv_fc.functions.sites import ConvSite, ConvSites
 from jaxconv_fc.spec import ConvSpec, conv_spec
-
-
-@dataclass(frozen=True, eq=False)
-class ConvSite:
-    """One convolution that a function performs: ``y = M x`` with the M of ``spec`` and ``kernel``.
-
-    Of ``kernel``, ``x`` and ``y`` the two that the product takes are given, the third, its result, is
-    None. A convolution of lax is always ``"M x"``; the products of this library can also be ``"M^T y"``
-    (:func:`apply_transpose`) and ``"X^T y"`` (the gradient with respect to the kernel).
-
-    Attributes:
-      spec: the geometry; its ``lhs_shape`` holds the batch.
-      kernel, x, y: arrays where the value is known, ``jax.ShapeDtypeStruct`` where only its shape is.
-      name: the name stack (flax and haiku put their module names there), else the line of the source.
-      times: how often it is executed, the lengths of the scans around it multiplied; None in a while
-        loop, where only the run can tell.
-      product: ``"M x"``, ``"M^T y"`` or ``"X^T y"``.
-    """
-
-    spec: ConvSpec
-    kernel: Any
-    x: Any
-    name: str
-    times: int | None = 1
-    product: str = "M x"
-    y: Any = None
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of M."""
-        return np.dtype((self.x if self.kernel is None else self.kernel).dtype)
-
-    def __repr__(self) -> str:
-        return repr(ConvSites([self]))
-
-
-class ConvSites(list[ConvSite]):
-    """A list of :class:`ConvSite`, printed as a table."""
-
-    def __repr__(self) -> str:
-        if not self:
-            return "no convolutions"
-        head = ("", "layer", "geometry", "M", "stored", "density", "dense", "sparse", "times")
-        rows = [head, *(_row(i, site) for i, site in enumerate(self))]
-        if len(self) > 1:
-            sizes = [_bytes_of(site) for site in self]
-            stored = f"{sum(site.spec.nse for site in self):,}"
-            totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
-            rows.append(("", "total", "", "", stored, "", *totals, ""))
-        columns = []
-        for i, column in enumerate(zip(*rows, strict=True)):
-            align = str.ljust if i in (1, 2) else str.rjust  # words to the left, numbers to the right
-            columns.append([align(cell, max(map(len, column))) for cell in column])
-        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
@@ -99,22 +44,29 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
         and inputs are known. Python numbers stay static, as in a plain call.
 
     Returns:
-      A list of :class:`ConvSite`. Printed, it is a table: layer, geometry, shape of M, stored entries,
-      density, bytes of M dense and as BCSR, and times executed. In the body of a loop, kernel and input
-      are known where no iteration changes them.
+      A list of :class:`ConvSite`. Printed, it is a table: layer, layout, geometry, shape of M, stored
+      entries, density, bytes of M dense and as BCSR, and times executed. In the body of a loop, kernel and
+      input are known where no iteration changes them.
+
+    Raises:
+      TypeError: the results of ``fn`` are not JAX arrays.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> def layer(x, kernel):
     ...     with jax.named_scope("layer"):
     ...         return jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "VALID"))
     >>> print(fc.find_convs(jax.jit(layer), jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))))
-       layer  geometry                              M  stored  density    dense    sparse  times
-    0  layer  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216 KiB  46.1 KiB      1
+       layer  layout     geometry                              M  stored  density    dense    sparse  times
+    0  layer  NCHW OIHW  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216 KiB  46.1 KiB      1
     """
     traced = trace(fn, args, kwargs)
+    if traced.others and not open_jaxpr(traced.jaxpr)[0].outvars:
+        raise TypeError(
+            f"find_convs: fn returned {type(traced.others[0]).__name__}, and no JAX array. Only what is "
+            "computed with JAX arrays can be traced: pass a function of JAX arrays."
+        )
     sites = ConvSites()
-    finder = ConvFinder(sites)
-    finder.visit(traced.jaxpr, traced.arguments)
+    ConvFinder(sites, ArrayPaths(fn, args, kwargs)).visit(traced.jaxpr, traced.arguments)
     return sites
 
 
@@ -127,6 +79,7 @@ class ConvFinder:
     """
 
     sites: list[ConvSite]  # the convolutions found so far
+    paths: ArrayPaths
     scope: str = ""  # the name stack of the calls around this jaxpr
     times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated here
@@ -138,17 +91,21 @@ class ConvFinder:
 
     def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         name = eqn.primitive.name
-        inside = replace(self, scope=_nested(self.scope, eqn))
+        inside = replace(self, scope=nested(self.scope, eqn))
         if name in CALLS and holds_conv(eqn):
             return inside.visit(inner_jaxprs(eqn)[0], values, used)
         if name in _SITES:
-            place = place_of(eqn, self.scope)
-            self.sites.append(replace(_SITES[name](eqn, *values), name=place, times=self.times))
+            site = _SITES[name](eqn, *values)
+            place = place_of(eqn, self.scope, self.paths[site.kernel])
+            self.sites.append(replace(site, name=place, times=self.times))
         elif holds_conv(eqn):
             for body in _BODIES.get(name, _other_bodies)(eqn, values):
                 inside.body(body)
         known = self.evaluable and any(used) and all(map(_is_known, values)) and not is_mutable(eqn)
-        return eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
+        results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
+        if name == "convert_element_type":
+            self.paths.hand_on(values[0], results[0])
+        return results
 
     def body(self, body: _Body) -> None:
         times = None if self.times is None or body.times is None else self.times * body.times
@@ -267,84 +224,9 @@ def _abstract(variable: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
 
 
-# -- the table ---------------------------------------------------------------------------------
-
-
-def _row(index: int, site: ConvSite) -> tuple[str, ...]:
-    spec = site.spec
-    density = spec.nse / max(1, spec.out_size * spec.in_size)
-    dense, sparse = map(readable, _bytes_of(site))
-    shape = _by(spec.shape) + {"M x": "", "M^T y": " ^T", "X^T y": " (X)"}[site.product]
-    times = "?" if site.times is None else f"{site.times:,}"
-    stored = f"{spec.nse:,}"
-    return str(index), site.name, _geometry(spec), shape, stored, f"{density:.2%}", dense, sparse, times
-
-
-def _geometry(spec: ConvSpec) -> str:
-    """The kind of convolution in one line: only the options that are not the default."""
-    words = [f"{_by(spec.in_shape)} -> {_by(spec.out_shape)}", f"kernel {_by(spec.rhs_shape)}"]
-    for word, steps in (
-        ("stride", spec.window_strides),
-        ("lhs dilation", spec.lhs_dilation),
-        ("dilation", spec.rhs_dilation),
-    ):
-        if any(s != 1 for s in steps):
-            words.append(f"{word} {_by(steps)}")
-    if any(lo or hi for lo, hi in spec.padding):
-        mode = "pad" if spec.padding_mode == "zeros" else spec.padding_mode
-        words.append(f"{mode} " + " ".join(f"({lo},{hi})" for lo, hi in spec.padding))
-    for word, count in (("groups", spec.feature_group_count), ("batch groups", spec.batch_group_count)):
-        if count != 1:
-            words.append(f"{count} {word}")
-    return ", ".join(words)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _bytes_of(site: ConvSite) -> tuple[int, int]:
-    """Bytes of M dense, and as BCSR."""
-    sizes = site.spec.nbytes(site.dtype)
-    return sizes.dense, sizes.bcsr
-
-
 def spec_of(eqn: JaxprEqn) -> ConvSpec:
     """The geometry of a ``conv_general_dilated`` equation."""
     lhs, rhs = (_abstract(v).shape for v in eqn.invars)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
              "feature_group_count", "batch_group_count")  # fmt: skip
     return conv_spec(lhs, rhs, *(eqn.params[name] for name in names))
-
-
-# -- where an equation is ---------------------------------------------------------------------
-
-
-def place_of(eqn: JaxprEqn, outer: str = "") -> str:
-    """Where an equation comes from: its name stack, as far as it has names, else the line of the source.
-
-    Stacks of transformations alone, ``transpose(jvp())``, get the line put inside.
-    """
-    stack = _nested(outer, eqn)
-    if re.sub(r"\w+\(|[()/]", "", stack):
-        return stack
-    line = _source_line(eqn)
-    return stack.replace("()", f"({line})") if stack and line else line
-
-
-def _nested(outer: str, eqn: JaxprEqn) -> str:
-    """The name stack inside of a call begins anew: put the stack of the call in front."""
-    return "/".join(filter(None, (outer, str(eqn.source_info.name_stack))))
-
-
-def _source_line(eqn: JaxprEqn) -> str:
-    """``file.py:line`` of the user's call: the innermost one outside of JAX and of installed libraries.
-
-    Empty where JAX has kept none (the jaxpr of a jitted library function was traced for another call).
-    """
-    traceback = eqn.source_info.traceback
-    frames = traceback.frames if traceback else []
-    ours = tuple(os.path.dirname(str(file)) for file in (jax.__file__, __file__))
-    frames = [f for f in frames if not f.file_name.startswith(ours)]
-    frame = next((f for f in frames if "site-packages" not in f.file_name), next(iter(frames), None))
-    return f"{os.path.basename(frame.file_name)}:{frame.line_num}" if frame else ""

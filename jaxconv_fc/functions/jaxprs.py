@@ -32,11 +32,12 @@ WRITES = frozenset({"swap", "addupdate", "masked_swap", "accum_grad_in_ref"})
 
 @dataclass(frozen=True)
 class Traced:
-    """A call of a function: its jaxpr, the arrays it was given, and how results are put together."""
+    """A call of a function, traced."""
 
     jaxpr: Any
-    arguments: list[Any]
-    rebuild: Callable[[Sequence[Any]], Any]
+    arguments: list[Any]  # the arrays that it was given
+    others: list[Any]  # the results that are not arrays
+    rebuild: Callable[[Sequence[Any]], Any]  # what it returns, from the results that are arrays
 
 
 def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
@@ -64,7 +65,8 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
         remaining = iter(arrays)
         return out_tree.unflatten([next(remaining) if t else v for t, v in zip(traced, others, strict=True)])
 
-    return Traced(jaxpr, arguments, rebuild)
+    others = [value for is_traced, value in zip(*result[1:], strict=True) if not is_traced]
+    return Traced(jaxpr, arguments, others, rebuild)
 
 
 def _is_array(leaf: Any) -> bool:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.functions.find import place_of
 from jaxconv_fc.functions.jaxprs import JaxprEqn, eval_eqn, evaluate, open_jaxpr, operand_avals, result_avals
+from jaxconv_fc.functions.names import place_of
 from jaxconv_fc.sharding import RELABELS, broadcast, is_traced, zeros
 
 # -- values --------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A convolution that a function performs, and the table that a list of them prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxconv_fc.memory import readable
+from jaxconv_fc.spec import ConvSpec
+
+
+@dataclass(frozen=True, eq=False)
+class ConvSite:
+    """One convolution that a function performs: ``y = M x`` with the M of ``spec`` and ``kernel``.
+
+    Of ``kernel``, ``x`` and ``y`` the two that the product takes are given, the third, its result, is
+    None. A convolution of lax is always ``"M x"``; the products of this library can also be ``"M^T y"``
+    (:func:`apply_transpose`) and ``"X^T y"`` (the gradient with respect to the kernel).
+
+    Attributes:
+      spec: the geometry; its ``lhs_shape`` holds the batch.
+      kernel, x, y: arrays where the value is known, ``jax.ShapeDtypeStruct`` where only its shape is.
+      name: the name stack (flax.linen and haiku put their module names there), with the path of the module
+        that holds the kernel (flax.nnx, equinox, nested dictionaries), else the line of the source.
+      times: how often it is executed, the lengths of the scans around it multiplied; None in a while
+        loop, where only the run can tell.
+      product: ``"M x"``, ``"M^T y"`` or ``"X^T y"``.
+    """
+
+    spec: ConvSpec
+    kernel: Any
+    x: Any
+    name: str
+    times: int | None = 1
+    product: str = "M x"
+    y: Any = None
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of M."""
+        return np.dtype((self.x if self.kernel is None else self.kernel).dtype)
+
+    def __repr__(self) -> str:
+        return repr(ConvSites([self]))
+
+
+class ConvSites(list[ConvSite]):
+    """A list of :class:`ConvSite`, printed as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no convolutions"
+        head = ("", "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times")
+        rows = [head, *(_row(i, site) for i, site in enumerate(self))]
+        if len(self) > 1:
+            sizes = [_bytes_of(site) for site in self]
+            stored = f"{sum(site.spec.nse for site in self):,}"
+            totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
+            rows.append(("", "total", "", "", "", stored, "", *totals, ""))
+        columns = []
+        for i, column in enumerate(zip(*rows, strict=True)):
+            align = str.ljust if i in (1, 2, 3) else str.rjust  # words to the left, numbers to the right
+            columns.append([align(cell, max(map(len, column))) for cell in column])
+        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def _row(index: int, site: ConvSite) -> tuple[str, ...]:
+    spec = site.spec
+    density = spec.nse / max(1, spec.out_size * spec.in_size)
+    dense, sparse = map(readable, _bytes_of(site))
+    shape = _by(spec.shape) + {"M x": "", "M^T y": " ^T", "X^T y": " (X)"}[site.product]
+    times = "?" if site.times is None else f"{site.times:,}"
+    stored = f"{spec.nse:,}"
+    words = str(index), site.name, _layout(spec), _geometry(spec)
+    return *words, shape, stored, f"{density:.2%}", dense, sparse, times
+
+
+def _layout(spec: ConvSpec) -> str:
+    """``NHWC HWIO``, and the layout of the output where it is another than that of the input."""
+    numbers = spec.dimension_numbers
+    spatial = {1: "W", 2: "HW", 3: "DHW"}.get(len(spec.axes), "0123456789"[: len(spec.axes)])
+    layouts = []
+    for order, channels in zip(numbers, ("NC", "OI", "NC"), strict=True):
+        letters = dict(zip(order, channels + spatial, strict=True))
+        layouts.append("".join(letters[i] for i in range(len(order))))
+    return " ".join(layouts[:2] if layouts[0] == layouts[2] else layouts)
+
+
+def _geometry(spec: ConvSpec) -> str:
+    """The kind of convolution in one line: only the options that are not the default."""
+    words = [f"{_by(spec.in_shape)} -> {_by(spec.out_shape)}", f"kernel {_by(spec.rhs_shape)}"]
+    for word, steps in (
+        ("stride", spec.window_strides),
+        ("lhs dilation", spec.lhs_dilation),
+        ("dilation", spec.rhs_dilation),
+    ):
+        if any(s != 1 for s in steps):
+            words.append(f"{word} {_by(steps)}")
+    if any(lo or hi for lo, hi in spec.padding):
+        mode = "pad" if spec.padding_mode == "zeros" else spec.padding_mode
+        words.append(f"{mode} " + " ".join(f"({lo},{hi})" for lo, hi in spec.padding))
+    for word, count in (("groups", spec.feature_group_count), ("batch groups", spec.batch_group_count)):
+        if count != 1:
+            words.append(f"{count} {word}")
+    return ", ".join(words)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _bytes_of(site: ConvSite) -> tuple[int, int]:
+    """Bytes of M dense, and as BCSR."""
+    sizes = site.spec.nbytes(site.dtype)
+    return sizes.dense, sizes.bcsr
