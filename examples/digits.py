@@ -16,15 +16,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")  # draws to a file; needs no display
-import matplotlib.pyplot as plt
 import numpy as np
 from jax import lax
-from sklearn.datasets import load_digits
 
 import jaxconv_fc as fc
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to a file; needs no display
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import ConnectionPatch
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples]'")
 
 # On GPU and TPU the default precision of float32 products is lower than float32; on CPU this changes nothing.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -162,41 +167,112 @@ def print_agreement(comparisons):
         print(f"{name:8} {difference.flat[worst]:12.1e} {bound.flat[worst]:9.1e}")
 
 
-def kernel_picture(kernel):
-    """All filters side by side: a row for each input channel, a column for each output channel."""
-    out_channels, in_channels, height, width = kernel.shape
-    framed = np.full((out_channels, in_channels, height + 1, width + 1), np.nan)
-    framed[:, :, :height, :width] = kernel
-    return framed.transpose(1, 2, 0, 3).reshape(in_channels * (height + 1), -1)[:-1, :-1]
+SHOWN = 8, 4  # filters of a layer, and input channels of a filter, that are drawn at most
+NEURON = (3, 3, 4)  # channel, row and column of the output neuron of the first layer that is explained
+HIGHLIGHT = "tab:orange"
 
 
-def draw(sites, matrices, path):
-    """One row of pictures for each layer: the kernel, and the matrix that it becomes."""
+def draw(sites, matrices, image, path):
+    """What one neuron computes, and below it a row for each layer: filters, and the matrix they become."""
     # Heights follow the matrices, within reason, so that an entry is at least a pixel wide and high.
-    heights = [min(max(site.spec.out_size / 100, 1.8), 5.2) for site in sites]
-    fig, axes = plt.subplots(
-        len(sites),
-        2,
-        figsize=(14, 1.1 * sum(heights)),
-        width_ratios=(1, 2),
-        height_ratios=heights,
-        layout="constrained",
-    )
+    heights = [min(max(site.spec.out_size / 100, 2.2), 5.2) for site in sites]
+    fig = plt.figure(figsize=(15, 4.2 + 1.1 * sum(heights)), layout="constrained")
+    top, below = fig.subfigures(2, 1, height_ratios=(4.2, 1.1 * sum(heights)))
+    folded = explain_neuron(top, sites[0], matrices[0], image)
+    axes = below.subplots(len(sites), 2, width_ratios=(1, 2), height_ratios=heights)
     for site, matrix, (left, right) in zip(sites, matrices, axes, strict=True):
-        spec, kernel = site.spec, np.asarray(site.kernel)
-        # White is zero.  The largest few weights saturate, or the rest would be too pale to see.
-        most = np.quantile(np.abs(kernel), 0.95)
-        colours = {"cmap": "seismic_r", "vmin": -most, "vmax": most, "interpolation": "nearest"}
-        left.imshow(kernel_picture(kernel), **colours)
-        left.set_title(f"{site.name}: kernel {by(spec.rhs_shape)}, {kernel.size:,} numbers")
-        left.set_axis_off()
+        colours = colours_of(site.kernel)
+        draw_filters(left, site, colours)
         image = right.imshow(np.asarray(matrix), aspect="auto", **colours)
-        right.set_title(f"its matrix M, {by(spec.shape)}, {spec.nse:,} stored entries")
-        right.set_xlabel(f"input neurons ({by(spec.in_shape)})")
-        right.set_ylabel(f"output neurons ({by(spec.out_shape)})")
-        fig.colorbar(image, ax=right, extend="both")
-    fig.savefig(path, dpi=130)
+        right.set_title(f"its matrix M, {by(site.spec.shape)}, {site.spec.nse:,} stored entries")
+        right.set_xlabel(f"input neurons ({by(site.spec.in_shape)})")
+        right.set_ylabel(f"output neurons ({by(site.spec.out_shape)})")
+        below.colorbar(image, ax=right, extend="both", label="weight (white: 0)")
+    mark_row(fig, axes[0, 1], folded, row_number(sites[0].spec))
+    fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def row_number(spec):
+    """The row of M that belongs to the neuron: neurons are numbered as the entries of an array are."""
+    return np.ravel_multi_index(NEURON, spec.out_shape)
+
+
+def colours_of(kernel):
+    """Blue is positive, red negative, white zero. The largest weights saturate, or the rest would be pale."""
+    most = np.quantile(np.abs(kernel), 0.95)
+    return {"cmap": "RdBu", "vmin": -most, "vmax": most, "interpolation": "nearest"}
+
+
+def explain_neuron(figure, site, matrix, image):
+    """One neuron three times: what it reads, its filter, its row of M. Returns the axes of the row."""
+    channel, row, column = NEURON
+    weights = np.asarray(site.kernel[channel, 0])
+    line = np.asarray(matrix[row_number(site.spec)])
+    patch = np.asarray(image[row - 1 : row + 2, column - 1 : column + 2])
+    figure.suptitle(f"One neuron of the first layer: channel {channel}, row {row}, column {column}")
+    left, middle, right = figure.subplots(1, 3)
+
+    left.imshow(image, cmap="gray_r")
+    left.set_title("It reads 3x3 pixels of the image x:\nits receptive field")
+    middle.imshow(weights, **colours_of(site.kernel))
+    for (i, j), weight in np.ndenumerate(weights):
+        shade = "white" if abs(weight) > abs(weights).max() / 2 else "black"
+        middle.text(j, i, f"{weight:+.2f}", ha="center", va="center", fontsize=13, color=shade)
+    middle.set_title(f"It weighs them with filter {channel} and adds up:\n{(weights * patch).sum():+.3f}")
+    right.imshow(line.reshape(image.shape), **colours_of(site.kernel))
+    right.set_title(f"Its row of M, 64 weights laid out like x.\nRow times x: {line @ image.ravel():+.3f}")
+    corner = (column - 1.5, row - 1.5)
+    for axes in (left, right):
+        axes.add_patch(plt.Rectangle(corner, 3, 3, fill=False, color=HIGHLIGHT, lw=3))
+    for axes in (left, middle, right):
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for spine in middle.spines.values():
+        spine.set(color=HIGHLIGHT, lw=4)
+    # The filter is joined to the window on both sides.
+    for axes, side, edge in ((left, 3, 0), (right, 0, 1)):
+        for i in (0, 3):
+            join(figure, axes, (corner[0] + side, corner[1] + i), middle, (edge, 1 - i / 3))
+    return right
+
+
+def join(figure, first, point, second, fraction):
+    """A line from a point of the data of one picture to a point of the frame of another."""
+    figure.add_artist(
+        ConnectionPatch(
+            point, fraction, coordsA=first.transData, coordsB=second.transAxes, color=HIGHLIGHT, lw=1.5
+        )
+    )
+
+
+def mark_row(figure, axes, folded, row):
+    """The row of M that was explained, joined to the picture of it above."""
+    axes.annotate(
+        f"row {row}", (63.5, row), (66, row), color=HIGHLIGHT, va="center", fontweight="bold",
+        annotation_clip=False, arrowprops={"arrowstyle": "-", "color": HIGHLIGHT, "lw": 2},
+    )  # fmt: skip
+    axes.add_patch(plt.Rectangle((-0.5, row - 1.5), 64, 3, fill=False, color=HIGHLIGHT, lw=1))
+    join(figure, axes, (48, row - 1.5), folded, (0.5, 0))
+
+
+def draw_filters(axes, site, colours):
+    """The first filters side by side: a row for each input channel, a column for each output channel."""
+    outs, ins = map(min, site.kernel.shape, SHOWN)
+    height, width = (n + 1 for n in site.kernel.shape[2:])  # a pixel between two filters
+    framed = np.full((ins, height, outs, width), np.nan)
+    framed[:, :-1, :, :-1] = np.asarray(site.kernel[:outs, :ins]).transpose(1, 2, 0, 3)
+    axes.imshow(framed.reshape(ins * height, outs * width)[:-1, :-1], **colours)
+    axes.set_xticks(np.arange(outs) * width + (width - 2) / 2, range(outs))
+    axes.set_yticks(np.arange(ins) * height + (height - 2) / 2, range(ins))
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    axes.set_xlabel("filter (output channel)")
+    axes.set_ylabel("input channel")
+    title = f"{site.name}: kernel {by(site.spec.rhs_shape)}, {site.kernel.size:,} numbers"
+    if site.kernel.shape[:2] != (outs, ins):
+        title += f"\n(the first {outs} filters, {ins} input channels)"
+    axes.set_title(title)
 
 
 def main(picture_path="digits.png"):
@@ -229,7 +305,7 @@ def main(picture_path="digits.png"):
     print(f"equal predictions: {equal:,} of {len(images):,}")
     print(f"accuracy on held-out images: {held_out_accuracy:.1%}")
 
-    draw(sites, matrices, picture_path)
+    draw(sites, matrices, images[0, 0], picture_path)
     print(f"wrote {picture_path} ({time.perf_counter() - start:.0f} s in all)")
     return 0 if within and equal == len(images) else 1
 

@@ -14,13 +14,19 @@ The true norm is checked to lie within its certificate, and the spectra are draw
 import sys
 
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from digits import all_specs, train
-from sklearn.datasets import load_digits
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
+
+try:
+    import matfree  # noqa: F401 (the largest singular values need it)
+    import matplotlib.pyplot as plt
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples,spectrum]'")
+
+from digits import all_specs, train
 
 
 def circular(spec):

@@ -43,7 +43,11 @@ def main() -> None:
 
 
 def show(done: int, total: int) -> None:
-    print(f"\r{done} of {total} output rows", end="", flush=True)
+    """One line that is written over again; where output is not a terminal, the end of it alone."""
+    if sys.stdout.isatty():
+        print(f"\r{done} of {total} output rows", end="", flush=True)
+    elif done == total:
+        print(f"{done} of {total} output rows", end="")
 
 
 if __name__ == "__main__":
