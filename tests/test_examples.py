@@ -29,7 +29,8 @@ def test_an_example_names_the_extra_that_it_lacks(example, module, extras, monke
 
 def test_progress_of_streaming_is_one_line_without_a_terminal(monkeypatch, capsys):
     pytest.importorskip("resource")
-    monkeypatch.setattr(sys, "argv", ["streaming.py", "--size", "16", "--channels", "4", "--megabytes", "0.05"])
+    small = ["--size", "16", "--channels", "4", "--megabytes", "0.05"]
+    monkeypatch.setattr(sys, "argv", ["streaming.py", *small])
     runpy.run_path(str(EXAMPLES / "streaming.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "\r" not in out
