@@ -35,7 +35,7 @@ def homogeneous(of: Callable[..., Any], degrees: Sequence[int], *arrays: jax.Arr
     overflow nor vanish unless the function does.
     """
     units, exponents = zip(*map(unit_scale, arrays), strict=True)
-    total = _total(degrees, exponents)
+    total = sum(d * e for d, e in zip(degrees, exponents, strict=True))
     return jax.tree.map(lambda v: times_power_of_two(v, total), of(*units))
 
 
@@ -43,15 +43,10 @@ def homogeneous(of: Callable[..., Any], degrees: Sequence[int], *arrays: jax.Arr
 def _homogeneous_jvp(of: Any, degrees: Any, arrays: Any, changes: Any) -> tuple[Any, Any]:
     units, exponents = zip(*map(unit_scale, arrays), strict=True)
     # d of(a) [da_i] = 2**(total - e_i) d of(u) [da_i]
-    total = _total(degrees, exponents)
+    total = sum(d * e for d, e in zip(degrees, exponents, strict=True))
     changes = tuple(times_power_of_two(c, total - e) for c, e in zip(changes, exponents, strict=True))
     values, slopes = jax.jvp(of, units, changes)
     return jax.tree.map(lambda v: times_power_of_two(v, total), values), slopes
-
-
-def _total(degrees: Sequence[int], exponents: Sequence[jax.Array]) -> Any:
-    """``sum of degrees[i] * e_i``, the exponent of the result."""
-    return sum(d * e for d, e in zip(degrees, exponents, strict=True))
 
 
 def unit_scale(array: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +78,7 @@ def scale_exponent(array: jax.Array) -> jax.Array:
 
 
 def largest_part(array: jax.Array) -> jax.Array:
-    """The largest finite magnitude of a real or imaginary part: it has the array's exponent. No derivative."""
+    """The largest finite magnitude of a real or imaginary part, without derivative: of the same exponent."""
     sizes = jnp.stack([jnp.abs(lax.stop_gradient(part)) for part in _parts(array)])
     return jnp.max(jnp.where(jnp.isfinite(sizes), sizes, jnp.zeros_like(sizes)), initial=0)
 
