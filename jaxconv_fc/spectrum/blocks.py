@@ -1,10 +1,10 @@
 """M as blocks: diagonal in frequency along the axes that wrap around, dense along the others.
 
 On an axis of ``n`` inputs and ``m`` outputs that wraps around (``m*stride == n*lhs_dilation == N``), output
-frequency ``f mod m`` meets input frequency ``f mod n`` only, for ``f`` in ``Z_N``. Two of these frequencies
-can meet only if they are equal modulo ``g = gcd(n, m)``. So every residue ``w`` modulo ``g`` is a block of
-``m/g`` x ``n/g``: row ``a`` is output frequency ``w + g*a``, column ``b`` is input frequency ``w + g*b``. An
-axis that does not wrap around is one block of ``m`` x ``n``. Up to unitary maps, M is block diagonal with
+frequency ``f mod m`` meets input frequency ``f mod n`` only, for ``f`` in ``Z_N``. These two are equal modulo
+``g = gcd(n, m)``. So every residue ``w`` modulo ``g`` has a block of ``m/g`` x ``n/g``: row ``a`` is output
+frequency ``w + g*a``, column ``b`` is input frequency ``w + g*b``. An axis that does not wrap around is one
+block of ``m`` x ``n``. Up to unitary maps, M is block diagonal with the blocks
 
     B_w[(d, a_1, ..., a_D), (i, b_1, ..., b_D)]
         = sum over p of  K[d, i, p] * E_1[w_1, a_1, b_1, p_1] * ... * E_D[w_D, a_D, b_D, p_D]
@@ -52,7 +52,7 @@ class BlockAxis:
 
     @classmethod
     def of(cls, axis: Axis) -> BlockAxis:
-        """The axis itself. It wraps around if no tap reads padding, or what it reads is the other end."""
+        """This axis. It wraps around if every tap reads what it would read on a circle of the inputs."""
         around, shift = axis.size * axis.lhs_dilation, None
         if axis.size and axis.out_size * axis.stride == around and axis.reach <= np.iinfo(np.int32).max:
             border, p = axis.border(axis.interior), np.arange(axis.taps)  # the interior meets no padding

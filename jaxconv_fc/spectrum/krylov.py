@@ -48,8 +48,8 @@ def spectral_norm(
     ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum over
     the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a singular value
     lies within the residual of it (in fact the error of a simple value is of the order of its square).
-    A random start misses a larger one with probability 0; :func:`spectral_norm_bounds` has a certain bound
-    from above. :func:`singular_triplet` gives the residual.
+    That a random start misses a larger one is improbable, not impossible: :func:`spectral_norm_bounds` has a
+    bound from above. :func:`singular_triplet` gives the residual.
 
     The gradient is ``u v^H`` pulled back to the kernel (implicit, not through the iterations): exact where
     the largest value is simple, a subgradient elsewhere. First derivatives only.
@@ -109,7 +109,7 @@ def top_singular_values(
 
     A Krylov space of one vector holds one copy of each value. So vectors that have converged are deflated and
     the search begins anew from a random vector, until the rest of M has no value above the k-th. Equal values
-    (of circular geometries, say) are found one per round. A random start misses a value with probability 0.
+    (of circular geometries, say) are found one per round. That a random start misses a value is improbable.
 
     Args:
       spec, kernel: as in :func:`spectral_norm`.
@@ -334,11 +334,11 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriple
 
     def improve(state: _Deflation) -> _Deflation:
         key, subkey = jax.random.split(state.key)
-        rest, found, new = _candidates(matrix, state)
-        smallest = tolerance * jnp.maximum(state.values[0], found.value[0])
-        # Locked are the leading values that have converged, none behind one that has not. Vectors that are
+        rest, found, new = _round(matrix, state)
+        negligible = tolerance * jnp.maximum(state.values[0], found.value[0])
+        # The leading values that have converged are locked, none behind one that has not. Vectors that are
         # not new are passed over.
-        settled = (found.residual <= smallest) | ~new
+        settled = (found.residual <= negligible) | ~new
         good = jnp.cumprod(settled.astype(jnp.int32)).astype(bool) & new
         candidates = jnp.where(good, found.value, -jnp.ones_like(found.value))
         values, order = lax.top_k(jnp.concatenate([state.values, candidates]), k)
@@ -347,7 +347,7 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriple
         rights = jnp.where(locked, rights, jnp.zeros_like(rights))
         # Where nothing converged the best vector is taken further, else the next start is random.
         start = jnp.where(good[0] | ~new[0], matrix.start(subkey), found.right[0])
-        done = good[0] & (candidates[0] <= state.values[-1] + smallest) | (rest <= smallest)
+        done = good[0] & (candidates[0] <= state.values[-1] + negligible) | (rest <= negligible)
         return _Deflation(values, rights, start, state.rounds + 1, key, done)
 
     def unfinished(state: _Deflation) -> jax.Array:
@@ -364,17 +364,22 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriple
     return _narrowed(jax.tree.map(lambda v: v[order], found), kernel.dtype), last.done
 
 
-def _candidates(matrix: _Matrix, state: _Deflation) -> tuple[jax.Array, SingularTriplet, jax.Array]:
-    """What a round finds in M without its locked part: the largest value left, k triplets of orthonormal
-    right vectors, and which of these are new directions."""
+class _Round(NamedTuple):
+    """What a round finds in M without its locked part."""
 
+    rest: jax.Array  # scalar: the largest singular value that is left
+    found: SingularTriplet  # k triplets of M, stacked, of orthonormal right vectors
+    new: jax.Array  # (k,), bool: whether the right vector is a new direction
+
+
+def _round(matrix: _Matrix, state: _Deflation) -> _Round:
     def deflated(v: jax.Array) -> jax.Array:
         return matrix.times(_without(state.rights, v))
 
     start, k = _without(state.rights, state.start), len(state.rights)
     (rest, *_), vectors = matrix.ritz(deflated, start, _steps(k), "full", k)
     vectors, lengths = _orthonormal(state.rights, vectors)
-    return rest, jax.vmap(matrix.triplet)(vectors), lengths > 0.5
+    return _Round(rest, jax.vmap(matrix.triplet)(vectors), lengths > 0.5)
 
 
 def _without(rights: jax.Array, v: jax.Array) -> jax.Array:
@@ -386,11 +391,8 @@ def _without(rights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _orthonormal(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Unit vectors ``[i, ...]``, each without its part in the locked ones and in those before it, and the
-    length that was left of each.
-
-    A complex kernel is searched in real numbers, where every vector v comes with i*v: the same direction.
-    """
+    """Unit vectors, each without its part in the locked ones and in those before it, and the length that was
+    left of each. (A complex kernel is searched in real numbers, where v and i*v are both found.)"""
 
     def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         unit, length = _normalised(_without(taken, _without(rights, vectors[place])))

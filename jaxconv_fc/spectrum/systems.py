@@ -161,22 +161,19 @@ def _lstsq(
 ) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, y.dtype)
-    rtol = 10 * float(jnp.finfo(kernel.dtype).eps) if rtol is None else rtol
-    x = homogeneous(partial(_unit_lstsq, spec, rtol, max_steps), (-1, 1), kernel, y)
-    return nan_unless_finite(x, kernel, y)
-
-
-def _unit_lstsq(
-    spec: ConvSpec, rtol: float, max_steps: int | None, kernel: jax.Array, y: jax.Array
-) -> jax.Array:
-    """At unit scale, where the absolute tolerance ``atol`` means the same as ``rtol``."""
     lineax = import_lineax("lstsq")
-    operator = as_linear_operator(spec, widened(kernel))
-    # Iterates have no part in singular directions, so no condition number may stop them: conlim is inf.
+    rtol = 10 * float(jnp.finfo(kernel.dtype).eps) if rtol is None else rtol
+    # At unit scale the absolute tolerance atol means the same as rtol. Iterates have no part in singular
+    # directions, so no condition number may stop them: conlim is inf.
     solver = lineax.LSMR(rtol=rtol, atol=rtol, max_steps=max_steps, conlim=float("inf"))
-    solution = lineax.linear_solve(operator, widened(y), solver, throw=False)
-    value = solution.value.astype(kernel.dtype)
-    if max_steps is not None:
-        return value
-    converged = solution.result == lineax.RESULTS.successful
-    return jnp.where(converged, value, jnp.full_like(value, jnp.nan))
+
+    def at_unit_scale(kernel: jax.Array, y: jax.Array) -> jax.Array:
+        operator = as_linear_operator(spec, widened(kernel))
+        solution = lineax.linear_solve(operator, widened(y), solver, throw=False)
+        value = solution.value.astype(kernel.dtype)
+        if max_steps is not None:
+            return value
+        converged = solution.result == lineax.RESULTS.successful
+        return jnp.where(converged, value, jnp.full_like(value, jnp.nan))
+
+    return nan_unless_finite(homogeneous(at_unit_scale, (-1, 1), kernel, y), kernel, y)
