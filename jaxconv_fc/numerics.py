@@ -1,21 +1,21 @@
-"""What floating point asks of every function that squares, iterates or takes a maximum.
+"""Scales, extremes and roots: what functions need that square, iterate or take a maximum.
 
-*Scale.* Squares of 1e-20 vanish in float32 and those of 1e20 overflow. So such a function sees its operands
-at unit scale, multiplied by the power of two that brings the largest magnitude into [1, 2), and its result
-is multiplied back. Both are exact, so ``f(2**e * a) == 2**(degree*e) * f(a)`` bit for bit.
+*Scale.* In float32 the square of 1e-20 is 0 and that of 1e20 is infinite. So such a function is evaluated at
+unit scale (docs/maths.md, section 14): its operands are multiplied by the power of two that brings the
+largest magnitude into [1, 2), and its result is multiplied back. Both steps are exact.
 
-*Extremes.* JAX differentiates a maximum by comparing every entry with the maximum. Under jit XLA computes
-the entries once more, inside another fusion and with other roundings, and none may be equal. Here the
-derivative is that of the entry whose place ``argmax`` found.
+*Extremes.* JAX differentiates a maximum by comparing every entry with the maximum. Under jit XLA may compute
+the entries a second time, with other roundings, so that no entry equals the maximum. Here the derivative is
+that of the entry at the place that ``argmax`` found.
 
-*Roots.* The square root has derivative infinity at 0, where a norm is least; here it has derivative 0.
+*Roots.* The square root has an infinite derivative at 0. Here it has derivative 0, a subgradient of a norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,48 +27,54 @@ from jax import lax
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def homogeneous(of: Callable[..., Any], degrees: Sequence[int], *arrays: jax.Array) -> Any:
-    """``of(*arrays)``, computed at unit scale, for ``of`` homogeneous of degree ``degrees[i]`` in array i.
+    """``of(*arrays)``, evaluated at unit scale, for ``of`` homogeneous of degree ``degrees[i]`` in array i.
 
-    ``of(..., 2**e * a_i, ...) == 2**(degrees[i] * e) * of(..., a_i, ...)``, so with ``a_i = 2**e_i u_i`` it
-    is ``2**(sum of degrees[i] * e_i) * of(u_1, u_2, ...)``. The derivative in array i is homogeneous too, of
-    one degree less; tangents are multiplied by what remains of the scales, which is 1 for a norm, so that
-    derivatives neither overflow nor vanish where the function itself does not.
+    With ``a_i = 2**e_i u_i`` it is ``2**total * of(u_1, u_2, ...)``, where ``total`` is the sum of
+    ``degrees[i] * e_i``. The derivative in array i is homogeneous too, of one degree less. So the tangent of
+    array i is multiplied by ``2**(total - e_i)``, which is 1 for a norm of one array: derivatives neither
+    overflow nor vanish unless the function does.
     """
-    units, total, _ = _at_unit_scale(degrees, arrays)
+    units, exponents = zip(*map(unit_scale, arrays), strict=True)
+    total = sum(d * e for d, e in zip(degrees, exponents, strict=True))
     return jax.tree.map(lambda v: times_power_of_two(v, total), of(*units))
 
 
 @homogeneous.defjvp
 def _homogeneous_jvp(of: Any, degrees: Any, arrays: Any, changes: Any) -> tuple[Any, Any]:
-    units, total, exponents = _at_unit_scale(degrees, arrays)
+    units, exponents = zip(*map(unit_scale, arrays), strict=True)
     # d of(a) [da_i] = 2**(total - e_i) d of(u) [da_i]
+    total = sum(d * e for d, e in zip(degrees, exponents, strict=True))
     changes = tuple(times_power_of_two(c, total - e) for c, e in zip(changes, exponents, strict=True))
     values, slopes = jax.jvp(of, units, changes)
     return jax.tree.map(lambda v: times_power_of_two(v, total), values), slopes
 
 
-def _at_unit_scale(degrees: Sequence[int], arrays: Sequence[jax.Array]) -> tuple[Any, Any, Any]:
-    """``(units, total, exponents)``, where ``total`` is the exponent that the result is to be scaled by."""
-    units, exponents = zip(*map(unit_scale, arrays), strict=True)
-    return units, sum(d * e for d, e in zip(degrees, exponents, strict=True)), exponents
-
-
 def unit_scale(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(unit, e)`` with ``array == 2**e * unit`` exactly, the largest magnitude of ``unit`` in [1, 2).
 
-    Real and imaginary parts count as entries of their own. Inf and NaN are left as they are; where nothing
-    else is in the array, or only zeros are, e is 0. Subnormal numbers become ordinary ones, also where the
-    backend flushes them to 0. The exponent is an int32 scalar without derivative, kept in the range in which
-    both ``2**e`` and ``2**-e`` are normal numbers: ``unit`` is in [2, 4) of the very largest magnitudes, and
-    below 1 of subnormal ones.
+    Real and imaginary parts count as entries of their own. Inf and NaN are left as they are; e is 0 if no
+    finite entry differs from 0. Subnormal entries become normal numbers, also where the backend flushes them
+    to 0. The exponent is an int32 scalar without derivative. It stays in the range where both ``2**e`` and
+    ``2**-e`` are normal numbers. So the largest magnitude of ``unit`` may be in [2, 4) for the very largest
+    arrays, and below 1 for subnormal ones.
     """
     exponent = scale_exponent(array)
     return to_unit_scale(array, exponent), exponent
 
 
 def scale_exponent(array: jax.Array) -> jax.Array:
-    """The exponent of :func:`unit_scale`."""
-    return _exponent([lax.stop_gradient(part) for part in _parts(array)])
+    """The exponent of :func:`unit_scale`, ``floor(log2(largest finite magnitude))``, read from the bits."""
+    parts = [lax.stop_gradient(part) for part in _parts(array)]
+    digits, bias, integers = _format(parts[0].dtype)
+    bits = [_magnitude_bits(part) for part in parts]
+    finite = [jnp.where(b >> digits <= 2 * bias, b, jnp.zeros_like(b)) for b in bits]
+    most = jnp.stack([jnp.max(b, initial=0) for b in finite]).max()
+    # Bits of normal numbers: (exponent + bias) * 2**digits + fraction.  Those of subnormal numbers count
+    # multiples of the smallest number, 2**(1 - bias - digits).
+    subnormal = jnp.asarray(jnp.iinfo(integers).bits - 1, integers) - lax.clz(most) + (1 - bias - digits)
+    exponent = jnp.where(most >> digits > 0, (most >> digits) - bias, subnormal)
+    exponent = jnp.where(most > 0, exponent, jnp.zeros_like(exponent)).astype(jnp.int32)
+    return jnp.clip(exponent, 1 - bias, bias - 1)
 
 
 def largest_part(array: jax.Array) -> jax.Array:
@@ -78,7 +84,7 @@ def largest_part(array: jax.Array) -> jax.Array:
 
 
 def to_unit_scale(array: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``array * 2**-exponent``, of the array whose exponent it is or a part of it."""
+    """``array * 2**-exponent``, where the exponent is that of the array or of a larger one around it."""
     units = [_normal(part, exponent) for part in _parts(array)]
     return lax.complex(*units) if len(units) == 2 else units[0]
 
@@ -91,46 +97,33 @@ def times_power_of_two(value: jax.Array, exponent: Any) -> jax.Array:
     """``value * 2**exponent``, exactly where the result is a normal number; any integer exponent."""
     if jnp.iscomplexobj(value):  # part by part: 0 * Inf in a product of complex numbers is NaN
         return lax.complex(times_power_of_two(value.real, exponent), times_power_of_two(value.imag, exponent))
-    largest = _format(value.dtype)[1] - 1
-    # XLA multiplies constant factors with each other first, which may overflow where their product does not.
+    most = _format(value.dtype).bias - 1
+    # XLA would multiply constant factors with each other, which may overflow where the result does not.
     exponent = lax.optimization_barrier(jnp.asarray(exponent, jnp.int32))
-    # Three factors of one sign reach from the smallest number to the largest, and pass no further.
+    # Three factors are enough: they lead from the smallest number to the largest.
     for _ in range(3):
-        step = jnp.clip(exponent, -largest, largest)
+        step = jnp.clip(exponent, -most, most)
         value = value * _power_of_two(step, value.dtype)
         exponent = exponent - step
     return value
 
 
 def nan_unless_finite(result: Any, *operands: jax.Array) -> Any:
-    """The result, or NaN in all of it if an operand holds NaN or Inf: for algorithms that would hide one."""
+    """The result, or NaN everywhere if an operand holds NaN or Inf: for algorithms that may hide one."""
     finite = jnp.stack([jnp.isfinite(operand).all() for operand in operands]).all()
     return jax.tree.map(lambda v: jnp.where(finite, v, jnp.full_like(v, jnp.nan)), result)
 
 
 def host_unit_scale(array: np.ndarray) -> np.ndarray:
-    """The unit of :func:`unit_scale` on the host, for a NumPy array of finite numbers in double precision."""
+    """The ``unit`` of :func:`unit_scale`, for a NumPy array of finite numbers in double precision."""
     parts = _parts(array)
     _, exponent = np.frexp(max(float(np.abs(part).max(initial=0)) for part in parts))
     units = [np.ldexp(part, 1 - int(exponent)) for part in parts]
     return units[0] + 1j * units[1] if len(units) == 2 else units[0]
 
 
-def _exponent(parts: Sequence[jax.Array]) -> jax.Array:
-    """``floor(log2(largest finite magnitude))``, read from the bits."""
-    digits, bias, integers = _format(parts[0].dtype)
-    bits = [_magnitude_bits(part) for part in parts]
-    finite = [jnp.where(b >> digits <= 2 * bias, b, jnp.zeros_like(b)) for b in bits]
-    largest = jnp.stack([jnp.max(b, initial=0) for b in finite]).max()
-    # Below the normal numbers bits count multiples of the smallest number, 2**(1 - bias - digits).
-    subnormal = jnp.asarray(jnp.iinfo(integers).bits - 1, integers) - lax.clz(largest) + (1 - bias - digits)
-    exponent = jnp.where(largest >> digits > 0, (largest >> digits) - bias, subnormal)
-    exponent = jnp.where(largest > 0, exponent, jnp.zeros_like(exponent)).astype(jnp.int32)
-    return jnp.clip(exponent, 1 - bias, bias - 1)
-
-
 def _normal(part: jax.Array, exponent: jax.Array) -> jax.Array:
-    """``part * 2**-exponent``, with subnormal entries taken from their bits: the product may flush them."""
+    """``part * 2**-exponent``. Subnormal entries are read from their bits: a product may flush them to 0."""
     digits, bias, _ = _format(part.dtype)
     product = part * _power_of_two(-exponent, part.dtype)
     fixed = lax.stop_gradient(part)
@@ -144,37 +137,44 @@ def _normal(part: jax.Array, exponent: jax.Array) -> jax.Array:
 
 
 def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-    """``2**exponent`` by its bits: exp2 and ldexp need not be exact."""
+    """``2**exponent``, made of its bits: exp2 and ldexp need not be exact."""
     digits, bias, integers = _format(dtype)
     return lax.bitcast_convert_type((exponent + bias).astype(integers) << digits, dtype)
 
 
 def _magnitude_bits(part: jax.Array) -> jax.Array:
-    """The bits of ``|part|`` as integers, which are in the order of the magnitudes."""
-    integers = _format(part.dtype)[2]
-    largest = jnp.asarray(jnp.iinfo(integers).max, integers)
-    return lax.bitcast_convert_type(part, integers) & largest
+    """The bits of ``|part|`` as integers: larger for larger magnitudes."""
+    integers = _format(part.dtype).integers
+    all_but_sign = jnp.asarray(jnp.iinfo(integers).max, integers)
+    return lax.bitcast_convert_type(part, integers) & all_but_sign
 
 
-def _format(dtype: Any) -> tuple[int, int, Any]:
-    """(stored digits, bias of the exponent, integers of the same width)"""
+class _Format(NamedTuple):
+    """How a real floating dtype stores a number."""
+
+    digits: int  # binary digits of the fraction
+    bias: int  # what is added to the exponent
+    integers: Any  # the dtype of signed integers of the same width
+
+
+def _format(dtype: Any) -> _Format:
     info = jnp.finfo(dtype)
-    return info.nmant, int(info.maxexp) - 1, jnp.dtype(f"int{info.bits}")
+    return _Format(info.nmant, int(info.maxexp) - 1, jnp.dtype(f"int{info.bits}"))
 
 
 # -- extremes ------------------------------------------------------------------------------------
 
 
 def largest(values: jax.Array) -> jax.Array:
-    """The maximum of all entries, with the derivative of one that attains it; NaN if there is one.
+    """The maximum of all entries (norms), 0 if there are none, NaN if one is NaN.
 
-    0 of an empty array: the values are norms.
+    Its derivative is that of one entry that attains it.
     """
     return _extreme(True, values.ravel()) if values.size else jnp.zeros((), values.dtype)
 
 
 def least(values: jax.Array) -> jax.Array:
-    """The minimum of all entries, with the derivative of one that attains it; NaN if there is one."""
+    """The minimum of all entries; NaN if one is NaN. Its derivative is that of one entry that attains it."""
     return _extreme(False, values.ravel())
 
 
@@ -206,7 +206,7 @@ def squares(value: jax.Array) -> jax.Array:
 
 
 def lengths(vectors: jax.Array) -> jax.Array:
-    """Euclidean norms along the last axis, each computed at a scale of its own."""
+    """Euclidean norms along the last axis, each evaluated at its own unit scale."""
     flat = vectors.reshape(-1, vectors.shape[-1])
     return jax.vmap(partial(homogeneous, _length, (1,)))(flat).reshape(vectors.shape[:-1])
 

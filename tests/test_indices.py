@@ -18,7 +18,7 @@ import jaxconv_fc as fc
 from jaxconv_fc import cache, lattice, spectrum
 from jaxconv_fc.axis import MODES, Axis
 from jaxconv_fc.projection import _detect_axis, _fitting
-from jaxconv_fc.spectrum import norms
+from jaxconv_fc.spectrum import kinds
 
 BIG = 10**12
 
@@ -415,7 +415,7 @@ def test_norms_of_a_long_layer_cost_their_kinds_of_lines():
     took, value = seconds(lambda: spectrum.one_norm(spec, kernel).block_until_ready())
     assert took < 10
     assert value == spectrum.inf_norm(spec, kernel) == np.abs(kernel).sum()
-    assert cache.size_of(norms._lines(spec.axes[0], False)) < 4 * 2**20
+    assert cache.size_of(kinds.line_kinds(spec.axes[0], False)) < 4 * 2**20
     columns = np.asarray(spectrum.column_norms(spec, kernel, ord=1))
     padded = np.convolve(np.ones(200_000, np.int64), np.abs(kernel[0, 0])[::-1])
     rows = np.asarray(spectrum.row_norms(spec, kernel, ord=1))
@@ -514,9 +514,9 @@ def test_norms_of_random_geometries_read_samples_only(run_seed):
             matrix[o, t] += values[p]
         products = np.outer(values, values).ravel()
         for rows, gram in ((True, matrix @ matrix.T), (False, matrix.T @ matrix)):
-            kinds = norms._pairs(axis, rows)
-            held = np.zeros(len(kinds.count), np.int64)
-            np.add.at(held, kinds.owner, products[kinds.listed])
+            pairs = kinds.pair_kinds(axis, rows)
+            held = np.zeros(len(pairs.count), np.int64)
+            np.add.at(held, pairs.owner, products[pairs.listed])
             # ||G - 1||**2, its ones on the diagonal being those of the marked kinds
             want = ((gram - np.eye(len(gram), dtype=int)) ** 2).sum()
-            assert (kinds.count * (held - kinds.diagonal) ** 2).sum() == want, (axis, rows)
+            assert (pairs.count * (held - pairs.diagonal) ** 2).sum() == want, (axis, rows)

@@ -1,8 +1,8 @@
 """jit changes no gradient: every differentiable public function, in programs that XLA has optimised.
 
-The rest of the suite compiles without the optimiser, where a value computed twice is the same twice.
+The rest of the suite compiles without the optimiser, where a value that is computed twice comes out equal.
 
-JAXCONV_FC_KERNELS=50   how many random kernels; from 10 on, in double precision and for costly programs too
+JAXCONV_FC_KERNELS=50   how many random kernels; from 10 on, costly programs and double precision are included
 """
 
 import os
@@ -82,7 +82,7 @@ COSTLY = {"upper bound", "upper bound of groups", "upper bound, circular", "lsts
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in COSTLY])
 def test_jit_changes_no_gradient(name, dtype):
-    """That of the upper bound was about 0 for a third of all kernels."""
+    """Under jit the gradient of the upper bound was about 0 for a third of all kernels."""
     spec, function = FUNCTIONS[name]
 
     def loss(kernel):
@@ -103,7 +103,7 @@ def test_jit_changes_no_gradient(name, dtype):
 
 
 def test_jit_keeps_the_gradient_of_the_upper_bound():
-    """Of 20 kernels a third had lost it, in the plain gradient and beside the value, in both precisions."""
+    """Under jit it was lost for a third of these kernels, in both precisions."""
     function = FUNCTIONS["upper bound"][1]
     kernels = np.random.default_rng(3).standard_normal((20, *SPEC.rhs_shape))
     for dtype, tolerance in (("float32", 1e-3), ("float64", 1e-9)):

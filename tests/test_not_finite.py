@@ -1,7 +1,7 @@
 """NaN and Inf through every public function, and jax_debug_nans on numbers that are finite.
 
-The law: an output that is finite does not depend on the entry that is not. So wherever a function of an
-array with a NaN or an Inf gives a number, it gives the same number for any other value of that entry.
+The law: a finite output does not depend on an entry that is NaN or Inf. So wherever a function of an array
+with such an entry gives a number, it gives the same number for any other value of that entry.
 """
 
 import jax
@@ -31,7 +31,7 @@ def mesh():
     return jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-# of (kernel, x, y, matrix): those that a function does not take are left alone
+# functions of (kernel, x, y, matrix), each of which uses some of them
 FUNCTIONS = {
     "as_matrix": lambda k, x, y, m: fc.as_matrix(SPEC, k),
     "as_affine": lambda k, x, y, m: fc.as_affine(SPEC, k, y),
@@ -143,7 +143,7 @@ def test_the_condition_number_of_zero_is_infinite():
 
 @every_function
 def test_debug_nans_does_not_raise_on_numbers(name):
-    """matrix_rows, matrix_columns and lstsq did: a NaN was made, and chosen nowhere."""
+    """matrix_rows, matrix_columns and lstsq raised: they made a NaN that no result used."""
     given = operands()
     with jax.debug_nans(True):
         FUNCTIONS[name](*given)

@@ -1,13 +1,6 @@
-"""Norms and spectrum of M, the true ones: of the padding, stride and dilation at hand."""
+"""Norms and spectrum of M itself, with its padding, strides and dilations as they are."""
 
-from jaxconv_fc.spectrum.blocks import condition_number as condition_number
-from jaxconv_fc.spectrum.blocks import log_abs_det as log_abs_det
-from jaxconv_fc.spectrum.blocks import pseudo_inverse as pseudo_inverse
-from jaxconv_fc.spectrum.blocks import rank as rank
-from jaxconv_fc.spectrum.blocks import singular_values as singular_values
-from jaxconv_fc.spectrum.blocks import solve as solve
 from jaxconv_fc.spectrum.bounds import spectral_norm_bounds as spectral_norm_bounds
-from jaxconv_fc.spectrum.iterative import lstsq as lstsq
 from jaxconv_fc.spectrum.krylov import SingularTriplet as SingularTriplet
 from jaxconv_fc.spectrum.krylov import singular_triplet as singular_triplet
 from jaxconv_fc.spectrum.krylov import spectral_norm as spectral_norm
@@ -19,3 +12,10 @@ from jaxconv_fc.spectrum.norms import one_norm as one_norm
 from jaxconv_fc.spectrum.norms import orthogonality_residual as orthogonality_residual
 from jaxconv_fc.spectrum.norms import row_norms as row_norms
 from jaxconv_fc.spectrum.norms import trace as trace
+from jaxconv_fc.spectrum.systems import lstsq as lstsq
+from jaxconv_fc.spectrum.systems import pseudo_inverse as pseudo_inverse
+from jaxconv_fc.spectrum.systems import solve as solve
+from jaxconv_fc.spectrum.values import condition_number as condition_number
+from jaxconv_fc.spectrum.values import log_abs_det as log_abs_det
+from jaxconv_fc.spectrum.values import rank as rank
+from jaxconv_fc.spectrum.values import singular_values as singular_values

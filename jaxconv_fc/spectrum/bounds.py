@@ -1,55 +1,49 @@
-"""A certificate around the spectral norm: a vector from below, a wrapped-around matrix from above."""
+"""A certificate around the spectral norm: a vector from below, a matrix that wraps around from above."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import by_group
 from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.blocks import BlockAxis, block_axes, over_blocks
+from jaxconv_fc.spectrum.blocks import BlockAxis, Blocks
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
-from jaxconv_fc.spectrum.norms import as_inexact, inf_norm, one_norm, widened
+from jaxconv_fc.spectrum.norms import inf_norm, one_norm
+from jaxconv_fc.spectrum.operands import as_inexact, widened
 
-_SQUARINGS = 7  # of the Gram iteration
-_DENSE = 512  # rows or columns of a group's M up to which M itself is squared
-_LENGTHS = 3  # how many circumferences are tried
-_GRID = 32  # frequencies per span of the transfer function, where the axis is longer than that
+_GRAM_STEPS = 7  # of the Gram iteration
+_DENSE = 512  # rows or columns of a group's M up to which M needs no cover
+_CIRCUMFERENCES = 3  # how many are tried
+_GRID = 32  # frequencies per span, on axes that have more
 
 
-def spectral_norm_bounds(spec: ConvSpec, kernel: Any) -> tuple[jax.Array, jax.Array]:
+def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.Array]:
     """``(lower, upper)`` with ``lower <= ||M||_2 <= upper``, rounding included: a certificate.
 
     Lower: ``||M v|| / ||v||`` of the vector that Golub-Kahan finds, less the rounding of that product.
 
-    Upper: the least of ``sqrt(||M||_1 ||M||_inf)`` and the norm of matrices that contain M and wrap around
-    (zeros padding; docs/maths.md, section 5), for a few circumferences. Their blocks are bounded by Gram
-    iteration, ``||B|| <= ||(B^H B)**(2**t)||_F ** 2**-(t+1)``, which is an upper bound at every step, with
-    the rounding of each squaring added. On long axes the transfer function is taken on a grid of frequencies;
-    as a trigonometric polynomial of degree d it exceeds its largest value on n points by 1/cos(pi d/n) at
-    most. Small groups (up to 512 rows or columns) are squared themselves. A geometry that is circular already
-    is its own cover: there the bound is tight. Other boundary modes cost the root of the number of copies
-    of the most copied position per axis; there it may be far from tight on large images.
+    Upper: the least of ``sqrt(||M||_1 ||M||_inf)`` and the norms of a few *covers*, matrices that contain M
+    and wrap around (zeros padding; docs/maths.md, section 12). Their blocks are bounded by Gram iteration,
+    ``||B|| <= ||(B^H B)**(2**t)||_F ** 2**-(t+1)``, which is an upper bound at every step, with the rounding
+    of each step added. On long axes the blocks are taken on a grid of n frequencies; between them the norm is
+    at most ``1 / cos(pi span / (2 n))`` times larger. Small groups (up to 512 rows or columns) need no cover.
+    A geometry that is circular is its own cover: there the bound is tight. Other boundary modes multiply the
+    bound, per axis, by the root of the number of copies of the most copied position; there it may be far from
+    tight on large images.
 
-    The upper bound is differentiable (training may penalise it); the lower one has derivative 0.
-
-    Args:
-      spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+    The upper bound is differentiable (training may penalise it); the lower one has derivative 0. Arguments
+    and errors as in :func:`spectral_norm`.
 
     Returns:
       Two real scalars.
-
-    Raises:
-      As :func:`spectral_norm`.
 
     Source: Araujo et al., On Lipschitz regularization of convolutional layers (2021); Delattre et al.,
     Efficient bound of Lipschitz constant for convolutional layers by Gram iteration (2023); Ehlich & Zeller
@@ -89,15 +83,14 @@ def _lower(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     value = largest_triplet(Search(spec, 1e-4, 20), kernel).value
     lengths = sum(one_group(spec).out_shape) + sum(one_group(spec).in_shape) + 16
     product = 2 * (math.prod(a.taps for a in spec.axes) * spec.group_channels + 2)
-    slack = product * unit * _hoelder(spec, jnp.abs(kernel))  # taps that meet may cancel, their rounding not
+    # Of absolute values, for taps that meet may cancel and their rounding does not.
+    slack = product * unit * _hoelder(spec, jnp.abs(kernel))
     return jnp.maximum(value * (1 - lengths * unit) - slack, jnp.zeros_like(value))
 
 
 def _upper(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    bounds = [_hoelder(spec, kernel)]
-    for axes, factor in _covers(spec):
-        bounds.append(factor * _largest_block(spec, kernel, axes))
-    return least(jnp.stack(bounds))
+    bounds = [factor * _largest_block(blocks, kernel) for blocks, factor in _covers(spec).items()]
+    return least(jnp.stack([_hoelder(spec, kernel), *bounds]))
 
 
 def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -111,38 +104,35 @@ def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 # -- matrices that contain M -----------------------------------------------------------------------
 
 
-def _covers(spec: ConvSpec) -> list[tuple[list[BlockAxis], float]]:
-    """Matrices that contain M as a submatrix, as axes of blocks, and what their norms are to be times."""
-    axes = block_axes(spec)
-    group = one_group(spec)
-    if all(a.wraps for a in axes) or min(group.shape) <= _DENSE >= max(group.shape) // 4:
-        return [(axes, 1.0)]
-    covers = []
-    for length in range(_LENGTHS):
-        cover, factor = [], 1.0
-        for axis in axes:
-            around, excess = (axis, 1.0) if axis.wraps else _around(axis.axis, length)
-            cover.append(around)
-            factor *= excess
-        if cover not in [c for c, _ in covers]:
-            covers.append((cover, factor))
+def _covers(spec: ConvSpec) -> dict[Blocks, float]:
+    """Blocks B, and factors with ``||M|| <= factor * max ||B||``: the blocks of M itself if they will do."""
+    own, group = Blocks.of(spec), one_group(spec)
+    if all(a.wraps for a in own.axes) or min(group.shape) <= _DENSE >= max(group.shape) // 4:
+        return {own: 1.0}
+    covers: dict[Blocks, float] = {}
+    for further in range(_CIRCUMFERENCES):
+        axes = [(a, 1.0) if a.wraps else _around(a.axis, further) for a in own.axes]
+        cover = Blocks(spec, tuple(axis for axis, _ in axes))
+        covers.setdefault(cover, math.prod(factor for _, factor in axes))
     return covers
 
 
-def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
+def _around(axis: Axis, further: int) -> tuple[BlockAxis, float]:
     """An axis that wraps around and contains this one, and the factor of its norm.
 
-    Wrapping is harmless once ``o*s + p*r - lo - t*l`` is below the circumference for all o, p, t: then it is
-    congruent to 0 only where it is 0. A boundary mode is such an axis after copying inputs into the
-    padding, a map of norm ``sqrt(copies)``.
+    Around a circumference N, ``o*s + p*r - lo - t*l`` need be 0 modulo N only. That is the same as 0 once its
+    absolute value is below N for all o, p and t: for the least such N, and for those ``further`` multiples of
+    ``lcm(s, l)`` beyond. A boundary mode is such an axis on the padded input, after a map of norm
+    ``sqrt(copies)`` that copies inputs into the padding.
     """
     inner, factor = axis.on_padded, math.sqrt(axis.copies)
     s, l, r = inner.stride, inner.lhs_dilation, inner.rhs_dilation
     period, taps = math.lcm(s, l), (inner.taps - 1) * r
     reach = max(inner.lo + (inner.size - 1) * l, (inner.out_size - 1) * s + taps - inner.lo) + 1
-    count = -(-max(reach, inner.size * l, inner.out_size * s) // period) + length
-    # The symbol of a period is a trigonometric polynomial: on long axes a grid of frequencies tells enough.
-    span = (2 * period - s - l + taps) // period  # twice the degree
+    count = -(-max(reach, inner.size * l, inner.out_size * s) // period) + further
+    # Entries of the blocks are trigonometric polynomials in 2 pi w / count, of span + 1 consecutive
+    # frequencies at most. On long axes a grid of fewer w will do (docs/maths.md, section 12).
+    span = (2 * period - s - l + taps) // period
     if count > _GRID * max(span, 1):
         count = _GRID * max(span, 1)
         factor /= math.cos(math.pi * span / (2 * count))
@@ -153,40 +143,39 @@ def _around(axis: Axis, length: int) -> tuple[BlockAxis, float]:
 # -- Gram iteration ----------------------------------------------------------------------------------
 
 
-def _largest_block(spec: ConvSpec, kernel: jax.Array, axes: Sequence[BlockAxis]) -> jax.Array:
+def _largest_block(blocks: Blocks, kernel: jax.Array) -> jax.Array:
     """An upper bound of the norms of all blocks."""
 
-    def bound(blocks: jax.Array) -> jax.Array:
-        if blocks.shape[-1] > blocks.shape[-2]:
-            blocks = jnp.swapaxes(blocks, -1, -2)
-        return _gram_bound(blocks, _SQUARINGS)
+    def bound(matrices: jax.Array) -> jax.Array:
+        wide = matrices.shape[-1] > matrices.shape[-2]
+        return _gram_bound(jnp.swapaxes(matrices, -1, -2) if wide else matrices, _GRAM_STEPS)
 
-    bounds = over_blocks(bound, spec, kernel, axes)
+    bounds, spec = blocks.map(bound, kernel), blocks.spec
     unit, terms = float(jnp.finfo(kernel.dtype).eps), math.prod(a.taps for a in spec.axes)
-    magnitude = jnp.abs(by_group(spec, kernel)).sum(range(3, 3 + len(spec.axes)))
-    slack = (terms + 64) * unit * _frobenius(magnitude)[..., 0, 0]  # of the entries of the blocks
+    magnitude = jnp.abs(by_group(spec, kernel)).sum(range(3, 3 + len(spec.axes)))  # [g, d, i]
+    slack = (terms + 64) * unit * _frobenius(magnitude)[..., 0, 0]  # rounding of the entries of the blocks
     return largest(bounds) + largest(slack)
 
 
-def _gram_bound(matrix: jax.Array, squarings: int) -> jax.Array:
-    """An upper bound of the spectral norm of every matrix (the last two axes), rounding included.
+def _gram_bound(matrix: jax.Array, steps: int) -> jax.Array:
+    """An upper bound of the spectral norm of every matrix, rounding included: [..., row, column] -> [...].
 
-    ``||A||**2 = ||A^H A||``, with A of Frobenius norm 1 so that nothing overflows and the computed product
-    is off by gamma_n at most. What cannot be squared further is bounded by the smaller of its Frobenius norm
-    and, for a Hermitian matrix, its largest row sum.
+    ``||A||**2 = ||A^H A||``, step by step. A is divided by its Frobenius norm first, so that nothing
+    overflows and the product is off by gamma_n at most. After the last step A is Hermitian: its norm is at
+    most its Frobenius norm, and at most its largest row sum.
     """
     unit, terms = float(jnp.finfo(matrix.dtype).eps), sum(matrix.shape[-2:])
-    scale = _frobenius(matrix)
-    if not squarings:
+    scale = _frobenius(matrix)  # [..., 1, 1]
+    if not steps:
         return _least_bound(jnp.abs(matrix).sum(-1), scale[..., 0, 0]) * (1 + (terms + 8) * unit)
     matrix = matrix / jnp.where(scale > 0, scale, jnp.ones_like(scale)).astype(matrix.dtype)
     gram = jnp.matmul(jnp.swapaxes(matrix, -1, -2).conj(), matrix, precision="highest")
-    square = _gram_bound(gram, squarings - 1) + (terms + 8) * unit
+    square = _gram_bound(gram, steps - 1) + (terms + 8) * unit
     return scale[..., 0, 0] * (1 + (terms + 8) * unit) * jnp.sqrt(square)
 
 
 def _least_bound(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    """The smaller of the largest row sum and the Frobenius norm, for every matrix."""
+    """The smaller of the largest row sum ``rows[..., row]`` and the Frobenius norm ``scale[...]``."""
     if scale.ndim:
         return jax.vmap(_least_bound)(rows, scale)
     return least(jnp.stack([largest(rows), scale]))

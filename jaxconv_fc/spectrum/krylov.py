@@ -1,7 +1,7 @@
 """The largest singular values of M without M: Golub-Kahan bidiagonalisation through products.
 
-Groups are blocks of M, and each is searched by itself. Every result is checked by two more products, so
-what is returned carries its own residual and does not rest on the iteration that found it.
+Groups are blocks of M, and each is searched by itself. Every result is checked by two more products: it has
+a residual of its own, whatever the iteration that found it (docs/maths.md, section 5).
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.layout import by_group, from_canonical
+from jaxconv_fc.layout import by_group
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.norms import as_inexact, widened
+from jaxconv_fc.spectrum.operands import as_image, as_inexact, widened
 
-_BASIS = 24  # Krylov vectors before the first look at the residual, enough for a tolerance of 1e-4
-_LATER = 120  # and before each further one: convergence per step grows with the length of a run
-_BASIS_ENTRIES = 2**26  # of all of them, where images are large
+_BASIS = 24  # Krylov vectors of the first run, enough for a tolerance of 1e-4
+_LATER = 120  # and of each further run: convergence per step grows with the length of a run
+_BASIS_ENTRIES = 2**26  # of all Krylov vectors together, where images are large
 
 
 class SingularTriplet(NamedTuple):
-    """``M right == value * left`` and ``M^H left == value * right`` up to ``residual``."""
+    """``M right == value * left``, and ``M^H left == value * right`` up to ``residual``."""
 
-    value: jax.Array
-    left: jax.Array
-    right: jax.Array
-    residual: jax.Array
+    value: jax.Array  # real scalar
+    left: jax.Array  # spec.out_shape, of norm 1
+    right: jax.Array  # spec.in_shape, of norm 1
+    residual: jax.Array  # real scalar, ||M^H left - value * right||
 
 
 def spectral_norm(
-    spec: ConvSpec, kernel: Any, *, tolerance: float | None = None, max_restarts: int = 100
+    spec: ConvSpec, kernel: Array, *, tolerance: float | None = None, max_restarts: int = 100
 ) -> jax.Array:
     """``||M||_2``: the largest singular value of the true M, paddings as they are; the Lipschitz constant.
 
@@ -47,8 +48,8 @@ def spectral_norm(
     ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum over
     the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a singular value
     lies within the residual of it (in fact the error of a simple value is of the order of its square).
-    That no larger one was missed is certain only up to the random start;
-    :func:`spectral_norm_bounds` has a bound from above. :func:`singular_triplet` gives the residual.
+    That a random start misses a larger one is improbable, not impossible: :func:`spectral_norm_bounds` has a
+    bound from above. :func:`singular_triplet` gives the residual.
 
     The gradient is ``u v^H`` pulled back to the kernel (implicit, not through the iterations): exact where
     the largest value is simple, a subgradient elsewhere. First derivatives only.
@@ -57,7 +58,7 @@ def spectral_norm(
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
       tolerance: largest relative residual; None for 1e-10 in float64, 1e-5 in float32.
-      max_restarts: give up after so many runs (the first of 24 steps, the others of 120).
+      max_restarts: the largest number of runs (the first of 24 steps, the others of 120).
 
     Returns:
       A real scalar; NaN, and so its gradient, where the tolerance was not reached.
@@ -75,12 +76,11 @@ def spectral_norm(
     >>> print(fc.spectrum.spectral_norm(spec, jnp.array([[[-1., 2., -1.]]])).round(4))
     3.7321
     """
-    search = Search(spec, tolerance, max_restarts)
-    return _spectral_norm(search, as_inexact(spec, kernel))
+    return _spectral_norm(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel))
 
 
 def singular_triplet(
-    spec: ConvSpec, kernel: Any, *, tolerance: float | None = None, max_restarts: int = 100
+    spec: ConvSpec, kernel: Array, *, tolerance: float | None = None, max_restarts: int = 100
 ) -> SingularTriplet:
     """The largest singular value with its vectors, as images, and the residual that was reached.
 
@@ -99,30 +99,27 @@ def singular_triplet(
     >>> print(value, left.shape, right.shape, residual)
     3.0 (1, 1) (1, 1) 0.0
     """
-    search = Search(spec, tolerance, max_restarts)
-    return largest_triplet(search, as_inexact(spec, kernel))
+    return largest_triplet(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel))
 
 
 def top_singular_values(
-    spec: ConvSpec, kernel: Any, k: int, *, tolerance: float | None = None, max_restarts: int = 100
+    spec: ConvSpec, kernel: Array, k: int, *, tolerance: float | None = None, max_restarts: int = 100
 ) -> jax.Array:
     """The ``k`` largest singular values of M, descending, each as often as it occurs.
 
-    A Krylov space of one vector sees one copy of each value. So what has converged is deflated and the
-    search begun anew from a random vector, until the rest of M holds nothing larger than the k-th value:
-    multiplicities (circular geometries have them, and so do groups) are found one per round. What remains
-    blind is what a random start is: certain only with probability one, and to ``tolerance``.
+    A Krylov space of one vector holds one copy of each value. So vectors that have converged are deflated and
+    the search begins anew from a random vector, until the rest of M has no value above the k-th. Equal values
+    (of circular geometries, say) are found one per round. That a random start misses a value is improbable.
 
     Args:
-      spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``.
+      spec, kernel: as in :func:`spectral_norm`.
       k: how many, at most ``min(spec.shape)``.
       tolerance: largest residual relative to the largest value; as in :func:`spectral_norm`.
-      max_restarts: give up after so many rounds.
+      max_restarts: the largest number of rounds.
 
     Returns:
-      Real array of shape ``(k,)``, values up to ``tolerance`` times the largest as 0; NaN, all of it, where
-      the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
+      Real array of shape ``(k,)``; values up to ``tolerance`` times the largest may come out as 0. NaN
+      everywhere where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
 
     Raises:
       As :func:`spectral_norm`; ValueError for a k out of range.
@@ -139,8 +136,7 @@ def top_singular_values(
         raise TypeError(f"k must be a static int, got {k!r}.")
     if not 0 < k <= min(spec.shape):
         raise ValueError(f"k must be between 1 and min(M.shape) = {min(spec.shape)}, got {k}.")
-    search = Search(spec, tolerance, max_restarts)
-    return _top_singular_values(search, as_inexact(spec, kernel), int(k))
+    return _top_singular_values(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel), int(k))
 
 
 # -- what is searched, and how -------------------------------------------------------------------
@@ -149,25 +145,24 @@ def top_singular_values(
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Search:
-    """The static half of a search."""
+    """The static arguments of a search."""
 
     spec: ConvSpec
-    tolerance: float | None
+    tolerance: float | None  # largest residual relative to the value; None for that of the dtype
     max_restarts: int
 
     @property
     def group(self) -> ConvSpec:
-        """One group of the geometry, channels last."""
         return one_group(self.spec)
 
-    def relative(self, dtype: Any) -> float:
+    def tolerance_in(self, dtype: Any) -> float:
         if self.tolerance is not None:
             return float(self.tolerance)
         return 1e-10 if jnp.finfo(dtype).bits == 64 else 1e-5
 
 
 def one_group(spec: ConvSpec) -> ConvSpec:
-    """The convolution that every group performs: (positions..., channels), (taps..., in, out)."""
+    """The convolution of one group: images (positions..., channels), kernels (taps..., in, out)."""
     dims = len(spec.axes)
     last = (0, dims + 1, *range(1, dims + 1))
     return replace(
@@ -180,14 +175,9 @@ def one_group(spec: ConvSpec) -> ConvSpec:
     )
 
 
-def group_kernels(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The kernel of every group, stacked, for :func:`one_group`."""
-    return jnp.moveaxis(by_group(spec, kernel), (1, 2), (-1, -2))
-
-
 def _each_group(search: Search, kernel: jax.Array, of: Callable[[jax.Array], Any]) -> Any:
-    """``of`` of every group's kernel, stacked; a single group without the detour of a batch."""
-    kernels = group_kernels(search.spec, kernel)
+    """``of`` every group's kernel, for :func:`one_group`, stacked; a single group without a batch."""
+    kernels = jnp.moveaxis(by_group(search.spec, kernel), (1, 2), (-1, -2))  # [g, p..., i, d]
     if search.spec.groups == 1:
         return jax.tree.map(lambda v: v[None], of(kernels[0]))
     return jax.vmap(of)(kernels)
@@ -197,7 +187,7 @@ def _each_group(search: Search, kernel: jax.Array, of: Callable[[jax.Array], Any
 def _spectral_norm(search: Search, kernel: jax.Array) -> jax.Array:
     if not min(search.spec.shape):
         return jnp.zeros((), kernel.real.dtype)
-    return largest(_each_group(search, kernel, lambda k: _norms(search, 1, k)[0]))
+    return largest(_each_group(search, kernel, lambda k: _values_of_group(search, 1, k)[0]))
 
 
 @program
@@ -206,24 +196,22 @@ def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     if not min(spec.shape):
         zero, left, right = (jnp.zeros(shape, kernel.dtype) for shape in ((), spec.out_shape, spec.in_shape))
         return SingularTriplet(zero.real, left, right, zero.real)
-    values, lefts, rights, residuals = _each_group(search, kernel, partial(_scaled_triplet, search))
-    best = jnp.argmax(values)
+    found: SingularTriplet = _each_group(search, kernel, partial(_scaled_triplet, search))
+    best = jnp.argmax(found.value)
 
-    def embedded(images: jax.Array, shape: tuple[int, ...], order: tuple[int, ...]) -> jax.Array:
-        """The image of the best group, zero in all others."""
+    def embedded(images: jax.Array, output: bool) -> jax.Array:
+        """``[g, positions..., channel]`` -> the image of the best group, zero in all others."""
         image = jnp.zeros_like(images).at[best].set(images[best])
-        image = jnp.moveaxis(image, 0, -2)
-        return from_canonical(image.reshape([shape[i] for i in order]), order)
+        return as_image(spec, jnp.moveaxis(image, 0, -2), output=output)
 
-    left = embedded(lefts, spec.out_shape, spec.out_order)
-    right = embedded(rights, spec.in_shape, spec.in_order)
-    return SingularTriplet(values[best], left, right, residuals[best])
+    left, right = embedded(found.left, True), embedded(found.right, False)
+    return SingularTriplet(found.value[best], left, right, found.residual[best])
 
 
 @partial(program, static_argnums=2)
 def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array:
     of_group = min(k, *search.group.shape)
-    values = _each_group(search, kernel, lambda g: _norms(search, of_group, g)).ravel()
+    values = _each_group(search, kernel, lambda g: _values_of_group(search, of_group, g)).ravel()
     top = lax.top_k(values, k)[0]
     return jnp.where(jnp.isnan(values).any(), jnp.full_like(top, jnp.nan), top)
 
@@ -232,85 +220,98 @@ def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _norms(search: Search, k: int, kernel: jax.Array) -> jax.Array:
-    """The ``k`` largest singular values of one group."""
-    return _vectors(search, k, kernel)[0]
+def _values_of_group(search: Search, k: int, kernel: jax.Array) -> jax.Array:
+    """The ``k`` largest singular values of one group, descending."""
+    return _triplets_of_group(search, k, kernel).value
 
 
-@_norms.defjvp
-def _norms_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+@_values_of_group.defjvp
+def _values_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """``d sigma = Re <u, dM v>``."""
     (kernel,), (change,) = primals, tangents
-    values, lefts, rights = _vectors(search, k, kernel)
+    found = _triplets_of_group(search, k, kernel)
 
     def along(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.sum(left.conj() * _multiply(search.group, change, right)).real
+        return jnp.sum(left.conj() * _Matrix(search.group, change).times(right)).real
 
-    return values, jax.vmap(along)(lefts, rights)
+    return found.value, jax.vmap(along)(found.left, found.right)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _vectors(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Values and vectors of one group; NaN, all of them, where the search has not converged."""
+def _triplets_of_group(search: Search, k: int, kernel: jax.Array) -> SingularTriplet:
+    """The ``k`` largest triplets of one group, stacked; NaN everywhere if the search has not converged."""
     kernel, exponent = unit_scale(kernel)
     if k > 1 and min(search.group.shape) <= _steps(k):
-        *found, converged = *_dense(search.group, k, kernel), True
+        found, converged = _dense(search.group, k, kernel), True
     elif k > 1:
-        *found, converged = _deflated(search, k, kernel)
+        found, converged = _deflated(search, k, kernel)
     else:
-        triplet = _triplet(search, kernel)
-        *found, _ = jax.tree.map(lambda v: v[None], triplet)
-        converged = triplet.residual <= search.relative(kernel.dtype) * triplet.value
-    values, lefts, rights = (jnp.where(converged, v, jnp.full_like(v, jnp.nan)) for v in found)
-    return times_power_of_two(values, exponent), lefts, rights
+        found = jax.tree.map(lambda v: v[None], _triplet(search, kernel))
+        converged = found.residual[0] <= search.tolerance_in(kernel.dtype) * found.value[0]
+    found = jax.tree.map(lambda v: jnp.where(converged, v, jnp.full_like(v, jnp.nan)), found)
+    return _times_power_of_two(found, exponent)
 
 
-@_vectors.defjvp
-def _vectors_jvp(search: Search, k: int, primals: Any, tangents: Any) -> Any:
+@_triplets_of_group.defjvp
+def _triplets_jvp(search: Search, k: int, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
         "spectral_norm and top_singular_values have first derivatives only. Use singular_values for more."
     )
 
 
-# -- the iterations ------------------------------------------------------------------------------
+# -- the largest value: restarts from the best vector ----------------------------------------------
+
+
+class _Restarts(NamedTuple):
+    found: SingularTriplet  # by the last run
+    runs: jax.Array  # int32 scalar: how many there have been
 
 
 def _scaled_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
-    """:func:`_triplet` of a kernel at any scale: value and residual have its, the vectors length 1."""
+    """:func:`_triplet` of a kernel at any scale."""
     unit, exponent = unit_scale(kernel)
-    found = _triplet(search, unit)
+    return nan_unless_finite(_times_power_of_two(_triplet(search, unit), exponent), kernel)
+
+
+def _times_power_of_two(found: SingularTriplet, exponent: jax.Array) -> SingularTriplet:
+    """The triplet of ``2**exponent M``: the vectors are the same."""
     value, residual = (times_power_of_two(v, exponent) for v in (found.value, found.residual))
-    return nan_unless_finite(SingularTriplet(value, found.left, found.right, residual), kernel)
+    return found._replace(value=value, residual=residual)
 
 
 def _triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
-    """Restarted bidiagonalisation of one group, its kernel at unit scale.
+    """The largest triplet of one group, at unit scale. Each run begins with the best vector so far."""
+    matrix = _Matrix(search.group, widened(kernel))
+    affordable = max(4, _BASIS_ENTRIES // max(matrix.spec.shape))
+    tolerance = search.tolerance_in(kernel.dtype)
 
-    Each restart begins with the best vector so far.
-    """
-    spec, dtype, kernel = search.group, kernel.dtype, widened(kernel)
-    affordable = max(4, _BASIS_ENTRIES // max(spec.shape))
-    product = _real_product(spec, kernel)
-    tolerance = search.relative(dtype)
+    def run(start: jax.Array, most: int) -> SingularTriplet:
+        _, (right,) = matrix.ritz(matrix.times, start, min(most, affordable), "none", 1)
+        return matrix.triplet(right)
 
-    def improve(state: Any, most: int = _LATER) -> Any:
-        _, _, right, _, restarts = state
-        steps = min(most, affordable, *_real_shape(spec, kernel))
-        (_, basis), small, *_ = _bidiagonalisation(steps, "none")(product, _split(right))
-        _, _, weights = _svd(small)
-        right = _join(_combine(weights[:1], basis)[0], kernel)
-        return (*_checked(spec, kernel, right), restarts + 1)
+    def again(state: _Restarts) -> _Restarts:
+        return _Restarts(run(state.found.right, _LATER), state.runs + 1)
 
-    def unfinished(state: Any) -> jax.Array:
-        value, _, _, residual, restarts = state
-        return (residual > tolerance * value) & (restarts < search.max_restarts)
+    def unfinished(state: _Restarts) -> jax.Array:
+        too_far = state.found.residual > tolerance * state.found.value
+        return too_far & (state.runs < search.max_restarts)
 
-    start = _start(spec, kernel, jax.random.key(0))
-    # One round at least; its result decides about the next.
-    first = improve((None, None, start, None, jnp.zeros((), jnp.int32)), _BASIS)
-    value, left, right, residual, _ = lax.while_loop(unfinished, improve, first)
-    real = jnp.finfo(dtype).dtype
-    return SingularTriplet(value.astype(real), left.astype(dtype), right.astype(dtype), residual.astype(real))
+    first = _Restarts(run(matrix.start(jax.random.key(0)), _BASIS), jnp.ones((), jnp.int32))
+    return _narrowed(lax.while_loop(unfinished, again, first).found, kernel.dtype)
+
+
+# -- the k largest values: deflation ---------------------------------------------------------------
+
+
+class _Deflation(NamedTuple):
+    """State of a search that locks vectors as they converge."""
+
+    values: jax.Array  # (k,), descending: those locked; -1 where none is yet
+    rights: jax.Array  # (k, *in_shape): their right vectors, orthonormal; 0 where none is yet
+    start: jax.Array  # in_shape: where the next round begins
+    rounds: jax.Array  # int32 scalar: how many there have been
+    key: jax.Array  # for random starts
+    done: jax.Array  # bool scalar: the rest of M holds nothing above the smallest value kept, or nothing
 
 
 def _steps(k: int) -> int:
@@ -318,118 +319,156 @@ def _steps(k: int) -> int:
     return 3 * k + 2 * _BASIS
 
 
-def _dense(spec: ConvSpec, k: int, kernel: jax.Array) -> tuple[jax.Array, ...]:
+def _dense(spec: ConvSpec, k: int, kernel: jax.Array) -> SingularTriplet:
     """The ``k`` largest triplets, by the SVD of an M that is no larger than the Krylov basis would be."""
     lefts, values, rights = jnp.linalg.svd(as_matrix(spec, kernel), full_matrices=False)
     lefts, rights = lefts.T[:k].reshape(k, *spec.out_shape), rights[:k].conj().reshape(k, *spec.in_shape)
-    return values[:k], lefts, rights
+    return SingularTriplet(values[:k], lefts, rights, jnp.zeros_like(values[:k]))
 
 
-def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[jax.Array, ...]:
-    """The ``k`` largest triplets of one group, locked as they converge, and whether all have."""
-    spec, dtype, kernel = search.group, kernel.dtype, widened(kernel)
-    steps = min(_steps(k), *_real_shape(spec, kernel))
-    decompose = _bidiagonalisation(steps, "full")
-    product = _real_product(spec, kernel)
-    tolerance = search.relative(dtype)
-    kept = min(k, steps)
-    finite = jnp.isfinite(kernel).all()  # of a kernel that is not, no round would converge
+def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriplet, jax.Array]:
+    """The ``k`` largest triplets of one group, and whether all have converged."""
+    matrix = _Matrix(search.group, widened(kernel))
+    tolerance = search.tolerance_in(kernel.dtype)
+    finite = jnp.isfinite(kernel).all()  # otherwise no round would converge
 
-    def off(rights: jax.Array, v: jax.Array) -> jax.Array:
-        """``v`` without its part in the locked vectors, twice, as rounding wants it."""
-        for _ in range(2):
-            inner = jnp.tensordot(rights.conj(), v, v.ndim, precision="highest")
-            v = v - jnp.tensordot(inner, rights, 1, precision="highest")
-        return v
-
-    def new_directions(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Each vector without its part in the locked ones and in those before it, and what is left of it.
-
-        A complex kernel is searched in real numbers, where every vector v comes with i*v: the same direction.
-        """
-
-        def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            (unit,), (length,) = _normalised(off(taken, off(rights, vectors[place]))[None])
-            kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
-            return taken.at[place].set(kept), (unit, length)
-
-        return lax.scan(one, jnp.zeros_like(vectors), jnp.arange(len(vectors)))[1]
-
-    def improve(state: Any) -> Any:
-        values, rights, start, rounds, key, _ = state
-        key, subkey = jax.random.split(key)
-
-        def deflated(v: jax.Array) -> jax.Array:
-            return product(_split(off(rights, _join(v, kernel))))
-
-        (_, basis), small, *_ = decompose(deflated, _split(off(rights, start)))
-        _, (rest, *_), weights = _svd(small)
-        vectors = _combine(weights[:kept], basis)
-        vectors, lengths = new_directions(rights, jax.vmap(lambda v: _join(v, kernel))(vectors))
-        found, _, vectors, residuals = jax.vmap(partial(_checked, spec, kernel))(vectors)
-        largest = jnp.maximum(values[0], found[0])
-        # Locked are the leading values that have converged, none behind one that has not; those that point
-        # nowhere new are passed over.
-        new = lengths > 0.5
-        settled = (residuals <= tolerance * largest) | ~new
+    def improve(state: _Deflation) -> _Deflation:
+        key, subkey = jax.random.split(state.key)
+        rest, found, new = _round(matrix, state)
+        negligible = tolerance * jnp.maximum(state.values[0], found.value[0])
+        # The leading values that have converged are locked, none behind one that has not. Vectors that are
+        # not new are passed over.
+        settled = (found.residual <= negligible) | ~new
         good = jnp.cumprod(settled.astype(jnp.int32)).astype(bool) & new
-        candidates = jnp.where(good, found, -jnp.ones_like(found))
-        merged, order = lax.top_k(jnp.concatenate([values, candidates]), k)
-        rights = jnp.concatenate([rights, vectors])[order]
-        locked = jnp.expand_dims(merged >= 0, range(1, rights.ndim))
+        candidates = jnp.where(good, found.value, -jnp.ones_like(found.value))
+        values, order = lax.top_k(jnp.concatenate([state.values, candidates]), k)
+        rights = jnp.concatenate([state.rights, found.right])[order]
+        locked = jnp.expand_dims(values >= 0, range(1, rights.ndim))
         rights = jnp.where(locked, rights, jnp.zeros_like(rights))
-        fresh = _start(spec, kernel, subkey)
-        # Where nothing converged the best vector is taken further, else chance begins anew.
-        start = jnp.where(good[0] | (lengths[0] < 0.5), fresh, vectors[0])
-        # Done once the rest of M holds nothing above the smallest value kept, or nothing at all.
-        done = good[0] & (candidates[0] <= values[-1] + tolerance * largest)
-        done = done | (rest <= tolerance * largest)
-        return merged, rights, start, rounds + 1, key, done
+        # Where nothing converged the best vector is taken further, else the next start is random.
+        start = jnp.where(good[0] | ~new[0], matrix.start(subkey), found.right[0])
+        done = good[0] & (candidates[0] <= state.values[-1] + negligible) | (rest <= negligible)
+        return _Deflation(values, rights, start, state.rounds + 1, key, done)
 
-    def unfinished(state: Any) -> jax.Array:
-        return ~state[-1] & (state[3] < search.max_restarts) & finite
+    def unfinished(state: _Deflation) -> jax.Array:
+        return ~state.done & (state.rounds < search.max_restarts) & finite
 
     key, subkey = jax.random.split(jax.random.key(0))
-    start = _start(spec, kernel, subkey)
-    nothing = -jnp.ones(k, jnp.finfo(kernel.dtype).dtype)
-    rights = jnp.zeros((k, *spec.in_shape), kernel.dtype)
-    state = (nothing, rights, start, jnp.zeros((), jnp.int32), key, jnp.zeros((), bool))
-    _, rights, *_, done = lax.while_loop(unfinished, improve, state)
-    values, lefts, rights, _ = jax.vmap(partial(_checked, spec, kernel))(rights)
-    order = jnp.argsort(-values)
-    values, lefts, rights = (v[order] for v in (values, lefts, rights))
-    return values.astype(jnp.finfo(dtype).dtype), lefts.astype(dtype), rights.astype(dtype), done
+    values = -jnp.ones(k, jnp.finfo(matrix.kernel.dtype).dtype)
+    rights = jnp.zeros((k, *matrix.spec.in_shape), matrix.kernel.dtype)
+    rounds, done = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    first = _Deflation(values, rights, matrix.start(subkey), rounds, key, done)
+    last = lax.while_loop(unfinished, improve, first)
+    found = jax.vmap(matrix.triplet)(last.rights)
+    order = jnp.argsort(-found.value)
+    return _narrowed(jax.tree.map(lambda v: v[order], found), kernel.dtype), last.done
 
 
-def _start(spec: ConvSpec, kernel: jax.Array, key: jax.Array) -> jax.Array:
-    """A random vector out of M^H: its Krylov space is complete in ``min(M.shape)`` steps, wide M or not."""
-    random = jax.random.normal(key, spec.out_shape, kernel.dtype)
-    return _normalised(apply_transpose(spec, kernel.conj(), random, precision="highest")[None])[0][0]
+class _Round(NamedTuple):
+    """What a round finds in M without its locked part."""
+
+    rest: jax.Array  # scalar: the largest singular value that is left
+    found: SingularTriplet  # k triplets of M, stacked, of orthonormal right vectors
+    new: jax.Array  # (k,), bool: whether the right vector is a new direction
 
 
-def _checked(spec: ConvSpec, kernel: jax.Array, right: jax.Array) -> tuple[jax.Array, ...]:
-    """``(value, left, right, residual)`` of a right vector, by one product with M and one with M^H."""
-    (right,), _ = _normalised(right[None])
-    (left,), (value,) = _normalised(_multiply(spec, kernel, right)[None])
-    back = apply_transpose(spec, kernel.conj(), left, precision="highest")
-    return value, left, right, _lengths((back - value.astype(right.dtype) * right)[None])[0]
+def _round(matrix: _Matrix, state: _Deflation) -> _Round:
+    def deflated(v: jax.Array) -> jax.Array:
+        return matrix.times(_without(state.rights, v))
+
+    start, k = _without(state.rights, state.start), len(state.rights)
+    (rest, *_), vectors = matrix.ritz(deflated, start, _steps(k), "full", k)
+    vectors, lengths = _orthonormal(state.rights, vectors)
+    return _Round(rest, jax.vmap(matrix.triplet)(vectors), lengths > 0.5)
+
+
+def _without(rights: jax.Array, v: jax.Array) -> jax.Array:
+    """``v - V V^H v``, with the locked vectors as the columns of V. Done twice, for rounding."""
+    for _ in range(2):
+        inner = jnp.tensordot(rights.conj(), v, v.ndim, precision="highest")
+        v = v - jnp.tensordot(inner, rights, 1, precision="highest")
+    return v
+
+
+def _orthonormal(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unit vectors, each without its part in the locked ones and in those before it, and the length that was
+    left of each. (A complex kernel is searched in real numbers, where v and i*v are both found.)"""
+
+    def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        unit, length = _normalised(_without(taken, _without(rights, vectors[place])))
+        kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
+        return taken.at[place].set(kept), (unit, length)
+
+    return lax.scan(one, jnp.zeros_like(vectors), jnp.arange(len(vectors)))[1]
+
+
+# -- M of one group, by its products ---------------------------------------------------------------
+
+
+class _Matrix(NamedTuple):
+    """M of one group. Vectors are images."""
+
+    spec: ConvSpec  # of one group
+    kernel: jax.Array  # (taps..., in, out)
+
+    def times(self, right: jax.Array) -> jax.Array:
+        """``M v``."""
+        return apply(self.spec, self.kernel, right, precision="highest")
+
+    def adjoint_times(self, left: jax.Array) -> jax.Array:
+        """``M^H u``."""
+        return apply_transpose(self.spec, self.kernel.conj(), left, precision="highest")
+
+    def start(self, key: jax.Array) -> jax.Array:
+        """A random unit vector out of M^H: its Krylov space is complete in ``min(M.shape)`` steps."""
+        random = jax.random.normal(key, self.spec.out_shape, self.kernel.dtype)
+        return _normalised(self.adjoint_times(random))[0]
+
+    def triplet(self, right: jax.Array) -> SingularTriplet:
+        """``sigma = ||M v||, u = M v / sigma, residual = ||M^H u - sigma v||``, for v of any length."""
+        right, _ = _normalised(right)
+        left, value = _normalised(self.times(right))
+        residual = _length(self.adjoint_times(left) - value.astype(right.dtype) * right)
+        return SingularTriplet(value, left, right, residual)
+
+    def ritz(
+        self, product: Callable[..., jax.Array], start: jax.Array, steps: int, reortho: str, count: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The singular values of ``A = product`` in the Krylov space of ``start``, descending, and the right
+        vectors of the first ``count``.
+
+        Golub-Kahan: ``A V = U B`` with orthonormal U and V and a bidiagonal ``B = X S W^H``. The values are
+        S, the right vectors V W. A complex vector is a pair of real ones, and each value occurs twice.
+        """
+        pairs = jnp.iscomplexobj(self.kernel)
+
+        def join(v: jax.Array) -> jax.Array:
+            return lax.complex(v[0], v[1]) if pairs else v
+
+        def split(v: jax.Array) -> jax.Array:
+            return jnp.stack([v.real, v.imag]) if pairs else v
+
+        steps = min(steps, *((2 if pairs else 1) * n for n in self.spec.shape))
+        found = _bidiagonalisation(steps, reortho)(lambda v: split(product(join(v))), split(start))
+        values, weights = _svd(found.J_small)  # [value], [value, step]
+        basis = found.Q_tall[1]  # [step, real vector...]
+        basis = jnp.where(jnp.isfinite(basis), basis, jnp.zeros_like(basis))
+        vectors = jnp.tensordot(weights[:count], basis, 1, precision="highest")
+        return values, jax.vmap(join)(vectors)
 
 
 def _bidiagonalisation(steps: int, reortho: str) -> Any:
     try:
         from matfree import decomp
     except ImportError as error:
-        raise ImportError(
-            "spectral_norm, singular_triplet, top_singular_values and spectral_norm_bounds need matfree: "
-            "pip install 'jaxconv_fc[spectrum]'."
-        ) from error
+        raise ImportError("spectral norms need matfree: pip install 'jaxconv_fc[spectrum]'.") from error
     return decomp.bidiag(steps, reortho=reortho)
 
 
-def _svd(small: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """SVD of the bidiagonal matrix, up to where the Krylov space ended.
+def _svd(small: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(S, W^H)`` of the bidiagonal matrix ``X S W^H``, cut off where the Krylov space ends.
 
-    There the next vector is rounding, or 0/0: what comes behind is cut off.
+    The first vector after its end is rounding, or 0/0. Rows and columns from there on are set to 0.
     """
     diagonal, above = jnp.diagonal(small), jnp.diagonal(small, 1)
     sizes = jnp.where(jnp.isfinite(small), jnp.abs(small), jnp.zeros_like(small))
@@ -437,49 +476,24 @@ def _svd(small: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     goes_on = jnp.concatenate([jnp.ones(1, bool), (above > least) & (diagonal[:-1] > least)])
     alive = jnp.cumprod(goes_on.astype(jnp.int32)).astype(bool)
     small = jnp.where(alive[:, None] & alive[None] & jnp.isfinite(small), small, jnp.zeros_like(small))
-    lefts, values, weights = jnp.linalg.svd(small)
-    return lefts, values, weights
+    _, values, weights = jnp.linalg.svd(small)
+    return values, weights
 
 
-def _combine(weights: jax.Array, basis: jax.Array) -> jax.Array:
-    finite = jnp.where(jnp.isfinite(basis), basis, jnp.zeros_like(basis))
-    return jnp.tensordot(weights, finite, 1, precision="highest")
-
-
-# -- real vectors for complex kernels, precision, lengths ----------------------------------------
-
-
-def _real_product(spec: ConvSpec, kernel: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """``v -> M v`` on real arrays: a complex one is a pair, and each singular value occurs twice."""
-    return lambda v: _split(_multiply(spec, kernel, _join(v, kernel)))
-
-
-def _real_shape(spec: ConvSpec, kernel: jax.Array) -> tuple[int, int]:
-    factor = 2 if jnp.iscomplexobj(kernel) else 1
-    return factor * spec.out_size, factor * spec.in_size
-
-
-def _split(v: jax.Array) -> jax.Array:
-    return jnp.stack([v.real, v.imag]) if jnp.iscomplexobj(v) else v
-
-
-def _join(v: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.complex(v[0], v[1]) if jnp.iscomplexobj(kernel) else v
-
-
-def _multiply(spec: ConvSpec, kernel: jax.Array, v: jax.Array) -> jax.Array:
-    return apply(spec, kernel, v, precision="highest")
-
-
-def _lengths(vectors: jax.Array) -> jax.Array:
-    """Euclidean lengths of a stack, summed axis by axis: rounding stays that of short sums."""
-    squares = (vectors * vectors.conj()).real
-    while squares.ndim > 1:
+def _length(vector: jax.Array) -> jax.Array:
+    """Euclidean length, summed axis by axis: rounding stays that of short sums."""
+    squares = (vector * vector.conj()).real
+    while squares.ndim:
         squares = squares.sum(-1)
     return jnp.sqrt(squares)
 
 
-def _normalised(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
-    lengths = _lengths(vectors)
-    divisor = jnp.where(lengths > 0, lengths, jnp.ones_like(lengths))
-    return vectors / jnp.expand_dims(divisor, range(1, vectors.ndim)).astype(vectors.dtype), lengths
+def _normalised(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The vector divided by its length (0 stays 0), and this length."""
+    length = _length(vector)
+    return vector / jnp.where(length > 0, length, jnp.ones_like(length)).astype(vector.dtype), length
+
+
+def _narrowed(found: Any, dtype: Any) -> Any:
+    """Values and vectors that were found in the default precision, in that of the kernel."""
+    return jax.tree.map(lambda v: v.astype(dtype if jnp.iscomplexobj(v) else jnp.finfo(dtype).dtype), found)

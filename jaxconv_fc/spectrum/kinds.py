@@ -1,0 +1,141 @@
+"""Kinds of entries, lines and pairs of lines of one axis, on the host (docs/maths.md, section 10).
+
+A line is a row or a column. Two rows are alike if they read through the same taps. However long an axis is,
+only a few *kinds* of rows exist on it. A kind is a list of taps with the number of times that it occurs. It
+is read off one line of each that repeat (:class:`~jaxconv_fc.axis.Lines`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Axis, Lines
+from jaxconv_fc.cache import bounded_cache
+
+_SMALL = 2**12  # entries of a table of kinds that a program may hold as a constant
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Members (entries, lines or pairs of lines) by kind: the members of a kind hold the same list of codes.
+
+    A code is a tap, a kind of entries, or a pair of taps ``p*k + p'``.
+    """
+
+    listed: np.ndarray  # [place]: the codes of kind 0, then those of kind 1, ...
+    owner: np.ndarray  # [place]: the kind in whose list the place is
+    count: np.ndarray  # [kind]: how often the kind occurs on the axis
+    kind: np.ndarray  # [member]: its kind
+    codes: int  # codes are 0, 1, ..., codes - 1
+    diagonal: np.ndarray | None = None  # [kind]: of pairs, 1 if they pair a line with itself, else 0
+
+    def matrix(self, dtype: Any) -> jax.Array:
+        """``[kind, code]``: how often the code is in the list of the kind.
+
+        A large one is made by the program, which then holds the list alone. The barrier keeps XLA from making
+        it while it compiles, which takes seconds.
+        """
+        shape, place = (len(self.count), self.codes), self.owner * self.codes + self.listed
+        if math.prod(shape) <= _SMALL:
+            return jnp.asarray(np.bincount(place, minlength=math.prod(shape)).reshape(shape), dtype)
+        owner, listed = lax.optimization_barrier((jnp.asarray(self.owner), jnp.asarray(self.listed)))
+        return jnp.zeros(shape, dtype).at[owner, listed].add(jnp.ones((), dtype))
+
+
+class LineKinds(NamedTuple):
+    """The rows or columns of one axis by kind."""
+
+    lines: Kinds  # of the samples of the lines; codes: kinds of entries, or taps where no taps meet
+    entries: Kinds | None  # of the entries of these; codes: the taps that meet; None where no taps meet
+
+
+@bounded_cache
+def line_kinds(axis: Axis, rows: bool) -> LineKinds:
+    """Rows by what they read, or columns by what reads them."""
+    lines = axis.output_lines if rows else axis.input_lines
+    line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
+    if not axis.collides:
+        return LineKinds(_kinds(line, p, lines.counts, axis.taps), None)
+    width = int(other.max(initial=0)) + 1
+    places, entry = np.unique(line * width + other, return_inverse=True)  # entries (line, other), sorted
+    line = places // width
+    entries = _kinds(entry, p, lines.counts[line], axis.taps)
+    return LineKinds(_kinds(line, entries.kind, lines.counts, len(entries.count)), entries)
+
+
+@bounded_cache
+def pair_kinds(axis: Axis, rows: bool) -> Kinds:
+    """Entries of ``M M^T`` (rows) or ``M^T M`` of one axis, by their pairs of taps ``p*k + p'``.
+
+    Entry (o, o') has one pair of taps for each input that both read. Entries without a pair are left out,
+    save those on the diagonal, where the unit matrix has its ones.
+    """
+    lines = _pair_lines(axis, rows)
+    own = np.append(lines.samples, lines.size)  # one past the end stands for lines without a relation
+    line, shared, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
+    # All lines (other, through tap q) that have one of these shared positions, the samples among them.
+    met, at = np.unique(shared, return_inverse=True)
+    where, other, q = axis.readers(met) if rows else axis.reads(met)
+    order = np.argsort(where, kind="stable")
+    other, q = other[order], q[order]
+    counts = np.bincount(where, minlength=len(met))
+    # Every relation (line, shared, p) is paired with all relations of the same shared position, which are a
+    # run of `counts` of them: pair j is of relations left[j] and right[j].
+    repeats = counts[at]
+    starts = (np.cumsum(counts) - counts)[at]
+    left = np.repeat(np.arange(line.size), repeats)
+    within = np.arange(left.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    right = starts[left] + within
+    idle = np.setdiff1d(np.arange(len(lines.counts)), line)  # rows of zeros
+    width = lines.size + 1
+    key = np.concatenate([line[left] * width + other[right], idle * width + own[idle]])
+    keys, member = np.unique(key, return_inverse=True)
+    pair = p[left] * axis.taps + q[right]
+    # Entries on the diagonal get one more code, a mark, so that no other entry is of their kind.
+    mark = axis.taps**2
+    marks = np.flatnonzero(own[keys // width] == keys % width)
+    members = np.concatenate([member[: pair.size], marks])
+    codes = np.concatenate([pair, np.full(marks.size, mark)])
+    kinds = _kinds(members, codes, lines.counts[keys // width], mark + 1)
+    marked = kinds.listed == mark
+    diagonal = np.bincount(kinds.owner[marked], minlength=len(kinds.count))
+    listed, owner = kinds.listed[~marked], kinds.owner[~marked]
+    return replace(kinds, listed=listed, owner=owner, codes=mark, diagonal=diagonal)
+
+
+def _pair_lines(axis: Axis, rows: bool) -> Lines:
+    """The lines of one axis, of which those repeat that share positions with repeating lines only."""
+    s, l, z, reach = axis.stride, axis.lhs_dilation, axis.shift, axis.dilated_taps - 1
+    if rows:  # output o reads from (o*s - z) / l to (o*s - z + reach) / l
+        met = axis.input_lines.repeating
+        part = range(((met.start - 1) * l + z) // s + 1, -(-(met.stop * l + z - reach) // s))
+        return axis.output_lines.within(part)
+    met = axis.output_lines.repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
+    part = range(((met.start - 1) * s + reach - z) // l + 1, -(-(met.stop * s - z) // l))
+    return axis.input_lines.within(part)
+
+
+def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> Kinds:
+    """The kinds of members. Relation j says that ``member[j]`` holds ``code[j]``; member i occurs
+    ``weights[i]`` times on the axis."""
+    order = np.lexsort((code, member))
+    code = code[order]
+    ends = np.cumsum(np.bincount(member, minlength=len(weights)))
+    numbers: dict[bytes, int] = {}  # list of codes -> kind
+    held, begin = code.tobytes(), 0
+    kind = np.empty(len(weights), np.int64)
+    for i, end in enumerate((ends * code.itemsize).tolist()):
+        kind[i] = numbers.setdefault(held[begin:end], len(numbers))
+        begin = end
+    lists = [np.frombuffer(key, code.dtype) for key in numbers]
+    owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
+    count = np.zeros(len(lists), np.int64)
+    np.add.at(count, kind, weights)
+    return Kinds(np.concatenate([code[:0], *lists]), owner, count, kind, codes)

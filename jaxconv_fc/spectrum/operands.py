@@ -1,0 +1,65 @@
+"""Kernels and vectors as the functions of this room take them and return them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxconv_fc.arguments import Array
+from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.spec import ConvSpec, as_operand
+
+
+def as_numbers(spec: ConvSpec, kernel: Array) -> jax.Array:
+    """The kernel in its own dtype, which may be integer; TypeError for bool."""
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    if kernel.dtype == jnp.bool_:
+        raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
+    return without_unread_taps(spec, kernel)
+
+
+def as_inexact(spec: ConvSpec, kernel: Array) -> jax.Array:
+    """The kernel in a floating or complex dtype of at least 32 bits: integers and halves are widened."""
+    kernel = as_numbers(spec, kernel)
+    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
+        return kernel.astype(jnp.result_type(float))
+    return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+
+
+def as_system(spec: ConvSpec, kernel: Array, y: Array) -> tuple[jax.Array, jax.Array]:
+    """Kernel and right side of ``M x = y``, of one dtype."""
+    kernel, y = as_operand("kernel", kernel, spec, "rhs_shape"), as_operand("y", y, spec, "out_shape")
+    if kernel.dtype != y.dtype:
+        raise TypeError(f"kernel is {kernel.dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
+    return kernel, y
+
+
+def without_unread_taps(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The kernel with 0 for taps that read no input: they are not in M, and must not set its scale."""
+    for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
+        reads = np.asarray(axis.tap_counts) > 0
+        if not reads.all():
+            shape = [axis.taps if j == i else 1 for j in range(kernel.ndim)]
+            kernel = jnp.where(reads.reshape(shape), kernel, jnp.zeros((), kernel.dtype))
+    return kernel
+
+
+def widened(array: jax.Array) -> jax.Array:
+    """The array in the default floating dtype, the only one that matfree and lineax's LSMR compute in."""
+    default = jnp.result_type(float)
+    return array.astype(np.result_type(default, np.complex64) if jnp.iscomplexobj(array) else default)
+
+
+def as_image(spec: ConvSpec, value: jax.Array, *, output: bool) -> jax.Array:
+    """``[positions..., group, channel]`` as an output of the convolution, or as an input, in their layout."""
+    shape, order = (spec.out_shape, spec.out_order) if output else (spec.in_shape, spec.in_order)
+    return from_canonical(value.reshape([shape[i] for i in order]), order)
+
+
+def check_square(name: str, spec: ConvSpec, instead: str) -> None:
+    if spec.out_size != spec.in_size:
+        raise ValueError(
+            f"{name} needs a square M, got {spec.out_size} x {spec.in_size} from in_shape {spec.in_shape} "
+            f"and out_shape {spec.out_shape}. Use {instead}."
+        )

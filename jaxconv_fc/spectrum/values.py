@@ -1,0 +1,189 @@
+"""Singular values of M and what follows from all of them: condition number, rank, determinant."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxconv_fc.arguments import Array
+from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
+from jaxconv_fc.sharding import program
+from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.spectrum.blocks import Blocks
+from jaxconv_fc.spectrum.operands import as_inexact, check_square
+
+
+def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
+    """All ``min(M.shape)`` singular values of M, descending; exact.
+
+    They are those of ``B_w[i, j] = (s*l)**-0.5 * sum of H(f)`` over ``f == w + g*i (mod m)``,
+    ``f == w + g*j (mod n)``, with ``H(f) = sum over p of K[p] exp(2 pi i f (p*r - lo) / N)``, on axes that
+    wrap around (in circular mode ``lo*l`` stands for ``lo``): any stride ``s``, input dilation ``l`` and
+    kernel dilation ``r``. Axes that do not wrap around enter with all their positions. If none does, this is
+    the SVD of the dense matrix of each group. Of a real kernel half of the frequencies are computed.
+
+    Differentiable: every symmetric function of the values is, and each single value where it is simple.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+
+    Returns:
+      Real array of shape ``(min(spec.shape),)``.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or the blocks are beyond the memory limit.
+
+    Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
+    (2022) for strides; docs/maths.md, section 5, for dilations. Cost: ``g`` SVDs of blocks, far less than
+    one of M. On CPU the threads of OpenBLAS may slow down blocks of some hundred rows: try
+    OPENBLAS_NUM_THREADS=1.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
+    >>> print(fc.spectrum.singular_values(spec, jnp.array([[[1., 1.]]])).round(4) + 0)
+    [2.     1.4142 1.4142 0.    ]
+    """
+    return _singular_values(spec, _kernel_of_blocks("singular_values", spec, kernel))
+
+
+@program
+def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return homogeneous(partial(_unit_values, spec), (1,), kernel)
+
+
+def _unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The singular values of a kernel at unit scale."""
+    if not min(spec.shape):
+        return jnp.zeros(0, kernel.real.dtype)
+    # Of the transposed blocks, whose entries are in the order that LAPACK reads.
+    values = Blocks.of(spec).map(lambda b: jnp.linalg.svd(b.swapaxes(-1, -2), compute_uv=False), kernel)
+    return _descending(values.ravel())
+
+
+@jax.custom_jvp
+def _descending(values: jax.Array) -> jax.Array:
+    """Values from 0 up, largest first, NaN before all. Their bits are integers of the same order, which XLA
+    on CPU sorts four times faster."""
+    integers = jnp.dtype(f"int{8 * values.dtype.itemsize}")
+    bits = lax.sort(lax.bitcast_convert_type(values, integers), is_stable=False)
+    return lax.bitcast_convert_type(bits[::-1], values.dtype)
+
+
+@_descending.defjvp
+def _descending_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (values,), (change,) = primals, tangents
+    order = jnp.argsort(values, descending=True)
+    return values[order], change[order]
+
+
+def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
+    """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
+
+    The zero matrix has condition number inf. Arguments, errors, cost and exactness as in
+    :func:`singular_values`; a matrix without entries has no condition number and gives a ValueError.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (1,), "VALID")
+    >>> print(fc.spectrum.condition_number(spec, jnp.array([[[3.], [0.]], [[0.], [6.]]])))
+    2.0
+    """
+    kernel = _kernel_of_blocks("condition_number", spec, kernel)
+    if not min(spec.shape):
+        raise ValueError(
+            f"condition_number: M is {spec.out_size} x {spec.in_size}; give the spec an input and output."
+        )
+    return _condition_number(spec, kernel)
+
+
+@program
+def _condition_number(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    def ratio(kernel: jax.Array) -> jax.Array:
+        values = _unit_values(spec, kernel)
+        most, least = values[0], values[-1]
+        return jnp.where(least == 0, jnp.inf, most / jnp.where(least == 0, jnp.ones_like(least), least))
+
+    return homogeneous(ratio, (0,), kernel)
+
+
+def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None) -> jax.Array:
+    """The number of singular values beyond ``rtol * sigma_max``.
+
+    ``rtol`` None stands for ``max(M.shape) * eps``, as in ``numpy.linalg.matrix_rank``. Other arguments,
+    errors and cost as in :func:`singular_values`.
+
+    Returns:
+      An integer scalar; -1, which is the rank of no matrix, where M holds NaN or Inf.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 3), (1,), "SAME", padding_mode="circular")
+    >>> print(fc.spectrum.rank(spec, jnp.array([[[-1., 2., -1.]]])))  # M maps constants to 0
+    7
+    """
+    return _rank(spec, _kernel_of_blocks("rank", spec, kernel), rtol)
+
+
+@partial(program, static_argnums=2)
+def _rank(spec: ConvSpec, kernel: jax.Array, rtol: float | None) -> jax.Array:
+    values = _unit_values(spec, unit_scale(kernel)[0])
+    cutoff = jnp.asarray(relative_cutoff(spec, values.dtype, rtol), values.dtype) * values.max(initial=0)
+    return jnp.where(jnp.isfinite(values).all(), jnp.sum(values > cutoff), -1)
+
+
+def relative_cutoff(spec: ConvSpec, dtype: Any, rtol: float | None) -> float:
+    """The part of the largest singular value up to which another one counts as 0."""
+    return max(spec.shape) * float(jnp.finfo(dtype).eps) if rtol is None else float(rtol)
+
+
+def log_abs_det(spec: ConvSpec, kernel: Array) -> jax.Array:
+    """``log |det M|`` of a square M: ``sum over f of log |det H(f)|`` where M wraps around.
+
+    What a normalising flow adds for an invertible convolution; -inf where M is singular. Differentiable,
+    with gradient ``M^-H`` pulled back to the kernel.
+
+    Args:
+      spec: a geometry with ``out_size == in_size``. In circular mode the cost is that of one LU
+        decomposition per frequency, otherwise of M densely, per group.
+      kernel: array of shape ``spec.rhs_shape``.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError, ValueError: as :func:`singular_values`; M is not square.
+
+    Source: Hoogeboom, van den Berg & Welling, Emerging convolutions for generative normalizing flows (2019).
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")  # tridiagonal: det = n + 1
+    >>> print(jnp.exp(fc.spectrum.log_abs_det(spec, jnp.array([[[-1., 2., -1.]]]))).round(4))
+    6.0
+    """
+    kernel = as_inexact(spec, kernel)
+    check_square("log_abs_det", spec, "sum log of singular_values")
+    Blocks.of(spec).check_memory("log_abs_det", kernel.dtype, "a circular geometry")
+    return _log_abs_det(spec, kernel)
+
+
+@program
+def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    if not spec.in_size:
+        return jnp.zeros((), kernel.real.dtype)
+    # det(2**e M) == 2**(n e) det(M)
+    kernel, exponent = unit_scale(kernel)
+    logarithms = Blocks.of(spec).map(lambda blocks: jnp.linalg.slogdet(blocks)[1], kernel)
+    value = logarithms.sum() + exponent.astype(logarithms.dtype) * (spec.in_size * math.log(2))
+    return nan_unless_finite(value, kernel)
+
+
+def _kernel_of_blocks(name: str, spec: ConvSpec, kernel: Array) -> jax.Array:
+    """The kernel as it is computed with, once its blocks are known to fit into memory."""
+    kernel = as_inexact(spec, kernel)
+    Blocks.of(spec).check_memory(name, kernel.dtype, "top_singular_values or spectral_norm")
+    return kernel

@@ -1,0 +1,88 @@
+"""The largest singular values by products with M, against NumPy and against closed forms."""
+
+from functools import partial
+
+import geometries
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from spectra import COUNT, conv, drawn, layer, svd
+
+import jaxconv_fc as fc
+import jaxconv_fc.spectrum as spectrum
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_largest_values(run_seed, number):
+    spec, kernel, _, matrix, name = drawn(run_seed, number)
+    values = svd(matrix)
+    top = values.max(initial=0)
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * top, err_msg=name)
+    value, left, right, residual = spectrum.singular_triplet(spec, kernel)
+    close(value, top)
+    assert residual <= 1e-10 * top, name
+    close(matrix @ np.ravel(right), float(value) * np.ravel(left))
+    close(spectrum.spectral_norm(spec, kernel), top)
+    if top and number % 3 == 0:
+        k = min(len(values), 1 + number % 5)
+        close(spectrum.top_singular_values(spec, kernel, k), values[:k])
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7, None])
+def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(tolerance):
+    """The two largest values are 3e-4 apart: eight runs to 1e-10."""
+    spec, kernel = conv((300,), [-1, 2, -1], [(1, 1)])
+    want = 2 - 2 * np.cos(300 * np.pi / 301)
+    found = spectrum.singular_triplet(spec, kernel, tolerance=tolerance)
+    assert found.residual <= (tolerance or 1e-10) * found.value
+    assert abs(found.value - want) <= found.residual
+    np.testing.assert_allclose(
+        spectrum.spectral_norm(spec, kernel, tolerance=tolerance), found.value, rtol=1e-13
+    )
+
+
+def test_values_of_a_complex_kernel_are_counted_once():
+    """It is searched in real numbers, where every value occurs twice, with the vectors v and i*v."""
+    rng = np.random.default_rng(1)
+    for shapes, mode in (
+        (((1, 2, 6, 7), (3, 2, 2, 3)), "zeros"),
+        (((1, 2, 6, 6), (2, 2, 3, 3)), "circular"),
+    ):
+        spec = fc.conv_spec(*shapes, (1, 1), "SAME", padding_mode=mode)
+        kernel = geometries.normals(rng, spec.rhs_shape, complex)
+        values = svd(oracle.matrix(kernel, spec))
+        got = spectrum.top_singular_values(spec, kernel, 4)
+        np.testing.assert_allclose(got, values[:4], rtol=1e-9)
+
+
+def test_values_that_occur_more_than_once_are_all_found():
+    """A Krylov space sees one copy of each: M is too large here for its dense SVD to be taken."""
+    spec = fc.conv_spec((1, 1, 150), (1, 1, 3), (1,), "SAME", padding_mode="circular")
+    kernel = jnp.array([[[-1.0, 2.0, -1.0]]])
+    want = np.asarray(spectrum.singular_values(spec, kernel))[:5]
+    assert want[1] - want[2] < 1e-12
+    np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 5), want, rtol=1e-10)
+
+
+def test_more_values_than_one_group_has():
+    spec = fc.conv_spec((1, 2, 3), (2, 1, 1), (1,), "VALID", feature_group_count=2)
+    values = spectrum.top_singular_values(spec, jnp.array([[[3.0]], [[5.0]]]), 5)
+    np.testing.assert_allclose(values, [5, 5, 5, 3, 3], rtol=1e-12)
+
+
+def test_a_search_that_does_not_converge_gives_nan():
+    spec = fc.conv_spec((1, 1, 300), (1, 1, 3), (1,), "SAME")
+    kernel = jnp.array([[[-1.0, 2.0, -1.0]]])
+    norm = partial(spectrum.spectral_norm, spec, max_restarts=1)
+    assert jnp.isnan(norm(kernel))
+    assert jnp.isnan(jax.grad(norm)(kernel)).all()
+    assert jnp.isnan(spectrum.top_singular_values(spec, kernel, 3, max_restarts=1)).all()
+    assert spectrum.singular_triplet(spec, kernel, max_restarts=1).residual > 1e-10
+
+
+def test_a_second_derivative_of_the_spectral_norm_is_refused():
+    spec, kernel = layer()
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        jax.hessian(partial(spectrum.spectral_norm, spec))(kernel)
