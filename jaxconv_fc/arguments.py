@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import MODES, Axis, dilated
+from jaxconv_fc.axis import Axis, dilated
+from jaxconv_fc.modes import MODES
 from jaxconv_fc.sharding import is_traced
 
 # What a user may pass as a kernel, an input or a matrix.
 Array = jax.Array | np.ndarray
 
-# The names that numpy.pad and torch give to the same modes.
-_MODE_ALIASES = {"constant": "zeros", "wrap": "circular", "replicate": "edge"}
+_MODE_OF_ALIAS = {alias: name for name, mode in MODES.items() for alias in mode.aliases}
 _PADDINGS = ("VALID", "SAME", "SAME_LOWER")
 
 
@@ -158,10 +158,11 @@ def check_channels(
 def resolve_mode(mode: Any) -> str:
     _reject_traced("padding_mode", mode)
     if not isinstance(mode, str):
-        raise TypeError(f"padding_mode must be a string, one of {MODES}, got {mode!r}.")
-    name = _MODE_ALIASES.get(mode.lower(), mode.lower())
+        raise TypeError(f"padding_mode must be a string, one of {tuple(MODES)}, got {mode!r}.")
+    name = _MODE_OF_ALIAS.get(mode.lower(), mode.lower())
     if name not in MODES:
-        raise ValueError(f"padding_mode must be one of {MODES} or {tuple(_MODE_ALIASES)}, got {mode!r}.")
+        known = f"{tuple(MODES)} or {tuple(_MODE_OF_ALIAS)}"
+        raise ValueError(f"padding_mode must be one of {known}, got {mode!r}.")
     return name
 
 
@@ -208,7 +209,7 @@ def _named_padding(padding: str, axes: list[Axis]) -> tuple[tuple[int, int], ...
         return ((0, 0),) * len(axes)
     pads = []
     for axis in axes:
-        if axis.mode != "zeros" and axis.lhs_dilation > 1:
+        if not axis.pads_with_zeros and axis.lhs_dilation > 1:
             raise ValueError(
                 f"padding={padding!r} has no meaning with padding_mode={axis.mode!r} and "
                 f"lhs_dilation={axis.lhs_dilation}, where the input is padded before it is dilated. "
@@ -224,7 +225,7 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
     pads = (axis.lo, axis.hi)
     if axis.taps == 0:
         raise ValueError(f"rhs_shape {rhs} must have at least 1 tap on spatial axis {i}, got 0.")
-    if axis.mode == "zeros":
+    if axis.pads_with_zeros:
         if axis.span < 0:
             size = dilated(axis.size, axis.lhs_dilation)
             raise ValueError(

@@ -16,6 +16,7 @@ from jaxconv_fc.adjoint import _matrix_vjp, _sums_over_outputs
 from jaxconv_fc.arguments import as_array
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import matrix_rows
+from jaxconv_fc.lines import gram
 from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand, conv_spec
@@ -72,7 +73,7 @@ def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
         counts = jnp.asarray(axis.tap_counts, kernel.real.dtype)
         counts = jnp.expand_dims(counts, [j for j in range(kernel.ndim) if j != i])
         return jnp.where(counts > 0, kernel / jnp.maximum(counts, 1).astype(kernel.dtype), 0)
-    inverse = np.linalg.pinv(axis.gram.astype(float), rcond=1e-12, hermitian=True)
+    inverse = np.linalg.pinv(gram(axis).astype(float), rcond=1e-12, hermitian=True)
     product = jnp.tensordot(jnp.asarray(inverse, kernel.dtype), kernel, axes=(1, i), precision="highest")
     return jnp.moveaxis(product, 0, i)
 

@@ -15,8 +15,9 @@ import pytest
 from geometries import Geometry, arrays, integers
 
 import jaxconv_fc as fc
-from jaxconv_fc import cache, lattice, spectrum
-from jaxconv_fc.axis import MODES, Axis
+from jaxconv_fc import cache, lattice, lines, spectrum
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.modes import MODES
 from jaxconv_fc.projection import _detect_axis, _fitting
 from jaxconv_fc.spectrum import norms
 
@@ -67,7 +68,7 @@ def test_sums_of_floors_and_points_below_a_line(rng):
 @pytest.mark.parametrize("mode", MODES)
 def test_counts_and_samples_of_random_axes(mode, run_seed):
     """Pairs, triples, copies, the Gram matrix, readers, and what stands for what among repeating lines."""
-    rng = np.random.default_rng([run_seed, MODES.index(mode)])
+    rng = np.random.default_rng([run_seed, [*MODES].index(mode)])
     for _ in range(120):
         axis = random_axis(rng, mode)
         found = related(axis)
@@ -86,27 +87,27 @@ def test_counts_and_samples_of_random_axes(mode, run_seed):
         for meeting in at.values():
             for p in meeting:
                 np.add.at(gram[p], meeting, 1)
-        np.testing.assert_array_equal(axis.gram, gram, str(axis))
+        np.testing.assert_array_equal(lines.gram(axis), gram, str(axis))
         i, o, p = axis.readers(np.arange(axis.size))
         assert set(zip(o.tolist(), i.tolist(), p.tolist(), strict=True)) == found, axis
         assert len(i) == len(found), axis
-        check_lines(axis, axis.output_lines, {(o, t, p) for o, t, p in found}, "outputs")
-        check_lines(axis, axis.input_lines, {(t, o, p) for o, t, p in found}, "inputs")
+        check_lines(axis, lines.output_lines(axis), {(o, t, p) for o, t, p in found}, "outputs")
+        check_lines(axis, lines.input_lines(axis), {(t, o, p) for o, t, p in found}, "inputs")
 
 
-def check_lines(axis, lines, found, which):
+def check_lines(axis, kinds, found, which):
     """Every line is related as its sample is, moved by whole steps; counts are those of the samples."""
-    of = {line: {(q, p) for at, q, p in found if at == line} for line in range(lines.size)}
-    sample = lines.sample_of(np.arange(lines.size))
-    np.testing.assert_array_equal(lines.counts, np.bincount(sample, minlength=len(lines.counts)), str(axis))
+    of = {line: {(q, p) for at, q, p in found if at == line} for line in range(kinds.size)}
+    sample = kinds.sample_of(np.arange(kinds.size))
+    np.testing.assert_array_equal(kinds.counts, np.bincount(sample, minlength=len(kinds.counts)), str(axis))
     g = math.gcd(axis.stride, axis.lhs_dilation)
     step = (axis.stride if which == "outputs" else axis.lhs_dilation) // g
     for line, number in enumerate(sample.tolist()):
-        if number == len(lines.samples):
+        if number == len(kinds.samples):
             assert not of[line], (axis, which, line)
             continue
-        stand_in = int(lines.samples[number])
-        moved = (line - stand_in) // lines.period * step
+        stand_in = int(kinds.samples[number])
+        moved = (line - stand_in) // kinds.period * step
         assert of[line] == {(q + moved, p) for q, p in of[stand_in]}, (axis, which, line)
 
 
@@ -507,7 +508,7 @@ def test_norms_of_random_geometries_read_samples_only(run_seed):
     """Both Gram matrices, one axis at a time, from the kinds of pairs: as from the whole relation."""
     rng = np.random.default_rng(run_seed)
     for _ in range(60):
-        axis = random_axis(rng, MODES[int(rng.integers(len(MODES)))])
+        axis = random_axis(rng, [*MODES][int(rng.integers(len(MODES)))])
         values = integers(rng, (axis.taps,), np.int64)
         matrix = np.zeros((axis.out_size, axis.size), np.int64)
         for o, t, p in related(axis):

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, Lines
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.layout import by_group, from_canonical, group_of
+from jaxconv_fc.lines import Lines, input_lines, output_lines
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -166,7 +167,7 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
     else:
         sums = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
     for i, axis in enumerate(spec.axes):
-        lines = axis.output_lines if rows else axis.input_lines
+        lines = output_lines(axis) if rows else input_lines(axis)
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
         kind = jnp.take(jnp.asarray(_lines(axis, rows)[0].kind, sample.dtype), sample, mode="clip")
         sums = jnp.take(sums, kind, axis=2 + i, mode="clip")
@@ -309,7 +310,7 @@ def _entries(axis: Axis) -> _Kinds:
     taps = np.arange(axis.taps)
     if not axis.collides:
         return _Kinds(taps, taps, axis.tap_counts, taps, axis.taps)
-    lines = axis.output_lines
+    lines = output_lines(axis)
     o, t, p = axis.reads(lines.samples)
     entries, entry = np.unique(o * axis.size + t, return_inverse=True)
     return _kinds(entry, p, lines.counts[entries // axis.size], axis.taps)
@@ -321,7 +322,7 @@ def _lines(axis: Axis, rows: bool) -> tuple[_Kinds, _Kinds | None]:
 
     Where taps collide, a line is a list of kinds of entries, which come second. Elsewhere it is one of taps.
     """
-    lines = axis.output_lines if rows else axis.input_lines
+    lines = output_lines(axis) if rows else input_lines(axis)
     line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
         return _kinds(line, p, lines.counts, axis.taps), None
@@ -374,12 +375,12 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
     """The lines of one axis by what they share with others: those repeat that meet repeating lines only."""
     s, l, z, reach = axis.stride, axis.lhs_dilation, axis.shift, axis.dilated_taps - 1
     if rows:  # output o reads from (o*s - z) / l to (o*s - z + reach) / l
-        met = axis.input_lines.repeating
+        met = input_lines(axis).repeating
         part = range(((met.start - 1) * l + z) // s + 1, -(-(met.stop * l + z - reach) // s))
-        return axis.output_lines.within(part)
-    met = axis.output_lines.repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
+        return output_lines(axis).within(part)
+    met = output_lines(axis).repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
     part = range(((met.start - 1) * s + reach - z) // l + 1, -(-(met.stop * s - z) // l))
-    return axis.input_lines.within(part)
+    return input_lines(axis).within(part)
 
 
 def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> _Kinds:
