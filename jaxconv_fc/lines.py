@@ -81,7 +81,7 @@ def output_lines(axis: Axis) -> Lines:
 
 
 def input_lines(axis: Axis) -> Lines:
-    """The inputs of an axis, by what reads them: those repeat that every tap reaches from direct outputs only."""
+    """The inputs of an axis, by what reads them: those repeat that are read by all taps of direct outputs."""
     # Output o reads t through p if  o*s == t*l + shift - p*r.  With the last tap this is at least the first
     # direct output, and with tap 0 at most the last:  start <= t < stop.
     s, l, direct = axis.stride, axis.lhs_dilation, axis.direct

@@ -79,56 +79,56 @@ class _Edge(BoundaryMode):
 
 
 class _Circular(BoundaryMode):
-    """Padding repeats the axis: position ``i`` is a copy of ``i mod n``."""
+    """Padding repeats the axis: ``i`` and ``i + period`` are copies of one input."""
+
+    def period(self, n: int) -> int:
+        return n
 
     def source(self, i: Ints, n: int) -> Ints:
-        return i % n
+        return i % self.period(n)
 
     def depth(self, pads: int, n: int) -> int:
         return n
 
     def copies(self, t: int, n: int, start: int, stop: int) -> int:
-        return _congruent(t, n, start, stop)
+        return (stop - 1 - t) // self.period(n) - (start - 1 - t) // self.period(n)
 
     def distinct(self, windows: Windows, n: int) -> int:
-        return windows.outputs * min(windows.taps, n // math.gcd(n, windows.dilation))
+        return windows.outputs * self.different(windows, n)
+
+    def different(self, windows: Windows, n: int) -> int:
+        """How many positions that differ modulo the period an output reads: those of its first taps."""
+        return min(windows.taps, self.period(n) // math.gcd(self.period(n), windows.dilation))
 
 
 @dataclass(frozen=True)
-class _Mirrored(BoundaryMode):
-    """Positions ``i`` and ``mirror - i`` are copies of one input, and so are ``i`` and ``i + period``."""
+class _Mirrored(_Circular):
+    """Padding repeats the axis and its mirror image: ``i`` and ``mirror - i`` are copies of one input."""
 
-    mirror: int = 0  # 0: the mirror stands on the end of the axis; -1: half a position beyond it
+    mirror: int = 0  # 0: the mirror stands on the first input; -1: half a position before it
 
     def period(self, n: int) -> int:
         return max(1, 2 * (n - 1 - self.mirror))
 
     def source(self, i: Ints, n: int) -> Ints:
-        within = i % self.period(n)
+        within = super().source(i, n)
         return _least(within, 2 * (n - 1) - self.mirror - within)
 
     def depth(self, pads: int, n: int) -> int:
         return pads + 1 + self.mirror
 
     def copies(self, t: int, n: int, start: int, stop: int) -> int:
-        period, image = self.period(n), self.mirror - t
-        found = _congruent(t, period, start, stop)
-        return found if (t - image) % period == 0 else found + _congruent(image, period, start, stop)
+        images = {t, (self.mirror - t) % self.period(n)}  # equal where the mirror stands on t
+        return sum(_Circular.copies(self, i, n, start, stop) for i in images)
 
     def distinct(self, windows: Windows, n: int) -> int:
-        # An output reads `some` positions that differ modulo the period. Two of those are copies of one
-        # input where they mirror each other.
-        period = self.period(n)
-        some = min(windows.taps, period // math.gcd(period, windows.dilation))
-        q, weight = self._folded(windows, n)
-        at = (windows.first % period + q % period * (windows.stride % period)) % period
-        pairs = self._mirrored_taps(at, windows.dilation, period, some)
-        return some * windows.outputs - int((pairs * weight).sum())
+        q, weight = self._reading_padding(windows, n)
+        return super().distinct(windows, n) - int((self._mirrored_taps(q, windows, n) * weight).sum())
 
-    def _folded(self, windows: Windows, n: int) -> tuple[np.ndarray, np.ndarray | int]:
+    def _reading_padding(self, windows: Windows, n: int) -> tuple[np.ndarray, np.ndarray | int]:
         """``(q, weight)``: outputs that may read padding, and how many such outputs each stands for."""
         first, s, outputs, r, taps = windows
-        start = min(outputs, max(0, -(first // s)))  # outputs start to stop read no padding
+        start = min(outputs, max(0, -(first // s)))  # outputs start to stop read none
         stop = min(outputs, max(start, (n - 1 - (taps - 1) * r - first) // s + 1))
         repeat = self.period(n) // math.gcd(self.period(n), s)
         if outputs - (stop - start) <= repeat:
@@ -136,12 +136,14 @@ class _Mirrored(BoundaryMode):
         q = np.arange(min(outputs, repeat))  # one output of each position modulo the period
         return q, (outputs - 1 - q) // repeat + 1
 
-    def _mirrored_taps(self, at: np.ndarray, r: int, period: int, some: int) -> np.ndarray:
-        """How many pairs of taps ``p < p' < some`` of outputs that begin at ``at`` mirror each other.
-
-        ``(at + p*r) + (at + p'*r) == mirror`` modulo the period, or ``p + p' == total`` modulo ``turn``.
-        """
+    def _mirrored_taps(self, q: np.ndarray, windows: Windows, n: int) -> np.ndarray:
+        """How many pairs of taps ``p < p'`` of each output ``q`` read two different copies of one input."""
+        # At position `at`, that is  (at + p*r) + (at + p'*r) == mirror  modulo the period, or, if g divides
+        # mirror - 2*at,  p + p' == total  modulo  turn = period/g.  Of taps, only the different ones count.
+        first, s, _, r, _ = windows
+        period, some = self.period(n), self.different(windows, n)
         g = math.gcd(period, r)
+        at = (first % period + q % period * (s % period)) % period
         turn, sums = period // g, (self.mirror - 2 * at) % period
         total = sums // g * pow(r // g, -1, turn) % turn
         totals = np.stack([total, total + turn])  # (2, outputs), as p + p' < 2*turn
@@ -162,8 +164,3 @@ MODES: dict[str, BoundaryMode] = {
 def _least(a: Ints, b: Ints) -> Ints:
     """The smaller one, in arithmetic that ints, arrays and tracers share."""
     return (a + b - abs(a - b)) // 2
-
-
-def _congruent(t: int, period: int, start: int, stop: int) -> int:
-    """How many ``start <= i < stop`` equal ``t`` modulo ``period``."""
-    return (stop - 1 - t) // period - (start - 1 - t) // period
