@@ -150,15 +150,16 @@ class Axis:
 
     def readers(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All ``(i, o, p)``: output ``o`` reads ``inputs[i]`` through tap ``p``; inputs ascend."""
+        # Direct outputs, by the law: o[i, p] reads inputs[i], which is its only copy, through tap p.
         j = self._exact(inputs) + self.copied[0]
         o, valid = self.output_of(j[:, None], self._exact(np.arange(self.taps)))
-        valid = valid & (o >= self.direct.start) & (o < self.direct.stop)
-        i, p = np.nonzero(valid)
+        i, p = np.nonzero(valid & (o >= self.direct.start) & (o < self.direct.stop))
+        # The others, by what they read: inputs[at] == t, where t is among the inputs.
         border = self.border(self.direct)
-        at, t, tap = self.reads(border)
-        where = np.searchsorted(inputs, t)
-        met = inputs[np.minimum(where, len(inputs) - 1)] == t if len(inputs) else np.zeros(len(t), bool)
-        found = (i, where[met]), (o[i, p].astype(np.int64), border[at[met]]), (p, tap[met])
+        which, t, tap = self.reads(border)
+        at = np.searchsorted(inputs, t)
+        met = inputs[np.minimum(at, len(inputs) - 1)] == t if len(inputs) else np.zeros(len(t), bool)
+        found = (i, at[met]), (o[i, p].astype(np.int64), border[which[met]]), (p, tap[met])
         return tuple(map(np.concatenate, found))  # type: ignore[return-value]
 
     def _exact(self, positions: np.ndarray) -> np.ndarray:
