@@ -134,7 +134,7 @@ class _Mirrored(_Circular):
         if outputs - (stop - start) <= repeat:
             return np.concatenate([np.arange(start), np.arange(stop, outputs)]), 1
         q = np.arange(min(outputs, repeat))  # one output of each position modulo the period
-        return q, (outputs - 1 - q) // repeat + 1
+        return q, (outputs - 1 - q.astype(object)) // repeat + 1  # Python ints: outputs may exceed 64 bits
 
     def _mirrored_taps(self, q: np.ndarray, windows: Windows, n: int) -> np.ndarray:
         """How many pairs of taps ``p < p'`` of each output ``q`` read two different copies of one input."""
