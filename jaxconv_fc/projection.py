@@ -357,8 +357,8 @@ def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarra
     """The first of the steps (s, l) with the least difference of entries l outputs and s inputs apart.
 
     Differences up to ``slack`` count as 0. Each round compares one candidate in full: the first whose known
-    differences are the least. The entry where it differs most is then compared at all steps at once, which
-    rules out most other candidates.
+    differences are the least. The entry where it differs most is then compared at all steps at once, these
+    included, which rules out most other candidates.
     """
     least = np.zeros(sketch.shape[:2])  # [l - 1, s - 1]: lower bounds on the differences
     exact = np.zeros(sketch.shape[:2], bool)  # [l - 1, s - 1]: whether a bound is the difference
@@ -372,7 +372,6 @@ def _most_constant(sketch: np.ndarray, slack: float, s: np.ndarray, l: np.ndarra
         error = np.abs(there - here).max(-1, initial=0)
         exact[dilation - 1, stride - 1] = True
         if error.size:
-            least[dilation - 1, stride - 1] = error.max()
             o, t = (int(v) for v in np.unravel_index(np.argmax(error), error.shape))
             size_here, size_there = (np.abs(v[o, t]).max() for v in (here, there))
             at = (o, t) if size_here >= size_there else (o + dilation, t + stride)
