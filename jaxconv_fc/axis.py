@@ -180,11 +180,6 @@ class Axis:
         return max(MODES[self.mode].copies(t, n, -before, n + behind) for t in candidates)
 
     @property
-    def collides(self) -> bool:
-        """Whether some output reads one input position through two taps."""
-        return self.pair_count < self.triple_count
-
-    @property
     def tap_counts(self) -> np.ndarray:
         """Of each tap, how many outputs read an input through it: shape (taps,), O(1) per tap
         (docs/maths.md, section 3)."""
@@ -213,11 +208,11 @@ class Axis:
         return sum(MODES[self.mode].distinct(windows, self.size) for windows in self._windows())
 
     @cached_property
-    def triple_count(self) -> int:
-        """How many triples (output, input, tap) are related; beyond the pairs only where taps meet."""
+    def collides(self) -> bool:
+        """Whether some output reads one input through two taps: more triples (o, t, p) than pairs (o, t)."""
         if self.pads_with_zeros:  # any two of (o, p, t) determine the third
-            return self.pair_count
-        return sum(windows.outputs * windows.taps for windows in self._windows())  # no tap reads a zero
+            return False
+        return sum(w.outputs * w.taps for w in self._windows()) > self.pair_count  # all taps read inputs
 
     def _windows(self) -> Iterator[Windows]:
         """What the outputs of each residue read: positions from the first input on, copies included."""

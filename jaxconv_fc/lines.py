@@ -43,9 +43,8 @@ class Lines:
         inside = self.cycles
         if not inside:
             return np.arange(self.related.start, self.related.stop)
-        before, after = (self.related.start, inside.start), (inside.stop, self.related.stop)
-        one = inside.start, inside.start + self.period
-        return np.concatenate([np.arange(*part) for part in (before, one, after)])
+        upto = np.arange(self.related.start, inside.start + self.period)
+        return np.concatenate([upto, np.arange(inside.stop, self.related.stop)])
 
     @property
     def counts(self) -> np.ndarray:
@@ -63,9 +62,9 @@ class Lines:
         """
         inside = self.cycles
         skipped = max(0, len(inside) - self.period)
+        place = line - self.related.start
         repeated = (line - inside.start) % self.period + inside.start - self.related.start
-        index = where(line < inside.start, line - self.related.start, line - self.related.start - skipped)
-        index = where((line >= inside.start) & (line < inside.stop), repeated, index)
+        index = where(line < inside.start, place, where(line < inside.stop, repeated, place - skipped))
         idle = (line < self.related.start) | (line >= self.related.stop)
         return where(idle, len(self.related) - skipped, index)
 
