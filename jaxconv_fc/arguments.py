@@ -1,4 +1,4 @@
-"""What a user passed: ints, layouts, padding, channels and arrays, checked and resolved."""
+"""What a user passed, checked and resolved: ints, layouts, padding, channels and arrays."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import MODES, Axis, dilated
+from jaxconv_fc.axis import Axis, dilated
+from jaxconv_fc.modes import MODES
 from jaxconv_fc.sharding import is_traced
 
 # What a user may pass as a kernel, an input or a matrix.
 Array = jax.Array | np.ndarray
 
-# The names that numpy.pad and torch give to the same modes.
-_MODE_ALIASES = {"constant": "zeros", "wrap": "circular", "replicate": "edge"}
+_MODE_OF_ALIAS = {alias: name for name, mode in MODES.items() for alias in mode.aliases}
 _PADDINGS = ("VALID", "SAME", "SAME_LOWER")
-
-
-# -- resolving and validating ------------------------------------------------------------------
 
 
 def _reject_traced(name: str, value: Any) -> None:
@@ -98,7 +95,8 @@ def resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
 
 def _resolve_letters(layouts: tuple[str, str, str], rank: int) -> lax.ConvDimensionNumbers:
     """Spatial axes are matched by letter and ordered as in the kernel's layout, as lax does."""
-    for layout, pair, role in zip(layouts, ("NC", "OI", "NC"), ("lhs", "rhs", "out"), strict=True):
+    pairs = ("NC", "OI", "NC")
+    for layout, pair, role in zip(layouts, pairs, ("lhs", "rhs", "out"), strict=True):
         if len(layout) != rank:
             raise ValueError(
                 f"dimension_numbers: the {role} layout {layout!r} has {len(layout)} letters for "
@@ -115,7 +113,6 @@ def _resolve_letters(layouts: tuple[str, str, str], rank: int) -> lax.ConvDimens
             f"dimension_numbers: the layouts {layouts} must share their spatial letters; the rhs layout "
             f"has {spatial}."
         )
-    pairs = ("NC", "OI", "NC")
     specs = (tuple(map(v.index, (*pair, *spatial))) for v, pair in zip(layouts, pairs, strict=True))
     return lax.ConvDimensionNumbers(*specs)
 
@@ -158,22 +155,23 @@ def check_channels(
 def resolve_mode(mode: Any) -> str:
     _reject_traced("padding_mode", mode)
     if not isinstance(mode, str):
-        raise TypeError(f"padding_mode must be a string, one of {MODES}, got {mode!r}.")
-    name = _MODE_ALIASES.get(mode.lower(), mode.lower())
+        raise TypeError(f"padding_mode must be a string, one of {tuple(MODES)}, got {mode!r}.")
+    name = _MODE_OF_ALIAS.get(mode.lower(), mode.lower())
     if name not in MODES:
-        raise ValueError(f"padding_mode must be one of {MODES} or {tuple(_MODE_ALIASES)}, got {mode!r}.")
+        known = f"{tuple(MODES)} or {tuple(_MODE_OF_ALIAS)}"
+        raise ValueError(f"padding_mode must be one of {known}, got {mode!r}.")
     return name
 
 
-def resolve_padding(padding: Any, axes: list[Axis]) -> tuple[tuple[int, int], ...]:
+def resolve_padding(padding: Any, axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
+    """``((lo, hi), ...)`` for axes that are not padded yet."""
     _reject_traced("padding", padding)
     if isinstance(padding, str):
         return _named_padding(padding, axes)
     example = f"Write [(lo, hi), ...], a pair per spatial axis, such as {[(1, 1)] * len(axes)}, or 'SAME'."
-    if isinstance(padding, float) or not isinstance(padding, int | np.integer | Sequence | np.ndarray):
-        raise TypeError(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
-    if isinstance(padding, int | np.integer):
-        raise ValueError(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
+    if not isinstance(padding, Sequence | np.ndarray):
+        kind = ValueError if isinstance(padding, int | np.integer) else TypeError
+        raise kind(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
     if len(padding) != len(axes):
         raise ValueError(
             f"padding must have {len(axes)} pairs, one per spatial axis, got {len(padding)}: "
@@ -189,7 +187,7 @@ def resolve_padding(padding: Any, axes: list[Axis]) -> tuple[tuple[int, int], ..
     return tuple(pads)
 
 
-def _named_padding(padding: str, axes: list[Axis]) -> tuple[tuple[int, int], ...]:
+def _named_padding(padding: str, axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
     name = padding.upper()
     full = [(a.dilated_taps - 1, a.dilated_taps - 1) for a in axes]
     instead = {
@@ -208,23 +206,25 @@ def _named_padding(padding: str, axes: list[Axis]) -> tuple[tuple[int, int], ...
         return ((0, 0),) * len(axes)
     pads = []
     for axis in axes:
-        if axis.mode != "zeros" and axis.lhs_dilation > 1:
+        if not axis.pads_with_zeros and axis.lhs_dilation > 1:
             raise ValueError(
                 f"padding={padding!r} has no meaning with padding_mode={axis.mode!r} and "
                 f"lhs_dilation={axis.lhs_dilation}, where the input is padded before it is dilated. "
                 "Write [(lo, hi), ...]."
             )
-        total = max(0, (-(-axis.span // axis.stride) - 1) * axis.stride + axis.dilated_taps - axis.span)
+        outputs = -(-axis.span // axis.stride)  # SAME: as many as there are strides on the dilated axis
+        total = max(0, (outputs - 1) * axis.stride + axis.dilated_taps - axis.span)
         small, large = total // 2, total - total // 2
         pads.append((small, large) if name == "SAME" else (large, small))
     return tuple(pads)
 
 
 def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
+    """ValueError if spatial axis ``i`` has no taps, or a padding without meaning."""
     pads = (axis.lo, axis.hi)
     if axis.taps == 0:
         raise ValueError(f"rhs_shape {rhs} must have at least 1 tap on spatial axis {i}, got 0.")
-    if axis.mode == "zeros":
+    if axis.pads_with_zeros:
         if axis.span < 0:
             size = dilated(axis.size, axis.lhs_dilation)
             raise ValueError(
@@ -248,7 +248,7 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """``value`` as a jax.Array; TypeError for what is none (a list would hide a copy)."""
+    """``value`` as a jax.Array. TypeError if it is not an array: to convert a list would hide a copy."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise TypeError(
             f"{name} must be a jax or NumPy array, got {type(value).__name__}: {value!r}. "
@@ -260,7 +260,7 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 
 def native(value: Any) -> Any:
-    """A NumPy array whose bytes stand in the other order, in the order of this machine: the same numbers."""
+    """The same numbers in the byte order of this machine, for NumPy arrays that have the other one."""
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
     return value

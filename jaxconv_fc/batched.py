@@ -1,4 +1,4 @@
-"""Products of M with a stack of vectors, by whichever of convolution, sparse and dense M is the fastest."""
+"""Products of M with a stack of vectors, by the fastest of three: convolution, sparse M or dense M."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import as_array
+from jaxconv_fc.arguments import Array, as_array
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.memory import fits_in_memory
 from jaxconv_fc.products import apply
@@ -20,25 +20,24 @@ METHODS = ("convolution", "sparse", "dense")
 
 
 def batched_apply(
-    spec: ConvSpec, kernel: Any, xs: Any, *, method: str | None = None, precision: Any = None
+    spec: ConvSpec, kernel: Array, xs: Array, *, method: str | None = None, precision: Any = None
 ) -> jax.Array:
     """``ys[n] = M xs[n]`` for a stack of examples: the convolution of each, by the fastest of three ways.
 
-    All three give the same sums, rounded differently, and all are differentiable in both arguments:
+    All three give the same sums, up to rounding, and are differentiable in both arguments:
 
-    - ``"convolution"``: :func:`apply` under ``vmap``; the best on GPU and TPU, and on CPU for few examples
-      and for ordinary float32 layers;
+    - ``"convolution"``: :func:`apply` under ``vmap``;
     - ``"sparse"``: ``as_bcsr(spec, kernel)`` times all examples at once;
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
-    Left to itself, it takes the convolution on GPU and TPU, and on CPU what :func:`fastest_method` says:
-    M, from 16 examples on, for kernels as large as the image, few channels, and 64-bit layers.
+    By default it takes the convolution on GPU and TPU, and on CPU what :func:`fastest_method` says: M for 16
+    examples or more, if the kernel is as large as the image, channels are few, or entries have 64 bits.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
       xs: array of shape ``(count, *spec.in_shape)`` and the kernel's dtype.
-      method: one of the three, to decide instead of the rule.
+      method: one of the three, in place of the default.
       precision: as in :func:`apply`; for the convolution and the dense product.
 
     Returns:
@@ -70,7 +69,7 @@ def batched_apply(
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel and xs are bool, which have no sums: cast both with .astype(jnp.int32).")
     if method is None and explicit_mesh((kernel, stack)) is not None:
-        method = "convolution"  # which alone keeps the stack partitioned
+        method = "convolution"  # the only one that keeps the stack partitioned
     if method is None:
         method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
     if method not in METHODS:
@@ -96,12 +95,12 @@ def _matrix_product(
 def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
     """Which of :data:`METHODS` :func:`batched_apply` takes for ``count`` examples.
 
-    The convolution, except on CPU from 16 examples on, if M is within the memory limit:
+    The convolution, except on CPU for 16 examples or more, if M is within the memory limit:
 
-    - a quarter of M or more is not zero (kernels as large as the image): dense;
-    - an output channel reads at most 4 input channels, in float32 or narrower, or just 1 of several
-      (depthwise) in any dtype: sparse;
-    - 64-bit and integer layers from 64 examples on: sparse.
+    - dense, if at least a quarter of M is nonzero (kernels as large as the image);
+    - sparse, if an output channel reads at most 4 input channels, in float32 or narrower, or 1 of several
+      (depthwise) in any dtype;
+    - sparse, for 64-bit and integer dtypes and at least 64 examples.
 
     Measured on 2 cores with jax 0.10.2 by ``benchmarks/sparse.py``.
     """

@@ -5,41 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial, reduce
-from typing import Any
+from functools import reduce
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import from_canonical, grid
+from jaxconv_fc.layout import from_canonical, grid, inverse
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand, conv_spec
+from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[ConvSpec, jax.Array]:
+def compose(second: tuple[ConvSpec, Array], first: tuple[ConvSpec, Array]) -> tuple[ConvSpec, jax.Array]:
     """One convolution for two in a row: the ``(spec, kernel)`` whose matrix is ``M2 @ M1``.
 
-    Exists per axis where ``gcd(s1, l2) = 1``: with ``e1 = r1*l2``, ``e2 = r2*s1``, ``g = gcd(e1, e2)`` the
-    stride is ``s1*s2``, the input dilation ``l1*l2``, the kernel dilation ``g``, the low padding
-    ``s1*lo2 + l2*lo1``. Tap q is the sum of ``K2[p2] K1[p1]`` over all ``p1*e1 + p2*e2 = q*g``, and over
-    the channels between (docs/maths.md, section 4). Exact if and only if every position between the two
-    that the second reads in its padding is one where the first, continued, would see no input. This is
-    tested. Two SAME layers in a row differ in a ring at the border and are refused.
+    Per axis, ``gcd(s1, l2)`` must be 1. With ``e1 = r1*l2``, ``e2 = r2*s1``, ``g = gcd(e1, e2)``, the result
+    has stride ``s1*s2``, input dilation ``l1*l2``, kernel dilation ``g`` and low padding ``s1*lo2 + l2*lo1``.
+    Tap q is the sum of ``K2[p2] K1[p1]`` over all ``p1*e1 + p2*e2 = q*g``, and over the channels between
+    (docs/maths.md, section 4). Exact if and only if the first convolution, continued beyond its outputs,
+    would read no input at the positions that the second pads. This is tested. Two SAME layers in a row
+    differ in a ring at the border and are refused.
 
     Args:
-      second, first: ``(spec, kernel)`` each; the input of the second is the output of the first, in the
-        same layout. The first may have a boundary mode if the second does not pad.
+      second, first: ``(spec, kernel)`` each. The input of the second is the output of the first, in the
+        same layout. The first may have any padding mode if the second does not pad.
 
     Returns:
-      ``(spec, kernel)``, differentiable in both kernels. Feature groups are kept as far as both have
-      them: ``gcd(G1, G2)``.
+      ``(spec, kernel)``, differentiable in both kernels, with ``gcd(G1, G2)`` feature groups.
 
     Raises:
-      ValueError: the shapes or layouts do not chain, or no single convolution equals the product; it
-        says which output rows would differ.
+      ValueError: the shapes or layouts do not chain, or no single convolution equals the product. The
+        message says which output positions would differ.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> first = fc.conv_spec((1, 1, 6), (1, 1, 2), (1,), "VALID")
@@ -51,35 +51,29 @@ def compose(second: tuple[ConvSpec, Any], first: tuple[ConvSpec, Any]) -> tuple[
     (spec2, kernel2), (spec1, kernel1) = second, first
     kernel1 = as_operand("first kernel", kernel1, spec1, "rhs_shape")
     kernel2 = as_operand("second kernel", kernel2, spec2, "rhs_shape")
-    spec1, spec2 = _plain(spec1, "first"), _plain(spec2, "second")
-    order = _chained(spec2, spec1)
-    pairs = tuple((spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True))
-    axes = tuple(_compose_axes(i, *pair) for i, pair in enumerate(pairs))
+    spec1, spec2 = _without_batch_groups(spec1, "first"), _without_batch_groups(spec2, "second")
+    order = _next_axes(spec2, spec1)
+    pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
+    axes = [_composed_axis(i, *pair) for i, pair in enumerate(pairs)]
     _check_exact(spec2, spec1, pairs)
-    groups = math.gcd(spec1.groups, spec2.groups)
-    channels = spec1.in_channels // groups, spec2.out_channels
-    spec = _composed_spec(spec2, spec1, order, axes, groups, (*(a.taps for a in axes), *channels))
-    return spec, _composed_kernel(spec, spec2, spec1, pairs, kernel2, kernel1)
+    spec = _composed_spec(spec2, spec1, order, axes)
+    return spec, _composed_kernel(spec, spec2, spec1, kernel2, kernel1)
 
 
-@partial(program, static_argnums=3)
+@program
 def _composed_kernel(
-    spec: ConvSpec,
-    spec2: ConvSpec,
-    spec1: ConvSpec,
-    pairs: Sequence[tuple[Axis, Axis]],
-    kernel2: jax.Array,
-    kernel1: jax.Array,
+    spec: ConvSpec, spec2: ConvSpec, spec1: ConvSpec, kernel2: jax.Array, kernel1: jax.Array
 ) -> jax.Array:
-    order, groups = _chained(spec2, spec1), spec.groups
+    order, groups = _next_axes(spec2, spec1), spec.groups
+    steps = [_tap_steps(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
     taps2 = jnp.transpose(kernel2, (*(spec2.kernel_order[j] for j in order), *spec2.kernel_order[-2:]))
     taps1 = jnp.transpose(kernel1, spec1.kernel_order)
     taps2, taps1 = _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups)
-    kernel = _compose_kernels(pairs, spec.axes, taps2, taps1, groups)
+    kernel = _sum_of_products(steps, [a.taps for a in spec.axes], taps2, taps1, groups)
     return from_canonical(kernel, spec.kernel_order)
 
 
-def _plain(spec: ConvSpec, name: str) -> ConvSpec:
+def _without_batch_groups(spec: ConvSpec, name: str) -> ConvSpec:
     plain = spec.canonical
     if plain.batch_group_count > 1:
         raise ValueError(
@@ -89,8 +83,8 @@ def _plain(spec: ConvSpec, name: str) -> ConvSpec:
     return plain
 
 
-def _chained(spec2: ConvSpec, spec1: ConvSpec) -> list[int]:
-    """For each spatial axis of the first, the axis of the second that continues it."""
+def _next_axes(spec2: ConvSpec, spec1: ConvSpec) -> list[int]:
+    """For each spatial axis of the first, the axis of the second that reads its outputs."""
     out, inp = spec1.out_order, spec2.in_order
     if spec1.out_shape != spec2.in_shape or out[-1] != inp[-1]:
         raise ValueError(
@@ -100,9 +94,9 @@ def _chained(spec2: ConvSpec, spec1: ConvSpec) -> list[int]:
     return [inp.index(place) for place in out[:-1]]
 
 
-def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
+def _composed_axis(i: int, second: Axis, first: Axis) -> Axis:
     """The composed relation of one axis; ValueError where there is none."""
-    if second.mode != "zeros" or (first.mode != "zeros" and (second.lo or second.hi > 0)):
+    if not second.pads_with_zeros or (not first.pads_with_zeros and (second.lo or second.hi > 0)):
         raise ValueError(
             f"compose: on spatial axis {i}, padding_mode={first.mode!r} then {second.mode!r} with padding "
             f"{(second.lo, second.hi)}: only zeros mode may pad what another convolution made. Every row "
@@ -114,16 +108,18 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
             f"compose: on spatial axis {i} the first has stride {inner.stride} and the second lhs_dilation "
             f"{second.lhs_dilation}, which must have no common factor: the product is no convolution."
         )
-    step1, step2, dilation = _tap_steps(second, inner)
+    # o*s2 + p2*r2 - lo2 == u*l2  times s1,  plus  u*s1 + p1*r1 - lo1 == t*l1  times l2,  is
+    # o*(s1*s2) + (p1*e1 + p2*e2) - (s1*lo2 + l2*lo1) == t*(l1*l2)
+    steps = _tap_steps(second, inner)
     composed = Axis(
         size=inner.size,
-        taps=(inner.taps - 1) * step1 + (second.taps - 1) * step2 + 1,
+        taps=(inner.taps - 1) * steps.first + (second.taps - 1) * steps.second + 1,
         stride=inner.stride * second.stride,
         lo=inner.stride * second.lo + second.lhs_dilation * inner.lo,
         lhs_dilation=inner.lhs_dilation * second.lhs_dilation,
-        rhs_dilation=dilation,
+        rhs_dilation=steps.dilation,
     ).ending_at(second.out_size)
-    if first.mode == "zeros":
+    if first.pads_with_zeros:
         return composed
     padded = replace(composed, size=first.size, lo=first.lo, hi=first.hi, mode=first.mode)
     if padded.out_size != second.out_size:
@@ -134,21 +130,27 @@ def _compose_axes(i: int, second: Axis, first: Axis) -> Axis:
     return padded
 
 
-def _tap_steps(second: Axis, first: Axis) -> tuple[int, int, int]:
-    """``(step1, step2, g)``: taps p1, p2 meet in tap ``p1*step1 + p2*step2`` of an axis of dilation g."""
+class _TapSteps(NamedTuple):
+    """Taps p1 and p2 make tap ``p1*first + p2*second`` of an axis with this kernel dilation."""
+
+    first: int  # e1/g
+    second: int  # e2/g
+    dilation: int  # g
+
+
+def _tap_steps(second: Axis, first: Axis) -> _TapSteps:
     e1, e2 = first.rhs_dilation * second.lhs_dilation, second.rhs_dilation * first.stride
     g = math.gcd(e1, e2)
-    return e1 // g, e2 // g, g
+    return _TapSteps(e1 // g, e2 // g, g)
 
 
 def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, Axis]]) -> None:
-    """Refuse if some row reads, through the padding between the two, an input that it must not see."""
+    """ValueError if the composed convolution would read an input where the second reads its padding."""
     sees, errs = zip(*(_virtual_reads(*pair) for pair in pairs), strict=True) if pairs else ((), ())
-    wrong = 0
+    wrong = 0  # per output position: an error on one axis, where the output sees an input on all others
     for i, err in enumerate(errs):
-        rows = [err if j == i else see for j, see in enumerate(sees)]
-        wrong = wrong | reduce(np.multiply.outer, rows)
-    # Without channels the composed kernel has no entries, or is a sum of none.
+        wrong = wrong | reduce(np.multiply.outer, [*sees[:i], err, *sees[i + 1 :]])
+    # If a kernel is empty, both the product and the composed matrix are 0.
     count = int(np.sum(wrong)) * bool(math.prod(spec1.rhs_shape) * math.prod(spec2.rhs_shape))
     if count:
         where = [np.flatnonzero(err).tolist() for err in errs]
@@ -160,16 +162,17 @@ def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, A
 
 
 def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """Per output of the second: does it see any input, and does it see one through its own padding?"""
+    """Per output of the second, if the first had outputs everywhere: whether it sees any input, and whether
+    it sees one at a position ``u`` that the second pads. Both of shape (out_size,)."""
     for axis in (second, first):
         axis.check_held_by(np.int32)
     o, p = np.arange(second.out_size)[:, None], np.arange(second.taps)
-    at = o * second.stride + p * second.rhs_dilation - second.lo
+    at = o * second.stride + p * second.rhs_dilation - second.lo  # (outputs, taps2)
     u = at // second.lhs_dilation
     on_grid = at % second.lhs_dilation == 0
-    j = u[..., None] * first.stride + np.arange(first.taps) * first.rhs_dilation - first.on_padded.lo
-    t = j // first.lhs_dilation
-    reads = ((j % first.lhs_dilation == 0) & (t >= 0) & (t < first.on_padded.size)).any(-1) & on_grid
+    at = u[..., None] * first.stride + np.arange(first.taps) * first.rhs_dilation - first.on_padded.lo
+    t = at // first.lhs_dilation  # (outputs, taps2, taps1)
+    reads = ((at % first.lhs_dilation == 0) & (t >= 0) & (t < first.on_padded.size)).any(-1) & on_grid
     outside = (u < 0) | (u >= first.out_size)
     return reads.any(-1), (reads & outside).any(-1)
 
@@ -178,63 +181,42 @@ def _regroup(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:
     """A canonical kernel of ``groups`` groups as one of ``fewer``: zeros between the merged groups."""
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     merged = groups // fewer
+    # (taps..., merged, in, fewer, merged, out): 0 off the diagonal of the two merged axes
     blocks = kernel.reshape(*taps, 1, inputs, fewer, merged, outputs // groups)
     eye = jnp.eye(merged, dtype=kernel.dtype).reshape(merged, 1, 1, merged, 1)
     eye = jnp.expand_dims(eye, range(len(taps)))
     return jnp.where(eye != 0, blocks, jnp.zeros((), kernel.dtype)).reshape(*taps, merged * inputs, outputs)
 
 
-def _compose_kernels(
-    pairs: Sequence[tuple[Axis, Axis]],
-    axes: Sequence[Axis],
-    kernel2: jax.Array,
-    kernel1: jax.Array,
-    groups: int,
+def _sum_of_products(
+    steps: Sequence[_TapSteps], taps: Sequence[int], kernel2: jax.Array, kernel1: jax.Array, groups: int
 ) -> jax.Array:
-    """``K[q] = sum of K1[p1] K2[p2]`` over the taps that meet in q, for canonical kernels.
+    """``K[q] = sum of K1[p1] K2[p2]`` over the taps that make tap q, for canonical kernels.
 
     A scatter-add of all products of taps, so that any dtype works.
     """
-    d = len(pairs)
+    d = len(steps)
     kernel1 = kernel1.reshape(*kernel1.shape[:-1], groups, kernel1.shape[-1] // groups)
     kernel2 = kernel2.reshape(*kernel2.shape[:-1], groups, kernel2.shape[-1] // groups)
-    between = (([d + 2], [d]), ([d + 1], [d + 1]))  # contract the channels between, group by group
+    # [taps1..., in, group, between] x [taps2..., between, group, out] -> [group, taps1..., in, taps2..., out]
+    between = (([d + 2], [d]), ([d + 1], [d + 1]))
     products = lax.dot_general(kernel1, kernel2, between, precision="highest")
-    products = jnp.moveaxis(products, (1 + d, 0), (-3, -2))  # (taps1..., taps2..., in, groups, out)
-    channels = products.shape[2 * d :]
-    if d:
-        iotas = grid(products.shape[: 2 * d], jnp.int32)
-        steps = [_tap_steps(*pair)[:2] for pair in pairs]
-        meet = tuple(iotas[a] * step1 + iotas[d + a] * step2 for a, (step1, step2) in enumerate(steps))
-        products = jnp.zeros((*(a.taps for a in axes), *channels), products.dtype).at[meet].add(products)
-    return products.reshape(*products.shape[:d], channels[0], channels[1] * channels[2])
+    products = jnp.moveaxis(products, (1 + d, 0), (-3, -2))  # [taps1..., taps2..., in, group, out]
+    inputs, _, outputs = channels = products.shape[2 * d :]
+    if d:  # [taps1..., taps2..., in, group, out] -> [taps..., in, group, out]
+        p = grid(products.shape[: 2 * d], jnp.int32)
+        made = tuple(p[a] * step.first + p[d + a] * step.second for a, step in enumerate(steps))
+        products = jnp.zeros((*taps, *channels), products.dtype).at[made].add(products)
+    return products.reshape(*taps, inputs, groups * outputs)
 
 
-def _composed_spec(
-    spec2: ConvSpec,
-    spec1: ConvSpec,
-    order: Sequence[int],
-    axes: Sequence[Axis],
-    groups: int,
-    kernel_shape: tuple[int, ...],
-) -> ConvSpec:
-    out = spec2.dimension_numbers.out_spec
-    numbers = lax.ConvDimensionNumbers(
-        spec1.dimension_numbers.lhs_spec,
-        spec1.dimension_numbers.rhs_spec,
-        (*out[:2], *(out[2 + j] for j in order)),
-    )
-    rhs = [0] * len(kernel_shape)
-    for place, size in zip(spec1.kernel_order, kernel_shape, strict=True):
-        rhs[place] = size
-    return conv_spec(
-        spec1.lhs_shape,
-        rhs,
-        [a.stride for a in axes],
-        [(a.lo, a.hi) for a in axes],
-        [a.lhs_dilation for a in axes],
-        [a.rhs_dilation for a in axes],
-        numbers,
-        groups,
-        padding_mode=spec1.padding_mode,
+def _composed_spec(spec2: ConvSpec, spec1: ConvSpec, order: Sequence[int], axes: Sequence[Axis]) -> ConvSpec:
+    """The geometry of these axes, with the input layout of the first and the output layout of the second."""
+    out, groups = spec2.dimension_numbers.out_spec, math.gcd(spec1.groups, spec2.groups)
+    kernel_shape = (*(a.taps for a in axes), spec1.in_channels // groups, spec2.out_channels)
+    return replace(
+        spec1.having(axes),
+        rhs_shape=tuple(kernel_shape[i] for i in inverse(spec1.kernel_order)),
+        dimension_numbers=spec1.dimension_numbers._replace(out_spec=(*out[:2], *(out[2 + j] for j in order))),
+        feature_group_count=groups,
     )

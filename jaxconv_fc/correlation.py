@@ -1,7 +1,7 @@
 """From axes to calls of lax: correlation of any geometry, reduced to what lax does well.
 
-What reaches ``lax.conv_general_dilated`` is always of the kind that is safe and fast everywhere: channels
-last, no input dilation (split into phases instead) and no negative padding (cropped before).
+``lax.conv_general_dilated`` is called in the one form that is safe and fast everywhere: channels last,
+without input dilation (the outputs are split by residue) and without negative padding (the input is cropped).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from jaxconv_fc.axis import Axis, Phase
 
 
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
-    """Zeros-mode correlation of (batch, spatial..., in) with (taps..., in, out), any geometry.
+    """Zeros-mode correlation of any geometry: [n, in..., c] x [taps..., c/groups, d] -> [n, out..., d].
 
-    Outputs of one residue per axis form an ordinary convolution (:meth:`Axis.polyphase`). Residues with
-    the same relation differ only in their taps, so they are computed as more output channels.
+    Outputs of one residue per axis form an ordinary convolution (docs/maths.md, section 8). Residues with the
+    same relation differ only in their taps, so they are computed as more output channels.
     """
     dims, features = len(axes), rhs.shape[-1]
     shape = (lhs.shape[0], *(a.out_size for a in axes), features)
@@ -33,18 +33,19 @@ def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int,
     families = [_families(p) for p in phases]
 
     def block(choice: Sequence[list[int]]) -> jax.Array:
-        """(batch, positions..., out, residues...) of one family of residues per axis."""
+        """[n, q..., d, residues...] of one family of residues per axis: output ``c + L*q`` for residue c."""
         inner = [phases[i][family[0]].axis for i, family in enumerate(choice)]
         result = (shape[0], *(a.out_size for a in inner), features, *map(len, choice))
         if not all(a.taps for a in inner):  # outputs that fall between all inputs
             return jnp.zeros(result, lhs.dtype)
         kernel = rhs
-        for i, family in enumerate(choice):
+        for i, family in enumerate(choice):  # [taps..., c, d] -> [fewer taps..., c, d, residues...]
             kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
-        kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)
+        kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)  # [taps..., c, d * residues]
         return _window(inner, lhs, kernel, groups, precision).reshape(result)
 
     def assemble(choice: tuple[list[int], ...]) -> jax.Array:
+        """[n, q..., d, residues...]: those of ``choice`` on the first axes, all in order on the others."""
         if len(choice) == dims:
             return block(choice)
         i = len(choice)
@@ -54,15 +55,16 @@ def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int,
         order = np.argsort(list(itertools.chain.from_iterable(families[i])))
         return jnp.take(jnp.concatenate(parts, axis=2 + dims + i), order, axis=2 + dims + i)
 
+    # [n, q1, q2, ..., d, c1, c2, ...] -> [n, q1, c1, q2, c2, ..., d] -> [n, out1, out2, ..., d]: o = q*L + c
     y = assemble(())
     beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
     y = jnp.transpose(y, (0, *beside, 1 + dims))
     y = y.reshape(shape[0], *(p[0].axis.out_size * len(p) for p in phases), features)
-    return y[(slice(None), *(slice(a.out_size) for a in axes))]
+    return y[(slice(None), *(slice(a.out_size) for a in axes))]  # without the spare outputs
 
 
 def _families(phases: Sequence[Phase]) -> list[list[int]]:
-    """Residues grouped by equal relation."""
+    """Residues grouped by equal relation. Each family is ascending, and so are their first residues."""
     families: dict[Axis, list[int]] = {}
     for c, phase in enumerate(phases):
         families.setdefault(phase.axis, []).append(c)
@@ -74,7 +76,7 @@ def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
 
 
 def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
-    """Correlation without input dilation, for any dtype on any backend."""
+    """Correlation without input dilation, of any dtype: [n, in..., c] x [taps..., c, d] -> [n, out..., d]."""
     pads = [(a.lo, a.hi) for a in axes]
     integer = jnp.issubdtype(lhs.dtype, jnp.integer)
     if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
@@ -83,7 +85,7 @@ def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, p
     if integer:
         return _dot_of_windows(axes, lhs, rhs, groups)
     d = len(axes)
-    last = (0, d + 1, *range(1, d + 1))
+    last = (0, d + 1, *range(1, d + 1))  # channels last
     convolve = partial(
         lax.conv_general_dilated,
         window_strides=[a.stride for a in axes],
@@ -97,21 +99,22 @@ def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, p
 
 
 def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
-    """Correlation of an already padded integer array: GPUs have integer products, not convolutions."""
+    """Correlation of a padded integer array: GPUs have products of integers, and no convolutions."""
     d = len(axes)
-    for i, axis in enumerate(axes):
+    for i, axis in enumerate(axes):  # [n, in..., c] -> [n, out1, taps1, in..., c] -> ...
         reads = lax.iota(jnp.int32, axis.out_size)[:, None] * axis.stride
         reads = reads + lax.iota(jnp.int32, axis.taps)[None] * axis.rhs_dilation
         lhs = jnp.take(lhs, reads, axis=1 + 2 * i, mode="clip")
     windows = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
     kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
+    # [n, out1, taps1, ..., g, c] x [taps..., c, g, d] -> [g, n, out..., d] -> [n, out..., g * d]
     contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
     y = lax.dot_general(windows, kernel, (contracting, ([2 * d + 1], [d + 1])))
     return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
 
 
 def _complex(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """A complex convolution as three real ones (Gauss), as GPUs have no other."""
+    """A complex convolution as three real ones (Gauss): GPUs have real convolutions only."""
     both = convolve(lhs.real + lhs.imag, rhs.real)
     real = both - convolve(lhs.imag, rhs.real + rhs.imag)
     return lax.complex(real, both + convolve(lhs.real, rhs.imag - rhs.real))

@@ -1,6 +1,6 @@
-"""Integer points on a plane ``o*s + p*r == t*l + lo`` within a box: how many there are, and smaller steps.
+"""Integer points on a plane ``o*s + p*r == t*l + lo`` within a box: their number, and smaller steps.
 
-Arithmetic of Python ints alone, exact for numbers of any size. A vector is a triple ``(o, p, t)``.
+All arithmetic is of Python ints, exact for numbers of any size. A point or vector is a triple ``(o, p, t)``.
 """
 
 from __future__ import annotations
@@ -37,25 +37,26 @@ def floor_sum(count: int, a: int, b: int, divisor: int) -> int:
 
 def count_below(bound: int, s: int, outputs: int, r: int, taps: int) -> int:
     """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``."""
-    some = min(outputs, max(0, -(-bound // s)))  # outputs with at least one such tap
-    every = min(some, max(0, -(-(bound - (taps - 1) * r) // s)))  # and those for which all taps are
-    # In between, output q has ceil((bound - q*s) / r) of them; the last output comes first in the sum.
+    some = min(outputs, max(0, -(-bound // s)))  # outputs for which some tap is below
+    every = min(some, max(0, -(-(bound - (taps - 1) * r) // s)))  # outputs for which all taps are
+    # The outputs between have ceil((bound - q*s) / r) such taps each. The sum begins with the last of them.
     last = bound - (some - 1) * s
     return taps * every + floor_sum(some - every, s, last + r - 1, r)
 
 
 def small_steps(sizes: Triple, steps: Triple, points: Iterable[Triple]) -> tuple[Triple, Triple | None]:
-    """``((s, r, l), point)``: small steps that relate the same points of the box, and one point of them.
+    """``((s, r, l), point)``: small steps that relate the same points of the box, and one of these points.
 
-    ``sizes`` are those of the box, ``points`` enough of the related ones to span all of them. There is no
-    point where the box has none: any steps do then, with a shift that keeps everything apart.
+    ``sizes`` are those of the box. ``points`` are related points whose differences span those of all related
+    points. Where there are none, ``point`` is None: any steps will do, with a shift that relates nothing.
 
-    Two points belong to one plane if and only if their difference ``d`` has ``s*d_o + r*d_p == l*d_t``. So
-    only the differences within the box that solve this count. They span a space of dimension
+    Two points are on one plane if and only if their difference d has ``s*d_o + r*d_p == l*d_t``. So the small
+    steps must have this for the same differences within the box as the given steps. These span a space of
+    dimension
 
-    - 2: the steps are their normal, unique up to a factor;
-    - 1: they are multiples of one vector v. The steps are orthogonal to v, and large enough against each
-      other that no other difference in the box is;
+    - 2: the steps are its normal, unique up to a factor;
+    - 1: they are multiples of one vector v. The steps are orthogonal to v, and differ so much in size that
+      no other difference within the box is orthogonal to them;
     - 0: the steps are the place values of a number with one digit per axis.
     """
     m, k, _ = sizes
@@ -76,16 +77,16 @@ def small_steps(sizes: Triple, steps: Triple, points: Iterable[Triple]) -> tuple
 
 
 def _orthogonal(sizes: Triple, v: Triple) -> Triple:
-    """Steps with ``s*x + r*y == l*z`` for ``v = (x, y, z)``, and for no other direction within the box."""
+    """Steps with ``s*x + r*y == l*z`` for multiples of ``v = (x, y, z)``, and for no others in the box."""
     m, k, n = sizes
     x, y, z = v if v[2] >= 0 else _minus((0, 0, 0), v)
-    if y == 0:  # s*x == l*z; p is fixed, if the other two move in steps of more than it can
+    if y == 0:  # s*x == l*z. Both are multiples of k, which p*1 cannot make up for: p is fixed.
         return k * abs(z), 1, k * abs(x)
     if x == 0:
         return 1, m * abs(z), m * abs(y)
     if z == 0:
         return n * abs(y), n * abs(x), 1
-    # z*(g*o + p) == (g*x + y)*t splits into z*o == x*t and z*p == y*t if g is beyond what z*p - y*t can be.
+    # z*(g*o + p) == (g*x + y)*t splits into z*o == x*t and z*p == y*t if g exceeds every abs(z*p - y*t).
     if x > 0:
         g = z * k + abs(y) * (n + 1)
         return z * g, z, g * x + y

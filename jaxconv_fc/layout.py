@@ -1,21 +1,24 @@
-"""Orders of dimensions and their inverses, grids of indices, the kernel and its groups: once, for all.
+"""The orders of dimensions and their inverses, grids of indices, the kernel and its groups.
 
 The *canonical* order of an input is (spatial..., batch groups, channels), of an output (spatial...,
-channels), of a kernel (taps..., channels of a group, out channels). ``ConvSpec.in_order`` and the like give
-the places of these dimensions in the caller's arrays.
+channels), of a kernel (taps..., channels of a group, out channels). ``ConvSpec.in_order``, ``out_order`` and
+``kernel_order`` give the places of these dimensions in the caller's arrays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.spec import ConvSpec
+
+_Kernel = TypeVar("_Kernel", jax.Array, np.ndarray)
 
 
 def inverse(order: Sequence[int]) -> list[int]:
@@ -34,12 +37,12 @@ def extent(dims: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 def grid(dims: Sequence[int], dtype: Any) -> list[jax.Array]:
-    """One index array per dimension, each of extent 1 in all others: made inside the trace."""
+    """One index array per dimension, of size 1 along all others. Inside a trace they are no constants."""
     return [lax.broadcasted_iota(dtype, extent(dims, i), i) for i in range(len(dims))]
 
 
 def spread(table: Any, dims: Sequence[int], *axes: int) -> Any:
-    """A table whose axes become those of ``dims`` that are named, all others being 1."""
+    """A table whose axes become the named ``axes`` of an array of this rank; all others have size 1."""
     shape = [1] * len(dims)
     for size, a in zip(table.shape, axes, strict=False):
         shape[a] = size
@@ -47,10 +50,11 @@ def spread(table: Any, dims: Sequence[int], *axes: int) -> Any:
 
 
 def taps(spec: ConvSpec) -> tuple[int, ...]:
+    """The kernel size along each spatial axis."""
     return tuple(axis.taps for axis in spec.axes)
 
 
-def out_first(spec: ConvSpec, kernel: Any) -> Any:
+def out_first(spec: ConvSpec, kernel: _Kernel) -> _Kernel:
     """The kernel as (out channels, channels of a group, taps...)."""
     return kernel.transpose(spec.dimension_numbers.rhs_spec)
 
@@ -72,5 +76,5 @@ def group_of(spec: ConvSpec, d: Ints) -> Ints:
 
 
 def in_channel(spec: ConvSpec, d: Ints, i: Ints) -> Ints:
-    """The input channel that channel ``i`` of the group of out channel ``d`` is."""
+    """The number, among all input channels, of channel ``i`` of the group of out channel ``d``."""
     return group_of(spec, d) * spec.group_channels + i

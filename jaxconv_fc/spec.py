@@ -70,21 +70,25 @@ class ConvSpec:
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The relation of each spatial axis, in the order of ``window_strides``: in steps that int32 holds,
-        where there are any, even if those of the arguments are larger."""
+        """The relation of each spatial axis, in the order of ``window_strides``. Steps that int32 does not
+        hold are replaced by smaller ones that relate the same positions, where these are known."""
         return tuple(axis.within_int32() for axis in self._given_axes)
 
     @property
     def _given_axes(self) -> tuple[Axis, ...]:
-        """The spatial axes as the arguments have them."""
-        n = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
-        k = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
-        pads = self.padding
-        steps = (self.window_strides, [lo for lo, _ in pads], [hi for _, hi in pads])
+        """The spatial axes with the steps of the arguments."""
+        sizes = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
+        taps = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
+        steps = (self.window_strides, self.padding, self.lhs_dilation, self.rhs_dilation)
         return tuple(
-            Axis(*args, mode=self.padding_mode)
-            for args in zip(n, k, *steps, self.lhs_dilation, self.rhs_dilation, strict=True)
+            Axis(n, k, s, lo, hi, l, r, self.padding_mode)
+            for n, k, s, (lo, hi), l, r in zip(sizes, taps, *steps, strict=True)
         )
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether padding reads as 0, not as copies of inputs."""
+        return self.padding_mode == "zeros"
 
     @property
     def groups(self) -> int:
@@ -102,13 +106,13 @@ class ConvSpec:
 
     @property
     def in_channels(self) -> int:
-        """Input channels of one example, the batch entries of its batch groups counted in."""
+        """Input channels of one example, those of all its batch entries together."""
         return self.groups * self.group_channels
 
     @cached_property
     def in_shape(self) -> tuple[int, ...]:
-        """Shape of one example: ``lhs_shape`` without its batch entry (with it, as
-        ``batch_group_count``, when that is > 1)."""
+        """Shape of one example: ``lhs_shape`` without the batch, or with ``batch_group_count`` in its place
+        if that is > 1."""
         return _one_example(self.lhs_shape, self.dimension_numbers.lhs_spec[0], self.batch_group_count)
 
     @cached_property
@@ -163,17 +167,17 @@ class ConvSpec:
 
     @cached_property
     def collides(self) -> bool:
-        """Whether two taps can meet in one entry of M, where they add (boundary modes only)."""
-        return self.padding_mode != "zeros" and self.nse > 0 and any(a.collides for a in self.axes)
+        """Whether some entry of M is the sum of two taps (boundary modes only)."""
+        return not self.pads_with_zeros and self.nse > 0 and any(a.collides for a in self.axes)
 
     @cached_property
     def canonical(self) -> ConvSpec:
-        """The geometry of the same M that equal maps share (zeros mode; docs/maths.md, section 2).
+        """The geometry that stands for all with the same M (zeros mode; docs/maths.md, section 2).
 
-        No position of the padded input is left unused, and batch groups are feature groups where the
-        layout allows, that is, where the batch stands directly before the channels.
+        Every window position of the padded input is used, and batch groups become feature groups where the
+        layout has the batch directly before the channels.
         """
-        if self.padding_mode != "zeros":
+        if not self.pads_with_zeros:
             return self
         spec = self.having([a.ending_at(a.out_size) for a in self.axes])
         batch, feature, *_ = self.dimension_numbers.lhs_spec
@@ -185,7 +189,7 @@ class ConvSpec:
         return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
 
     def having(self, axes: Sequence[Axis]) -> ConvSpec:
-        """The same geometry with other spatial axes, all but the number of their taps."""
+        """The same geometry with the sizes, steps and padding of other spatial axes."""
         lhs = list(self.lhs_shape)
         for i, axis in zip(self.dimension_numbers.lhs_spec[2:], axes, strict=True):
             lhs[i] = axis.size
@@ -221,19 +225,19 @@ class ConvSpec:
         return (*spatial, channel, feature)
 
     def column(self, positions: Sequence[Ints], channel: Ints) -> Ints:
-        """Column of M that stands for these spatial positions of input channel ``channel``."""
+        """The column of M of these spatial positions of input channel ``channel``."""
         *spatial, batch, feature = self._in_strides
         channels = self.in_channels // self.batch_group_count
         index = channel // channels * batch + channel % channels * feature
         return sum((t * s for t, s in zip(positions, spatial, strict=True)), index)
 
     def row(self, positions: Sequence[Ints], channel: Ints) -> Ints:
-        """Row of M that stands for these spatial positions of output channel ``channel``."""
+        """The row of M of these spatial positions of output channel ``channel``."""
         *spatial, feature = _pick(_strides(self.out_shape), self.out_order)
         return sum((o * s for o, s in zip(positions, spatial, strict=True)), channel * feature)
 
     def tap(self, taps: Sequence[Ints], channel: Ints, out_channel: Ints) -> Ints:
-        """Index in ``kernel.ravel()`` of these taps of one kernel, for channel ``channel`` of its group."""
+        """Index in ``kernel.ravel()`` of these taps, for channel ``channel`` of a group."""
         strides = _pick(_strides(self.rhs_shape), self.kernel_order)
         return sum((v * s for v, s in zip((*taps, channel, out_channel), strides, strict=True)), 0)
 
@@ -253,6 +257,7 @@ class ConvSpec:
 
     @cached_property
     def _in_strides(self) -> tuple[int, ...]:
+        """Strides in columns of M: (spatial..., batch groups, channels), 0 if there are no batch groups."""
         strides = _pick(_strides(self.in_shape), self.in_order)
         return strides if self.batch_group_count > 1 else (*strides[:-1], 0, strides[-1])
 
@@ -321,21 +326,16 @@ def conv_spec(
     lhs_dil = (1,) * dims if lhs_dilation is None else as_ints("lhs_dilation", lhs_dilation, length=dims)
     rhs_dil = (1,) * dims if rhs_dilation is None else as_ints("rhs_dilation", rhs_dilation, length=dims)
     mode = resolve_mode(padding_mode)
-    unpadded = [
-        Axis(n, k, s, lhs_dilation=l, rhs_dilation=r, mode=mode)
-        for n, k, s, l, r in zip(
-            _pick(lhs, numbers.lhs_spec[2:]), _pick(rhs, numbers.rhs_spec[2:]), strides, lhs_dil, rhs_dil,
-            strict=True,
-        )
-    ]  # fmt: skip
-    pads = resolve_padding(padding, unpadded)
-    spec = ConvSpec(lhs, rhs, strides, pads, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
+    unpadded = ((0, 0),) * dims
+    spec = ConvSpec(lhs, rhs, strides, unpadded, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
+    spec = replace(spec, padding=resolve_padding(padding, spec._given_axes))
     for i, axis in enumerate(spec._given_axes):
         check_axis(i, axis, rhs)
     return spec
 
 
 def check_spec(spec: Any) -> None:
+    """TypeError if ``spec`` is not a ConvSpec."""
     if not isinstance(spec, ConvSpec):
         raise TypeError(
             f"spec must be a ConvSpec, got {type(spec).__name__}: make one with "
@@ -344,7 +344,7 @@ def check_spec(spec: Any) -> None:
 
 
 def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
-    """``value`` as an array of exactly this shape of the spec."""
+    """``value`` as a jax.Array whose shape is ``getattr(spec, shape)``."""
     check_spec(spec)
     array, expected = as_array(name, value), getattr(spec, shape)
     if array.shape != expected:

@@ -13,6 +13,7 @@ from jax import lax
 
 from jaxconv_fc.adjoint import transpose
 from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.modes import MODES
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -129,10 +130,9 @@ def _lax(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> jax.Array:
     holes, pads = [(0, 0, 0)] * lhs.ndim, [(0, 0)] * lhs.ndim
     for i, axis in zip(spatial, spec.axes, strict=True):
         interior = axis.lhs_dilation - 1
-        holes[i] = (axis.lo, axis.hi, interior) if axis.mode == "zeros" else (0, 0, interior)
-        pads[i] = (0, 0) if axis.mode == "zeros" else (axis.lo, axis.hi)
-    names = {"circular": "wrap", "zeros": "constant"}
-    lhs = jnp.pad(lhs, pads, mode=names.get(spec.padding_mode, spec.padding_mode))
+        holes[i] = (axis.on_padded.lo, axis.on_padded.hi, interior)
+        pads[i] = axis.copied
+    lhs = jnp.pad(lhs, pads, mode=MODES[spec.padding_mode].numpy_name)
     y = lax.conv_general_dilated(
         lax.pad(lhs, zero, holes),
         kernel,

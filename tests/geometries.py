@@ -15,6 +15,7 @@ import oracle
 from jax import lax
 
 import jaxconv_fc as fc
+from jaxconv_fc.axis import Axis
 
 MODES = ("zeros", "circular", "reflect", "symmetric", "edge")
 MIXED = ("zeros",) * len(MODES[1:]) + MODES[1:]  # half of all geometries pad with zeros
@@ -181,6 +182,18 @@ def in_layout(geometry):
         lhs_shape=oracle.place(geometry.lhs_shape, lhs),
         rhs_shape=oracle.place(geometry.rhs_shape, rhs),
     )
+
+
+def random_axis(rng, mode):
+    """One spatial axis, with an empty input, crops, and padding beyond the input among the choices."""
+    pick = lambda *choices: int(rng.choice(choices))  # noqa: E731
+    n, taps = pick(0, 1, 2, 3, 5, 8, 13), pick(1, 2, 3, 4, 7, 11)
+    s, l, r = (pick(1, 1, 1, 2, 3, 4, 6) for _ in range(3))
+    if mode == "zeros":
+        lo = int(rng.integers(-4, 30))
+        return Axis(n, taps, s, lo, max(int(rng.integers(-4, 30)), -lo - l * n), l, r)
+    lo, hi = (int(v) for v in rng.integers(0, 2 * n + 3, 2)) if n else (0, 0)
+    return Axis(n, taps, s, lo, hi, l, r, mode)
 
 
 def random_geometry(rng, modes=MIXED):

@@ -181,6 +181,20 @@ def _channels(geometry):
     return d // (out_channels // geometry.batch_group_count), in_channel
 
 
+def related(axis):
+    """Every (output, input, tap) of one spatial axis that meet, by the definition alone."""
+    lo, padded = axis.lo, list(range(axis.size))
+    if axis.mode != "zeros" and axis.size:
+        lo, mode = 0, NUMPY_PAD_MODES[axis.mode]
+        padded = np.pad(padded, (axis.lo, axis.hi), mode=mode).tolist()
+    found = set()
+    for o, p in itertools.product(range(axis.out_size), range(axis.taps)):
+        j, hole = divmod(o * axis.stride + p * axis.rhs_dilation - lo, axis.lhs_dilation)
+        if not hole and 0 <= j < len(padded):
+            found.add((o, padded[j], p))
+    return found
+
+
 def conv(x, kernel, geometry):
     """The whole batch: what lax.conv_general_dilated(x, kernel, ...) means, by its definition."""
     lhs, rhs, out = layouts(geometry)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.layout import group_of, inverse
+from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import index_dtype
 from jaxconv_fc.spec import ConvSpec
 
@@ -161,6 +162,6 @@ def part_count(spec: ConvSpec) -> int:
 def axis_widths(axis: Axis) -> np.ndarray:
     """How many inputs each output of an axis reads."""
     widths = np.zeros(axis.out_size, np.int64)
-    for run in axis.runs:
+    for run in output_runs(axis):
         widths[run.outputs.start : run.outputs.stop : run.outputs.step] = run.width
     return widths

@@ -17,6 +17,7 @@ from jaxconv_fc.arguments import native
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import grid, inverse, out_first, spread
 from jaxconv_fc.layout import taps as kernel_taps
+from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.sparse.entries import (
@@ -244,7 +245,7 @@ def _offsets(spec: ConvSpec) -> np.ndarray:
 def _pairs(axis: Axis) -> np.ndarray:
     """The input of every pair (output, input) of an axis, sorted by output, then by input."""
     t = np.empty(axis.pair_count, np.int64)
-    for run in axis.runs:
+    for run in output_runs(axis):
         q = np.arange(len(run.outputs))[:, None]
         t[run.start + q * run.stride + np.arange(run.width)] = run.reads + q * run.advance
     return t

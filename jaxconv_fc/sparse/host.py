@@ -1,6 +1,6 @@
 """The arrays of a sparse M filled on the host, which can write into them, by classes of outputs.
 
-A class holds the outputs that read through the same taps (:attr:`Axis.runs`). A product of classes is one
+A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes is one
 regular part of the arrays.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxconv_fc.axis import Run
 from jaxconv_fc.layout import inverse, spread
+from jaxconv_fc.lines import Run, output_runs
 from jaxconv_fc.sparse.entries import axis_widths, group_column, part_count, row_starts
 from jaxconv_fc.spec import ConvSpec
 
@@ -86,7 +86,7 @@ def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
 
     The largest come first, so that memory pages are touched in sequence.
     """
-    ordered = [sorted(axis.runs, key=lambda run: -len(run.outputs)) for axis in spec.axes]
+    ordered = [sorted(output_runs(axis), key=lambda run: -len(run.outputs)) for axis in spec.axes]
     return itertools.product(*ordered) if spec.nse else iter(())
 
 

@@ -2,7 +2,7 @@
 
 A line is a row or a column. Two rows are alike if they read through the same taps. However long an axis is,
 only a few *kinds* of rows exist on it. A kind is a list of taps with the number of times that it occurs. It
-is read off one line of each that repeat (:class:`~jaxconv_fc.axis.Lines`).
+is read off one line of each that repeat (:class:`~jaxconv_fc.lines.Lines`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, Lines
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
+from jaxconv_fc.lines import Lines, input_lines, output_lines
 
 _SMALL = 2**12  # entries of a table of kinds that a program may hold as a constant
 
@@ -59,7 +60,7 @@ class LineKinds(NamedTuple):
 @bounded_cache
 def line_kinds(axis: Axis, rows: bool) -> LineKinds:
     """Rows by what they read, or columns by what reads them."""
-    lines = axis.output_lines if rows else axis.input_lines
+    lines = output_lines(axis) if rows else input_lines(axis)
     line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
         return LineKinds(_kinds(line, p, lines.counts, axis.taps), None)
@@ -114,12 +115,12 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
     """The lines of one axis, of which those repeat that share positions with repeating lines only."""
     s, l, z, reach = axis.stride, axis.lhs_dilation, axis.shift, axis.dilated_taps - 1
     if rows:  # output o reads from (o*s - z) / l to (o*s - z + reach) / l
-        met = axis.input_lines.repeating
+        met = input_lines(axis).repeating
         part = range(((met.start - 1) * l + z) // s + 1, -(-(met.stop * l + z - reach) // s))
-        return axis.output_lines.within(part)
-    met = axis.output_lines.repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
+        return output_lines(axis).within(part)
+    met = output_lines(axis).repeating  # input t is read from (t*l + z - reach) / s to (t*l + z) / s
     part = range(((met.start - 1) * s + reach - z) // l + 1, -(-(met.stop * s - z) // l))
-    return axis.input_lines.within(part)
+    return input_lines(axis).within(part)
 
 
 def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> Kinds:

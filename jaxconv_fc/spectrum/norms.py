@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.layout import by_group, grid, in_channel, out_first, taps
+from jaxconv_fc.lines import input_lines, output_lines
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
@@ -155,7 +156,7 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
     else:
         norms = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
     for a, axis in enumerate(spec.axes):  # [group, channel, kinds...] -> [group, channel, positions...]
-        lines = axis.output_lines if rows else axis.input_lines
+        lines = output_lines(axis) if rows else input_lines(axis)
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
         kind = jnp.take(jnp.asarray(line_kinds(axis, rows).lines.kind, sample.dtype), sample, mode="clip")
         norms = jnp.take(norms, kind, axis=2 + a, mode="clip")
