@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.adjoint import _matrix_vjp, _sums_over_outputs
+from jaxconv_fc.adjoint import sums_over_outputs
 from jaxconv_fc.arguments import as_array
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.dense import matrix_rows
@@ -50,7 +50,7 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Any) -> jax.Array:
 
 @program
 def _nearest_kernel(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
-    return _projected(spec, _matrix_vjp(spec, matrix))
+    return _projected(spec, sums_over_outputs(spec, matrix))
 
 
 def _projected(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
     # At unit scale, where not even the smallest difference has a square that vanishes.
     exponent = scale_exponent(lax.map(lambda first: largest_part(block(first)[1]), firsts))
     unit = partial(to_unit_scale, exponent=exponent)
-    kernel = _projected(spec, _sums_over_outputs(spec, matrix, unit))
+    kernel = _projected(spec, sums_over_outputs(spec, matrix, unit))
 
     def sums(first: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, entries = block(first)
