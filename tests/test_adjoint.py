@@ -1,7 +1,6 @@
 """The transpose, kernel gradients, projection, composition and detection."""
 
 import math
-import os
 from functools import partial
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import count
 from geometries import Geometry, arrays, geometries, integers, normals, random_geometry
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 import jaxconv_fc as fc
 
 seeds = st.integers(0, 2**32 - 1)
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "20"))
+COUNT = count("GEOMETRIES", 20)
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 PLAIN = Geometry((1, 2, 5, 6), (4, 2, 3, 2), (2, 1), [(1, 0), (-1, 2)], rhs_dilation=(1, 2))

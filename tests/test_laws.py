@@ -6,7 +6,6 @@ nothing. That M is right where JAX is wrong is shown by test_pitfalls.py.
 
 import dataclasses
 import itertools
-import os
 from functools import partial
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import count
 from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 # 1. the products agree -------------------------------------------------------------------------------
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "32"))
+COUNT = count("GEOMETRIES", 32)
 CHUNKS = max(8, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import of_devices
 
 HERE = Path(__file__)
 DEVICES = 4
@@ -358,14 +359,9 @@ GROUPS = ("products", "dense", "sparse", "adjoint", "norms", "blocks", "iterativ
     ids=str,
 )
 def test_four_devices_give_what_one_gives(mode, groups):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
     command = [sys.executable, "-W", "error", str(HERE), mode, *groups]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    variables = of_devices(DEVICES, os.environ.get("XLA_FLAGS", ""))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("done\n")
 

@@ -3,7 +3,6 @@
 Devices are made when JAX starts, so each run is a process of its own; this file is also its program.
 """
 
-import os
 import re
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import of_devices
 
 HERE = Path(__file__)
 
@@ -202,14 +202,9 @@ def two_processes(port, process):
 
 
 def start(devices, *arguments):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
     command = [sys.executable, "-W", "error", str(HERE), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=of_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

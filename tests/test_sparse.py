@@ -1,6 +1,5 @@
 """The sparse formats, diagonals and row blocks: every entry in its place, against the oracle and lax."""
 
-import os
 import runpy
 import warnings
 from functools import partial
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import count
 from geometries import Geometry, integers, random_geometry
 
 import jaxconv_fc as fc
 from jaxconv_fc.batched import METHODS, fastest_method
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "6"))
+COUNT = count("GEOMETRIES", 6)
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 CASES = {

@@ -1,13 +1,7 @@
-"""Norms and spectrum, against NumPy on the oracle's matrix and against closed forms.
-
-JAXCONV_FC_GEOMETRIES=500        how many random geometries are held against NumPy
-JAXCONV_FC_CASES=folder          also check the closed forms in closed_forms.json of that folder
-"""
+"""Norms and spectrum, against NumPy on the oracle's matrix and against closed forms."""
 
 import json
-import os
 from functools import partial
-from pathlib import Path
 
 import geometries
 import jax
@@ -15,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import CASES, count
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 from jaxconv_fc.spectrum import blocks
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "4"))
+COUNT = count("GEOMETRIES", 4)
 
 
 def conv(n, kernel, padding, mode="zeros", stride=1, **options):
@@ -97,9 +92,9 @@ def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(toleranc
     )
 
 
-@pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder")
+@pytest.mark.skipif(CASES is None, reason="JAXCONV_FC_CASES names no folder")
 def test_closed_forms_of_a_file():
-    cases = json.loads(Path(os.environ["JAXCONV_FC_CASES"], "closed_forms.json").read_text())["cases"]
+    cases = json.loads((CASES / "closed_forms.json").read_text())["cases"]
     names = ("strides", "padding", "lhs_dilation", "rhs_dilation")
     for case in cases:
         counts = (case["feature_group_count"], case["batch_group_count"])
