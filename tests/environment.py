@@ -3,8 +3,8 @@
 HYPOTHESIS_PROFILE=long      2,000 examples per Hypothesis test instead of 12
 JAXCONV_FC_SEED=123          replay the random cases of an earlier run, whose header prints its seed
 JAXCONV_FC_GEOMETRIES=2000   random geometries per test; without it every file has its own number
-JAXCONV_FC_KERNELS=50        random kernels whose gradients are compared with and without jit; from 10 on, also
-                             in double precision and for costly functions
+JAXCONV_FC_KERNELS=50        random kernels whose gradients are compared with and without jit; from 10 on
+                             also in double precision and for costly functions
 JAXCONV_FC_PROGRAMS=2000     random programs that are compared with jax.jacobian
 JAXCONV_FC_NETWORKS=300      random networks that are sampled inside their radius
 JAXCONV_FC_CASES=folder      cases computed elsewhere: closed_forms.json, and layers of trained networks in

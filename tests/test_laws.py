@@ -14,14 +14,12 @@ import numpy as np
 import oracle
 import pytest
 from environment import count
-from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry
+from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
 import jaxconv_fc as fc
-
-seeds = st.integers(0, 2**32 - 1)
 
 # 1. the products agree -------------------------------------------------------------------------------
 
