@@ -27,7 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 
-from jaxconv_fc.arguments import Array, check_same_dtype
+from jaxconv_fc.arguments import Array, check_summable
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.correlation import correlate
 from jaxconv_fc.layout import from_canonical, to_canonical
@@ -126,11 +126,7 @@ def _operands(spec: ConvSpec, a_name: str, a: Array, b_name: str, b: Array) -> t
     """Both operands as arrays of one dtype. The first letter of a name is its role, which has a shape."""
     a = as_operand(a_name, a, spec, _SHAPES[a_name[0]])
     b = as_operand(b_name, b, spec, _SHAPES[b_name[0]])
-    check_same_dtype(a_name, a, b_name, b)
-    if a.dtype == jnp.bool_:
-        raise TypeError(
-            f"{a_name} and {b_name} are bool, which have no sums: cast both with .astype(jnp.int32)."
-        )
+    check_summable(a_name, a, b_name, b)
     return a, b
 
 

@@ -59,7 +59,7 @@ class Geometry:
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
-    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (2,), (2,)),
+    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (3,), (2,)),
     "dilated input": Geometry((1, 1, 9, 4), (2, 1, 4, 2), (2, 1), [(2, 3), (1, 1)], (3, 2)),
     "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
     "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),

@@ -25,7 +25,7 @@ BATCHED = Geometry((2, 2, 5), (4, 2, 3), (2,), "SAME", batch_group_count=2)
 ALL = pytest.mark.parametrize("geometry", [PLAIN, GROUPED, FOLDED, BATCHED])
 
 
-def is_turnable(spec):
+def has_transpose(spec):
     return spec.padding_mode == "zeros" and spec.canonical.batch_group_count == 1
 
 
@@ -33,8 +33,8 @@ def is_turnable(spec):
 def views(spec, kernel, x, y):
     """One program per geometry: compiling is what the random test spends its time on."""
     cotangent = y.ravel()[:, None] * x.ravel()[None]
-    turned = fc.as_matrix(*fc.transpose(spec, kernel)).T if is_turnable(spec) else fc.as_matrix(spec, kernel)
-    return fc.kernel_matrix(spec, x), fc.kernel_vjp(spec, x, y), fc.matrix_vjp(spec, cotangent), turned
+    back = fc.as_matrix(*fc.transpose(spec, kernel)).T if has_transpose(spec) else fc.as_matrix(spec, kernel)
+    return fc.kernel_matrix(spec, x), fc.kernel_vjp(spec, x, y), fc.matrix_vjp(spec, cotangent), back
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
@@ -45,8 +45,8 @@ def test_random_geometries_against_the_oracle(chunk, run_seed):
         geometry = random_geometry(rng)
         kernel, x, y = arrays(geometry, rng, (np.float64, np.int64)[i % 2])
         replay = f"JAXCONV_FC_SEED={run_seed}, number {i}: {geometry}"
-        patches, gradient, adjoint, turned = map(np.asarray, views(geometry.spec(), kernel, x, y))
-        assert (turned == oracle.matrix(kernel, geometry)).all(), replay
+        patches, gradient, adjoint, back = map(np.asarray, views(geometry.spec(), kernel, x, y))
+        assert (back == oracle.matrix(kernel, geometry)).all(), replay
         assert (patches @ kernel.ravel() == oracle.product(x, kernel, geometry).ravel()).all(), replay
         want = oracle.kernel_gradient(x, y, geometry)
         assert (patches.T @ y.ravel() == want.ravel()).all(), replay
@@ -60,12 +60,12 @@ def test_random_geometries_against_the_oracle(chunk, run_seed):
 @given(geometries(modes=("zeros",)), seeds)
 def test_transposing_twice_is_the_canonical_original(geometry, seed):
     spec = geometry.spec()
-    if not is_turnable(spec):
+    if not has_transpose(spec):
         return
     kernel = integers(np.random.default_rng(seed), geometry.rhs_shape)
-    turned, flipped_kernel = fc.transpose(spec, kernel)
-    assert (turned.in_shape, turned.out_size) == (spec.out_shape, spec.in_size)
-    again, again_kernel = fc.transpose(turned, flipped_kernel)
+    transposed, flipped_kernel = fc.transpose(spec, kernel)
+    assert (transposed.in_shape, transposed.out_size) == (spec.out_shape, spec.in_size)
+    again, again_kernel = fc.transpose(transposed, flipped_kernel)
     assert again == spec.canonical
     assert (np.asarray(again_kernel) == kernel).all()
 
@@ -73,9 +73,9 @@ def test_transposing_twice_is_the_canonical_original(geometry, seed):
 def test_complex_gives_the_plain_transpose_and_a_conjugate_kernel_the_hermitian_one(rng):
     kernel, x, y = arrays(PLAIN, rng, np.complex128, normals)
     spec, matrix = PLAIN.spec(), oracle.matrix(kernel, PLAIN)
-    turned, flipped_kernel = fc.transpose(spec, kernel)
-    np.testing.assert_array_equal(fc.as_matrix(turned, flipped_kernel), matrix.T)
-    np.testing.assert_array_equal(fc.as_matrix(turned, flipped_kernel.conj()), matrix.conj().T)
+    transposed, flipped_kernel = fc.transpose(spec, kernel)
+    np.testing.assert_array_equal(fc.as_matrix(transposed, flipped_kernel), matrix.T)
+    np.testing.assert_array_equal(fc.as_matrix(transposed, flipped_kernel.conj()), matrix.conj().T)
     hermitian = np.asarray(fc.apply_transpose(spec, kernel.conj(), y)).ravel()
     np.testing.assert_allclose(hermitian, matrix.conj().T @ y.ravel(), rtol=1e-12)
     (plain,) = jax.vjp(partial(fc.apply, spec, kernel), x)[1](y)

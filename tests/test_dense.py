@@ -1,4 +1,4 @@
-"""The dense matrix, its rows and columns: every dtype, every transform, and never too much memory."""
+"""The dense matrix, its rows and columns: every dtype and every transform."""
 
 import re
 import warnings
@@ -51,7 +51,7 @@ def test_colliding_integers_wrap_as_in_numpy(dtype):
 
 
 def test_colliding_bools_are_ored():
-    """A bool kernel is a mask of weights that may be other than 0, and so is its matrix."""
+    """A bool kernel marks the taps that may be other than 0, and its matrix the entries that may be."""
     geometry = CASES["colliding"]
     kernel = np.random.default_rng(3).integers(0, 2, geometry.rhs_shape).astype(bool)
     matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))
@@ -404,7 +404,7 @@ def test_no_index_array_is_baked_into_the_program():
 
 @pytest.mark.parametrize("name", ["plain", "colliding"])
 def test_indices_are_called_unique_where_they_are(name):
-    """True keeps a GPU fast; false where taps add up, or a GPU may lose some of them."""
+    """True is fast on a GPU. Where taps add up it must be false, or a GPU may lose some of them."""
     spec = CASES[name].spec()
     text = jax.jit(fc.as_matrix).lower(spec, jax.ShapeDtypeStruct(spec.rhs_shape, np.float32)).as_text()
     said = re.findall(r"unique_indices = (true|false)", text)

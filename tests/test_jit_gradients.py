@@ -3,7 +3,6 @@
 The rest of the suite compiles without the optimiser, where a value computed twice is the same twice.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,7 +1,7 @@
-"""Laws that hold across the library, and thousands of random geometries held against the oracle.
+"""Laws that hold across the library, and thousands of random geometries compared with the oracle.
 
-The products agree, the adjoint is one, M has the structure of its geometry, and the transforms of JAX change
-nothing. That M is right where JAX is wrong is shown by test_pitfalls.py.
+All products agree, apply_transpose is the adjoint, M has the structure of its geometry, and the transforms
+of JAX change nothing. test_pitfalls.py shows that M is right where JAX is wrong.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ def test_random_geometries_against_the_oracle(chunk, run_seed):
         assert (matrix == want).all(), replay
         assert ahead.shape == oracle.out_shape(geometry), replay
         assert back.shape == oracle.in_shape(geometry), replay
-        # the oracle's convolution knows no matrix, so this holds M x against the definition too
+        # the oracle's convolution uses no matrix, so this compares M x with the definition too
         assert (oracle.product(x, kernel, geometry).ravel() == matrix @ x.ravel()).all(), replay
         assert (ahead.ravel() == matrix @ x.ravel()).all(), replay
         assert (back.ravel() == matrix.T @ y.ravel()).all(), replay

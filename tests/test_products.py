@@ -408,7 +408,7 @@ def test_the_conjugate_transpose(rng):
 @both
 @some_cases
 def test_precision_is_passed_on(geometry, name, precision, rng):
-    """Same numbers on CPU; and the program says so, forward and in both gradients."""
+    """The numbers are the same on CPU, and the program names the precision, forward and in both gradients."""
     function, kernel, vector, cotangent, _ = setting(geometry, name, rng, np.float32)
     truth = pair(geometry)[name][1]
     function = partial(function, precision=precision)
@@ -451,7 +451,7 @@ def test_with_x64_off(geometry, name, rng):
 
 @both
 def test_a_vector_must_have_exactly_its_shape(name):
-    """No batch, no ravel: a stack is what vmap is for."""
+    """Neither a batch nor a ravel is accepted: vmap is for stacks."""
     geometry = CASES["plain"]
     function, spec = pair(geometry)[name][0], geometry.spec()
     kernel = np.ones(geometry.rhs_shape, np.float32)

@@ -70,7 +70,7 @@ def test_every_entry_in_its_place(geometry, rng):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
 def test_taps_that_meet_beside_holes(mode, rng):
-    """Padded, then dilated: the windows that lie on inputs alone begin later than the padding is long."""
+    """Padded, then dilated: the padding is lo * lhs_dilation long for the windows, not lo."""
     geometry = Geometry((1, 1, 6), (1, 1, 3), (1,), [(4, 10)], (2,), (2,), padding_mode=mode)
     kernel = integers(rng, geometry.rhs_shape)
     check_host(geometry, kernel)
@@ -320,7 +320,7 @@ def test_row_blocks_of_random_geometries(run_seed):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
 def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
-    """Its padding may be negative, which crops after folding: dense, the products and BCSR agree on it."""
+    """Its padding may be negative, which crops after padding: dense, the products and BCSR agree on it."""
     geometry = Geometry((1, 2, 9, 3), (2, 2, 4, 2), (1, 1), [(3, 4), (1, 1)], padding_mode=mode)
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
     x = integers(rng, spec.in_shape, np.float64)
