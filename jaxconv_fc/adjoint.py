@@ -1,8 +1,8 @@
 """The transpose of a convolution, and gradients between inputs, kernels and matrices.
 
-One trilinear form T[output, input, kernel entry] carries a convolution. It has three matrix views: M(k)
+A convolution is one trilinear form T[output, input, kernel entry]. It has three views: the matrix M(k)
 (outputs by inputs), the kernel matrix X(x) (outputs by kernel entries), and the linear map L from kernels
-to matrices. This file turns each of them around.
+to matrices. This file has M^T, X and L^T.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.dense import entries, flat_index
+from jaxconv_fc.arguments import Array
+from jaxconv_fc.dense import entries
 from jaxconv_fc.layout import from_canonical, from_out_first
 from jaxconv_fc.memory import check_dense
 from jaxconv_fc.products import flipped_kernel
@@ -24,41 +24,41 @@ from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
+def transpose(spec: ConvSpec, kernel: Array) -> tuple[ConvSpec, jax.Array]:
     """The convolution whose matrix is ``as_matrix(spec, kernel).T``.
 
-    Per axis, strides and input dilation change places and the padding becomes
-    ``k_d - 1 - lo`` low, ``k_d - 1 - hi + remainder`` high; the kernel is turned around,
-    ``K'[g*(C/G) + i, o', p] = K[g*(O/G) + o', i, k-1-p]`` (docs/maths.md, section 2). Sizes come back
-    exactly, whatever a stride left unused. Transposing twice gives ``spec.canonical`` and the kernel. For M^H
-    conjugate the new kernel.
+    The kernel is flipped, ``K'[g*(C/G) + i, o', p] = K[g*(O/G) + o', i, k-1-p]``. On each axis, stride and
+    input dilation change places, and the padding becomes ``k_d - 1 - lo`` low, ``k_d - 1 - hi + remainder``
+    high (docs/maths.md, section 2). Its output has exactly ``spec.in_shape``, whatever a stride left unused.
+    Transposing twice gives ``spec.canonical`` and the kernel. For M^H conjugate the new kernel.
 
-    A batch group comes back as a feature group whose channels are (batch entry, channel), which is a
-    convolution where the layout of the input keeps the batch directly before the channels.
+    A batch group becomes a feature group whose channels are (batch entry, channel). That is a convolution
+    where the input's layout has the batch directly before the channels.
 
     Args:
       spec: a zeros-mode geometry.
       kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      ``(spec, kernel)`` of the transposed convolution, in layouts exchanged accordingly.
+      ``(spec, kernel)`` of the transposed convolution; its input has the layout of the output, and the
+      other way round.
 
     Raises:
-      ValueError: a boundary mode, or batch groups in another layout: M^T is no single convolution then,
+      ValueError: a boundary mode, or batch groups in another layout: M^T is not one convolution then,
         and :func:`apply_transpose` gives its products.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (2,), "VALID")
-    >>> turned, kernel = fc.transpose(spec, jnp.array([[[1, 2]]]))
-    >>> turned.lhs_dilation, turned.padding
+    >>> adjoint, kernel = fc.transpose(spec, jnp.array([[[1, 2]]]))
+    >>> adjoint.lhs_dilation, adjoint.padding
     ((2,), ((1, 2),))
-    >>> bool((fc.as_matrix(turned, kernel) == fc.as_matrix(spec, jnp.array([[[1, 2]]])).T).all())
+    >>> bool((fc.as_matrix(adjoint, kernel) == fc.as_matrix(spec, jnp.array([[[1, 2]]])).T).all())
     True
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if spec.padding_mode != "zeros":
         raise ValueError(
-            f"transpose: M^T of padding_mode={spec.padding_mode!r} folds copies of the input back and is no "
+            f"transpose: M^T of padding_mode={spec.padding_mode!r} adds copies to their sources and is not a "
             "convolution. Use apply_transpose, which is exact there, or as_matrix(...).T."
         )
     plain = spec.canonical
@@ -74,7 +74,7 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
     channels = {rhs_spec[0]: plain.in_channels, rhs_spec[1]: plain.out_channels // plain.groups}
     sizes = {out_spec[0]: plain.lhs_shape[lhs_spec[0]], out_spec[1]: plain.out_channels}
     sizes |= {i: a.size for i, a in zip(out_spec[2:], axes, strict=True)}
-    turned = replace(
+    transposed = replace(
         plain,
         lhs_shape=tuple(sizes[i] for i in range(len(sizes))),
         rhs_shape=tuple((taps | channels)[i] for i in range(len(rhs_spec))),
@@ -83,19 +83,19 @@ def transpose(spec: ConvSpec, kernel: Any) -> tuple[ConvSpec, jax.Array]:
         padding=tuple((a.lo, a.hi) for a in axes),
         dimension_numbers=lax.ConvDimensionNumbers(out_spec, rhs_spec, lhs_spec),
     )
-    return turned, _transposed_kernel(spec, turned, kernel)
+    return transposed, _transposed_kernel(spec, transposed, kernel)
 
 
 @program
-def _transposed_kernel(spec: ConvSpec, turned: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return from_canonical(flipped_kernel(spec, kernel), turned.kernel_order)
+def _transposed_kernel(spec: ConvSpec, transposed: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return from_canonical(flipped_kernel(spec, kernel), transposed.kernel_order)
 
 
-def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
+def kernel_matrix(spec: ConvSpec, x: Array) -> jax.Array:
     """The matrix X of the convolution as a function of its kernel (im2col).
 
-    ``X @ kernel.ravel() == as_matrix(spec, kernel) @ x.ravel()``: the Jacobian of the output with respect
-    to the kernel, ``X[(d, o), (d, i, p)] = x[c(d, i), t(o, p)]``. Linear in x.
+    ``X @ kernel.ravel() == as_matrix(spec, kernel) @ x.ravel()``. X is the Jacobian of the output with
+    respect to the kernel, ``X[(d, o), (d, i, p)] = x[c(d, i), t(o, p)]``. Linear in x.
 
     Args:
       spec: the geometry.
@@ -122,20 +122,20 @@ def kernel_matrix(spec: ConvSpec, x: Any) -> jax.Array:
 
 @program
 def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    dims, rows, columns, taps = entries(spec)
+    at = entries(spec)  # [d, i, o, p]
     matrix = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
     if not matrix.size or not x.size:
         return matrix
-    values = x.ravel().at[columns].get(mode="fill", fill_value=0)
-    rows, taps, values = (jnp.broadcast_to(v, dims) for v in (rows, taps, values))
-    return matrix.at[rows, taps].set(values, unique_indices=True)
+    values = x.ravel().at[at.columns].get(mode="fill", fill_value=0)
+    rows, taps, values = (jnp.broadcast_to(v, at.dims) for v in (at.rows, at.taps, values))
+    return matrix.at[rows, taps].set(values, unique_indices=True)  # X[(d, o), (d, i, p)]
 
 
-def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
-    """``L^T``: the kernel cotangent of a cotangent of M, the adjoint of :func:`as_matrix`.
+def matrix_vjp(spec: ConvSpec, matrix_bar: Array) -> jax.Array:
+    """``L^T``, the transpose of :func:`as_matrix`: a cotangent of M -> the cotangent of the kernel.
 
     ``kernel_bar[d, i, p] = sum_o matrix_bar[(d, o), (c(d, i), t(o, p))]``. Reads the stored entries only,
-    and makes no second matrix. Of ``y_bar x^T`` it is :func:`kernel_vjp`.
+    and makes no second matrix. ``matrix_vjp(spec, outer(y_bar, x))`` is :func:`kernel_vjp`.
 
     Args:
       spec: the geometry.
@@ -157,18 +157,16 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Any) -> jax.Array:
 
 @program
 def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
-    return _sums_over_outputs(spec, matrix_bar, lambda read: read)
+    return sums_over_outputs(spec, matrix_bar)
 
 
-def _sums_over_outputs(
-    spec: ConvSpec, matrix_bar: jax.Array, of: Callable[[jax.Array], jax.Array]
+def sums_over_outputs(
+    spec: ConvSpec, matrix: jax.Array, of: Callable[[jax.Array], jax.Array] = lambda entry: entry
 ) -> jax.Array:
-    """Per kernel entry the sum of ``of`` the entries of the matrix that it fills."""
-    dims, rows, columns, _ = entries(spec)
-    kernel_dims = (*dims[:2], *dims[2 + len(spec.axes) :])
-    if not matrix_bar.size or 0 in dims:
-        return jnp.zeros(spec.rhs_shape, matrix_bar.dtype)
-    places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
-    read = of(matrix_bar.ravel().at[places].get(mode="fill", fill_value=0))
-    kernel = read.sum(tuple(range(2, 2 + len(spec.axes))), dtype=matrix_bar.dtype).reshape(kernel_dims)
-    return from_out_first(spec, kernel)
+    """For every kernel entry, the sum of ``of(entry)`` over the entries of the matrix that it fills."""
+    places = entries(spec).places(spec)
+    if not matrix.size or not places.size:
+        return jnp.zeros(spec.rhs_shape, matrix.dtype)
+    read = of(matrix.ravel().at[places].get(mode="fill", fill_value=0))
+    positions = tuple(range(2, 2 + len(spec.axes)))
+    return from_out_first(spec, read.sum(positions, dtype=matrix.dtype))  # [d, i, o, p] -> [d, i, p]

@@ -264,3 +264,19 @@ def native(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.isnative:
         return value.astype(value.dtype.newbyteorder("="))
     return value
+
+
+def check_same_dtype(a_name: str, a: jax.Array, b_name: str, b: jax.Array) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{a_name} is {a.dtype} and {b_name} {b.dtype}: cast one, e.g. {b_name}.astype({a_name}.dtype)."
+        )
+
+
+def check_summable(a_name: str, a: jax.Array, b_name: str, b: jax.Array) -> None:
+    """TypeError unless the products of two operands can be added: they have one dtype, and not bool."""
+    check_same_dtype(a_name, a, b_name, b)
+    if a.dtype == jnp.bool_:
+        raise TypeError(
+            f"{a_name} and {b_name} are bool, which have no sums: cast both with .astype(jnp.int32)."
+        )

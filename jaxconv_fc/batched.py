@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import Array, as_array
+from jaxconv_fc.arguments import Array, as_array, check_summable
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.memory import fits_in_memory
 from jaxconv_fc.products import apply
@@ -64,10 +64,7 @@ def batched_apply(
             f"xs must have shape (count, *{spec.in_shape}), a stack of examples, got {stack.shape}. Write "
             "xs[None] for one example."
         )
-    if kernel.dtype != stack.dtype:
-        raise TypeError(f"kernel is {kernel.dtype} and xs {stack.dtype}: cast one, xs.astype(kernel.dtype).")
-    if kernel.dtype == jnp.bool_:
-        raise TypeError("kernel and xs are bool, which have no sums: cast both with .astype(jnp.int32).")
+    check_summable("kernel", kernel, "xs", stack)
     if method is None and explicit_mesh((kernel, stack)) is not None:
         method = "convolution"  # the only one that keeps the stack partitioned
     if method is None:

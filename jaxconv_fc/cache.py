@@ -1,4 +1,4 @@
-"""A cache of results that is bounded by the bytes that they hold."""
+"""A cache of results, bounded by their size in bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LIMIT = 2**23  # bytes that one cache may hold
 
 
 def bounded_cache(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Remember what ``function`` returned for hashable arguments, the latest results up to ``LIMIT`` bytes.
+    """Keep the results of ``function`` for hashable arguments: the latest ones, up to ``LIMIT`` bytes.
 
-    A count of entries bounds nothing where one entry may be as large as a layer. A result that exceeds the
-    limit alone is not kept. ``held()`` of the decorated function says how many bytes it holds.
+    One result may be as large as a layer, so the bound counts bytes and not results. A single result above
+    the limit is not kept. ``held()`` of the decorated function returns the bytes that it holds.
     """
     results: OrderedDict[Any, tuple[_R, int]] = OrderedDict()
     lock = Lock()
@@ -46,7 +46,7 @@ def bounded_cache(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def size_of(value: Any) -> int:
-    """The bytes of a value and of all that it consists of."""
+    """The bytes of a value and of all its parts."""
     size = sys.getsizeof(value)
     if isinstance(value, np.ndarray):
         return size + (value.base.nbytes if isinstance(value.base, np.ndarray) else 0)

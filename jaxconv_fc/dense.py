@@ -1,36 +1,35 @@
-"""The matrix of a convolution, whole or by rows and columns, as a jnp scatter of kernel entries."""
+"""The matrix of a convolution, whole or by rows or columns: kernel entries scattered to their places."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import as_array, native
-from jaxconv_fc.axis import Ints
-from jaxconv_fc.layout import grid, in_channel, out_first
+from jaxconv_fc.arguments import Array, as_array, check_same_dtype, native
+from jaxconv_fc.axis import Axis, Ints
+from jaxconv_fc.layout import by_group, grid, in_channel, out_first
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.memory import check_dense, index_dtype
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
+def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
     """The dense matrix M of a convolution: ``M @ x.ravel() == conv(x, kernel).ravel()``.
 
     ``M[(d, o), (c, t)] = sum of kernel[d, i, p]`` over the taps ``p`` through which output position
     ``o`` reads input position ``t``, where ``c = (d // (O/G)) * (C/G) + i`` (docs/maths.md, section 1). At
     most one tap does in zeros mode; in the other padding modes several can, and they add.
 
-    M is linear in the kernel, and structural zeros are 0 whatever the kernel holds (an Inf or NaN tap
-    fills its own entries only; that ``0 * Inf`` is NaN in the dense *product* is another matter, where
-    a dense product differs from a convolution and from a sparse one). A bool kernel gives a bool
-    matrix, a mask: taps that meet are or-ed.
+    M is linear in the kernel. Structural zeros are 0 whatever the kernel holds: an Inf or NaN tap fills its
+    own entries only. (A dense *product* with M multiplies these zeros, so there ``0 * Inf`` is NaN, unlike
+    in a convolution or a sparse product.) A bool kernel gives a bool mask: taps that meet are or-ed.
 
     Args:
       spec: the geometry, from :func:`conv_spec`.
@@ -57,17 +56,15 @@ def as_matrix(spec: ConvSpec, kernel: Any) -> jax.Array:
 
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    dims, rows, columns, _ = entries(spec)
-    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
-    return _scatter(spec, spec.shape, dims, rows, columns, values)
+    return _scatter(spec, spec.shape, entries(spec).places(spec), spread_kernel(spec, kernel))
 
 
-def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
-    """``as_matrix(spec, kernel)``, made of an earlier M of the same spec by rewriting its nonzeros only.
+def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
+    """``as_matrix(spec, kernel)``, written over an earlier M of the same spec.
 
-    With the buffer of the earlier M donated, only ``spec.nse`` entries are written, a small part of M:
-    ``jax.jit(partial(update_matrix, spec), donate_argnums=0)``. Without donation M is copied first.
-    Entries that are structurally zero are kept as they are.
+    Only the ``spec.nse`` stored entries are written, a small part of M. Structural zeros keep the values that
+    they have in ``matrix``. M is copied first, unless its buffer is donated:
+    ``jax.jit(partial(update_matrix, spec), donate_argnums=0)``.
 
     Args:
       spec: the geometry.
@@ -90,32 +87,25 @@ def update_matrix(spec: ConvSpec, matrix: Any, kernel: Any) -> jax.Array:
      [0 3 4 0]
      [0 0 3 4]]
     """
-    kernel, matrix = (
-        as_operand("kernel", kernel, spec, "rhs_shape"),
-        as_operand("matrix", matrix, spec, "shape"),
-    )
-    if kernel.dtype != matrix.dtype:
-        raise TypeError(
-            f"kernel is {kernel.dtype} and matrix {matrix.dtype}: cast it, kernel.astype(matrix.dtype)."
-        )
+    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    matrix = as_operand("matrix", matrix, spec, "shape")
+    check_same_dtype("matrix", matrix, "kernel", kernel)
     return _updated(spec, matrix, kernel)
 
 
 @program
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
-    dims, rows, columns, _ = entries(spec)
-    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
-    if not matrix.size or 0 in dims:
+    places, values = entries(spec).places(spec), spread_kernel(spec, kernel)
+    if not matrix.size or not places.size:
         return matrix
-    places = jnp.broadcast_to(flat_index(spec, spec.shape, rows, columns), dims)
-    flat, values = matrix.ravel(), jnp.broadcast_to(values, dims)
+    flat, values = matrix.ravel(), jnp.broadcast_to(values, places.shape)
     if not spec.collides:
         return flat.at[places].set(values, mode="drop", unique_indices=True).reshape(spec.shape)
     cleared = flat.at[places].set(jnp.zeros((), matrix.dtype), mode="drop")
     return _put(spec, cleared, places, values).reshape(spec.shape)
 
 
-def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Array]:
+def as_affine(spec: ConvSpec, kernel: Array, bias: Array) -> tuple[jax.Array, jax.Array]:
     """``(M, b)`` with ``conv(x, kernel) + bias == (M @ x.ravel() + b).reshape(spec.out_shape)``.
 
     Args:
@@ -137,10 +127,7 @@ def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Ar
     """
     matrix = as_matrix(spec, kernel)
     bias = as_array("bias", bias)
-    if bias.dtype != matrix.dtype:
-        raise TypeError(
-            f"bias is {bias.dtype}, the kernel {matrix.dtype}: cast one, bias.astype(kernel.dtype)."
-        )
+    check_same_dtype("kernel", matrix, "bias", bias)
     if bias.shape not in (spec.out_shape, (spec.out_channels,)):
         raise ValueError(
             f"bias must have shape ({spec.out_channels},), one entry per output channel, or the output's "
@@ -151,21 +138,21 @@ def as_affine(spec: ConvSpec, kernel: Any, bias: Any) -> tuple[jax.Array, jax.Ar
 
 @program
 def _offset(spec: ConvSpec, bias: jax.Array) -> jax.Array:
-    """The bias of every output, from a map or from one per channel."""
+    """The bias of every output, (out_size,), from a map or from one entry per channel."""
     if bias.shape == spec.out_shape:
         return bias.ravel()
     others = [i for i in range(len(spec.out_shape)) if i != spec.out_order[-1]]
     return jnp.broadcast_to(jnp.expand_dims(bias, others), spec.out_shape).ravel()
 
 
-def matrix_rows(spec: ConvSpec, kernel: Any, rows: Any) -> jax.Array:
+def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
     """Rows of M, ``as_matrix(spec, kernel)[rows]``, at the cost of the rows asked for.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
-      rows: 1-D integers, static or traced; negative ones count from the end. A traced row out of
-        range comes back as ``jnp.take`` fills it (NaN, the lowest signed or the largest unsigned integer).
+      rows: 1-D integers, static or traced; negative ones count from the end. A traced index out of range
+        gives a row filled as by ``jnp.take``: NaN, the lowest signed or the largest unsigned integer.
 
     Returns:
       Array of shape ``(len(rows), spec.in_size)``.
@@ -191,14 +178,15 @@ def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.in_size)
     if not spec.out_size:
         return jnp.zeros(shape, kernel.dtype)
-    dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))
+    dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))  # [n, i, p], n runs over the rows
     n, i, *taps = grid(dims, spec.index_dtype)
     positions, d = spec.split_row(jnp.expand_dims(index, range(1, len(dims))))
-    values = out_first(spec, kernel)[d.reshape(-1)]
-    return _scatter(spec, shape, dims, n, _columns(spec, d, i, positions, taps), values)
+    values = out_first(spec, kernel)[d.reshape(-1)]  # [d, i, p] -> [n, i, p]
+    places = Entries(dims, n, _columns(spec, d, i, positions, taps)).places(spec, shape)
+    return _scatter(spec, shape, places, values)
 
 
-def matrix_columns(spec: ConvSpec, kernel: Any, columns: Any) -> jax.Array:
+def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
     """Columns of M, ``as_matrix(spec, kernel)[:, columns]``, at the cost of the columns asked for.
 
     Args:
@@ -231,14 +219,14 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
     shape = (index.shape[0], spec.out_size)
     if not spec.in_size:
         return jnp.zeros(shape, kernel.dtype)
-    # An input position may be copied into the padding several times: `copies` runs over them.
-    copies = [a.copies for a in spec.axes]
-    block = spec.out_channels // spec.groups
-    dims = (index.shape[0], block, *copies, *kernel_taps(spec))
+    # An input position may be copied into the padding several times: `q` runs over its copies.
+    block, q = spec.out_channels // spec.groups, [a.copies for a in spec.axes]
+    dims = (index.shape[0], block, *q, *kernel_taps(spec))  # [n, e, q, p], n over columns, e over a group
     n, e, *rest = grid(dims, spec.index_dtype)
     copies, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
     positions, c = spec.split_column(jnp.expand_dims(index, range(1, len(dims))))
-    d = c // spec.group_channels * block + e
+    group, i = c // spec.group_channels, c % spec.group_channels
+    d = group * block + e
     read, valid = [], True
     for axis, t, q, p in zip(spec.axes, positions, copies, taps, strict=True):
         j, copied = _copy(axis, t, q)
@@ -246,35 +234,54 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
         read.append(o)
         valid = valid & copied & reads
     rows = jnp.where(valid, spec.row(read, d), spec.out_size)
-    i = c.reshape(-1) % spec.group_channels
-    values = jnp.moveaxis(out_first(spec, kernel), 1, 0)[i]  # (columns, out channels, taps)
-    values = values.reshape(index.shape[0], spec.groups, block, *kernel_taps(spec))
-    group = jnp.expand_dims(c.reshape(-1) // spec.group_channels, range(1, values.ndim))
-    values = jnp.take_along_axis(values, group, axis=1)[:, 0]
-    values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))
-    return _scatter(spec, shape, dims, n, rows, values)
+    values = by_group(spec, kernel)[group.reshape(-1), :, i.reshape(-1)]  # [g, e, i, p] -> [n, e, p]
+    values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))  # [n, e, 1, p]
+    return _scatter(spec, shape, Entries(dims, n, rows).places(spec, shape), values)
 
 
 # -- the scatter -------------------------------------------------------------------------------
 
 
-def entries(spec: ConvSpec) -> tuple[tuple[int, ...], Ints, Ints, Ints]:
-    """``(dims, rows, columns, taps)`` of all pairs of an output and a kernel entry.
+class Entries(NamedTuple):
+    """A grid of entries of a matrix. The index arrays broadcast over ``dims``."""
 
-    The pairs form a grid of ``dims`` = (out channels, channels of a group, positions..., taps...), and the
-    index arrays broadcast over it: the row of M, the column (one past the end where the tap reads
-    padding), and the place of the kernel entry in ``kernel.ravel()``.
-    """
+    dims: tuple[int, ...]
+    rows: Ints
+    columns: Ints  # one past the end where the tap reads padding
+    taps: Ints = None  # place of the kernel entry in ``kernel.ravel()``
+
+    def places(self, spec: ConvSpec, shape: tuple[int, int] | None = None) -> jax.Array:
+        """(dims,) of places in the ravel of ``shape``, M's own by default.
+
+        One past the end where the row or the column is past its own. One index per entry is read and
+        compared in half the time of two.
+        """
+        height, width = spec.shape if shape is None else shape
+        dtype = index_dtype(height * width, spec)
+        rows, columns = self.rows.astype(dtype), self.columns.astype(dtype)
+        inside = (rows < height) & (columns < width)
+        return jnp.broadcast_to(jnp.where(inside, rows * width + columns, height * width), self.dims)
+
+
+def entries(spec: ConvSpec) -> Entries:
+    """All pairs of an output and a kernel entry, [d, i, o, p]: out channel, channel of its group, output
+    position and tap, the last two one dimension per spatial axis."""
     dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *kernel_taps(spec))
     d, i, *rest = grid(dims, spec.index_dtype)
     positions, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
-    return dims, spec.row(positions, d), _columns(spec, d, i, positions, taps), spec.tap(taps, i, d)
+    columns = _columns(spec, d, i, positions, taps)
+    return Entries(dims, spec.row(positions, d), columns, spec.tap(taps, i, d))
+
+
+def spread_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    """The values of :func:`entries`: [d, i, p] -> [d, i, 1, p]."""
+    return jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
 
 
 def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: Sequence[Ints]) -> Ints:
     """The column that row ``(d, positions)`` reads through kernel entry ``(i, taps)``.
 
-    One past the end where the tap reads padding: a scatter drops it (-1 would wrap).
+    ``in_size`` where the tap reads padding: a scatter drops what is one past the end (-1 would wrap).
     """
     read, valid = [], True
     for axis, o, p in zip(spec.axes, positions, taps, strict=True):
@@ -284,43 +291,25 @@ def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: 
     return jnp.where(valid, spec.column(read, in_channel(spec, d, i)), spec.in_size)
 
 
-def _scatter(
-    spec: ConvSpec,
-    shape: tuple[int, ...],
-    dims: tuple[int, ...],
-    rows: Ints,
-    columns: Ints,
-    values: jax.Array,
-) -> jax.Array:
-    """Add every value at its (row, column); indices one past the end are dropped.
-
-    Only padding modes can send two taps to one entry, so elsewhere the indices are declared unique,
-    which keeps the scatter fast and deterministic on GPU and transposable everywhere.
-    """
+def _scatter(spec: ConvSpec, shape: tuple[int, int], places: jax.Array, values: jax.Array) -> jax.Array:
+    """A matrix of zeros to which every value is added at its place."""
     zeros = jnp.zeros(math.prod(shape), values.dtype)
-    if not zeros.size or 0 in dims:
+    if not zeros.size or not places.size:
         return zeros.reshape(shape)
-    places = jnp.broadcast_to(flat_index(spec, shape, rows, columns), dims)
-    return _put(spec, zeros, places, jnp.broadcast_to(values, dims)).reshape(shape)
+    return _put(spec, zeros, places, jnp.broadcast_to(values, places.shape)).reshape(shape)
 
 
 def _put(spec: ConvSpec, flat: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
+    """Every value added at its place, or or-ed if bool. What is one past the end is dropped.
+
+    Two taps meet in one entry in boundary modes only. Elsewhere the places are declared unique: the
+    scatter is then fast and deterministic on GPU, and can be transposed everywhere.
+    """
     put = flat.at[places].max if values.dtype == jnp.bool_ else flat.at[places].add
     return put(values, mode="drop", unique_indices=not spec.collides)
 
 
-def flat_index(spec: ConvSpec, shape: tuple[int, ...], rows: Ints, columns: Ints) -> Ints:
-    """Place of (row, column) in the ravel of ``shape``; one past the end where either is past its own.
-
-    One index per entry is read and compared in half the time of two.
-    """
-    dtype = index_dtype(math.prod(shape), spec)
-    height, width = shape
-    rows, columns = rows.astype(dtype), columns.astype(dtype)
-    return jnp.where((rows < height) & (columns < width), rows * width + columns, height * width)
-
-
-def _copy(axis: Any, t: Ints, q: Ints) -> tuple[Ints, Ints]:
+def _copy(axis: Axis, t: Ints, q: Ints) -> tuple[Ints, Ints]:
     """``(j, valid)``: the ``q``-th padded position that is a copy of input position ``t``.
 
     The positions sorted by source hold the copies of each input side by side.
@@ -347,7 +336,7 @@ def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array
         raise ValueError(f"{name} must be 1-D, got shape {index.shape}. Write jnp.atleast_1d({name}).")
     if isinstance(index, np.ndarray) and index.size and (index.min() < -size or index.max() >= size):
         raise IndexError(f"{name} must lie in [{-size}, {size}), got {index.min()} to {index.max()}.")
-    # Compared before any cast, in their own dtype: the bounds are cut to what it holds.
+    # The indices are compared in their own dtype, before any cast. It may not hold the bounds: clip them.
     least, most = jnp.iinfo(index.dtype).min, jnp.iinfo(index.dtype).max
     low, high = max(-size, int(least)), min(size - 1, int(most))
     inside = (index >= low) & (index <= high) if low <= high else jnp.zeros(index.shape, bool)
@@ -355,7 +344,7 @@ def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array
     return jnp.where(index < 0, index + size, index), jnp.asarray(inside)
 
 
-@jax.jit  # where only what comes out is checked for NaN, if jax_debug_nans asks for it
+@jax.jit  # jax_debug_nans checks only the results of a program, not the NaN in it
 def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:
     """Rows whose index was out of range, filled as ``jnp.take`` fills them."""
     if matrix.dtype == jnp.bool_:
@@ -364,5 +353,5 @@ def _fill(matrix: jax.Array, inside: jax.Array) -> jax.Array:
         missing = jnp.nan
     else:
         limits = jnp.iinfo(matrix.dtype)
-        missing = limits.min or limits.max  # unsigned integers have no lowest one that would show
+        missing = limits.min or limits.max  # the lowest unsigned integer is 0, which would not show
     return jnp.where(inside[:, None], matrix, jnp.asarray(missing, matrix.dtype))

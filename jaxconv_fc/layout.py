@@ -26,9 +26,15 @@ def inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
+def to_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
+    """An array in the caller's layout, in canonical order. Leading batch axes stay in front."""
+    lead = value.ndim - len(order)
+    return jnp.transpose(value, (*range(lead), *(lead + i for i in order)))
+
+
 def from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    """An array in canonical order, in the caller's layout."""
-    return jnp.transpose(value, inverse(order))
+    """The inverse of :func:`to_canonical`."""
+    return to_canonical(value, inverse(order))
 
 
 def extent(dims: Sequence[int], axis: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""M as an operator of lineax: for its solvers, and to be composed with its operators."""
+"""M as an operator of lineax, for its solvers and for sums and products with its other operators."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.sharding import result_sharding, zeros
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
+def as_linear_operator(spec: ConvSpec, kernel: Array) -> Any:
     """M as an operator of lineax: ``operator.mv(x) == apply(spec, kernel, x)``.
 
-    Inputs and outputs are images, of ``spec.in_shape`` and ``spec.out_shape``. ``operator.T.mv`` is
-    :func:`apply_transpose`, and ``operator.as_matrix()`` is :func:`as_matrix`, its memory limit included.
-    The operator is a pytree whose leaf is the kernel, so it passes through jit. What is solved with it is
+    Inputs have ``spec.in_shape`` and outputs ``spec.out_shape``. ``operator.T.mv`` is
+    :func:`apply_transpose`, and ``operator.as_matrix()`` is :func:`as_matrix`, with its memory limit. The
+    operator is a pytree whose only leaf is the kernel, so it passes through jit. Solutions are
     differentiable in the kernel.
 
     Args:
@@ -34,7 +35,7 @@ def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
       TypeError: the kernel is not an array, or not of a floating or complex dtype.
       ValueError: the kernel has another shape.
 
-    Cost: none; a product costs one convolution.
+    A product costs one convolution.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> from jaxconv_fc.linear_operator import as_linear_operator
@@ -52,49 +53,47 @@ def as_linear_operator(spec: ConvSpec, kernel: Any) -> Any:
 
 @functools.cache
 def _operator_type() -> Any:
-    """The class of the operators. It derives from one of lineax, which may be missing: made when needed."""
+    """The class of the operators. Its base class is in lineax, which may be missing: made at first use."""
     import lineax
 
     class ConvolutionOperator(lineax.FunctionLinearOperator):
-        """M of ``fn = apply`` or M^T of ``fn = apply_transpose``, with spec and kernel bound.
+        """M for ``product=apply``, M^T for ``product=apply_transpose``.
 
-        The transpose that lineax derives from ``fn`` does not follow varying axes.
+        It has a transpose of its own, because lineax's does not follow varying axes.
         """
 
         def __init__(self, product: Any, spec: ConvSpec, kernel: jax.Array):
             shape = spec.in_shape if product is apply else spec.out_shape
-            # A Partial is a pytree already: closure conversion would bake the kernel into a program.
+            # A Partial is a pytree, so the kernel stays a leaf. Closure conversion would make it a constant.
             fn = jax.tree_util.Partial(product, spec, kernel)
             super().__init__(fn, _structure(shape, kernel), closure_convert=False)
 
         @property
-        def bound(self) -> tuple[Any, ConvSpec, jax.Array]:
-            fn: Any = self.fn
-            return fn.func, *fn.args
+        def bound(self) -> Any:
+            return self.fn  # func is the product, args are (spec, kernel)
 
         def out_structure(self) -> jax.ShapeDtypeStruct:
-            product, spec, kernel = self.bound
-            return _structure(spec.out_shape if product is apply else spec.in_shape, kernel)
+            spec, kernel = self.bound.args
+            return _structure(spec.out_shape if self.bound.func is apply else spec.in_shape, kernel)
 
         def transpose(self) -> ConvolutionOperator:
-            product, spec, kernel = self.bound
-            return ConvolutionOperator(apply_transpose if product is apply else apply, spec, kernel)
+            other = apply_transpose if self.bound.func is apply else apply
+            return ConvolutionOperator(other, *self.bound.args)
 
         def as_matrix(self) -> jax.Array:
-            product, spec, kernel = self.bound
-            matrix = as_matrix(spec, kernel)
-            return matrix if product is apply else matrix.T
+            matrix = as_matrix(*self.bound.args)
+            return matrix if self.bound.func is apply else matrix.T
 
     @lineax.conj.register(ConvolutionOperator)
     def _(operator: Any) -> Any:
-        product, spec, kernel = operator.bound
-        return ConvolutionOperator(product, spec, kernel.conj())
+        spec, kernel = operator.bound.args
+        return ConvolutionOperator(operator.bound.func, spec, kernel.conj())
 
     return ConvolutionOperator
 
 
 def _structure(shape: tuple[int, ...], kernel: jax.Array) -> jax.ShapeDtypeStruct:
-    """What ``jax.eval_shape`` says of a vector of the kernel's dtype on its mesh: lineax compares the two."""
+    """``jax.eval_shape`` of an array of the kernel's dtype on its mesh: what lineax compares with vectors."""
     aval = jax.typeof(kernel)
     replicated = result_sharding(range(len(shape)), shape, [((), aval)])
     return jax.eval_shape(lambda: zeros(aval.update(shape=shape, sharding=replicated)))

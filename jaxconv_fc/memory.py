@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxconv_fc.arguments import as_int
 
-if TYPE_CHECKING:  # a spec asks this room for the dtype of its indices
+if TYPE_CHECKING:  # spec.py imports this file
     from jaxconv_fc.spec import ConvSpec
 
 
@@ -23,7 +23,7 @@ _memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2*
 
 @contextlib.contextmanager
 def memory_limit(nbytes: int) -> Iterator[None]:
-    """Within it, a builder may make arrays of up to ``nbytes`` bytes (8 GiB outside of any).
+    """A context in which builders make arrays of up to ``nbytes`` bytes. The default limit is 8 GiB.
 
     A matrix beyond the limit raises a ValueError before anything is allocated.
 
@@ -44,27 +44,27 @@ def memory_limit(nbytes: int) -> Iterator[None]:
 
 def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, instead: str) -> None:
     """ValueError if a dense array of this shape is beyond the memory limit or the index range."""
-    entries, limit = math.prod(shape), _memory_limit.get()
-    nbytes = entries * jnp.dtype(dtype).itemsize
-    sizes = " x ".join(f"{n:,}" for n in shape)
-    if nbytes > limit:
-        raise ValueError(
-            f"{name}: {sizes} {jnp.dtype(dtype).name} = {readable(nbytes)} dense; {spec.nse:,} stored "
-            f"entries: use {instead}, or raise the limit of {readable(limit)} with "
-            f"jaxconv_fc.memory_limit({nbytes})."
-        )
+    entries, dtype = math.prod(shape), jnp.dtype(dtype)
+    nbytes = entries * dtype.itemsize
+    if not fits_in_memory(nbytes):
+        sizes = " x ".join(f"{n:,}" for n in shape)
+        need = f"{name}: {sizes} {dtype.name} = {readable(nbytes)} dense; {spec.nse:,} stored entries"
+        raise _beyond_limit(need, nbytes, instead)
     if entries > np.iinfo(np.int32).max:
         index_dtype(entries, spec)
 
 
-def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str) -> None:
+def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str = "row_blocks or apply") -> None:
     """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
-    limit = _memory_limit.get()
-    if nbytes > limit:
-        raise ValueError(
-            f"{name}: {spec.nse:,} stored entries need {readable(nbytes)}, beyond the limit of "
-            f"{readable(limit)}: use {instead}, or raise the limit with jaxconv_fc.memory_limit({nbytes})."
-        )
+    if not fits_in_memory(nbytes):
+        raise _beyond_limit(f"{name}: {spec.nse:,} stored entries need {readable(nbytes)}", nbytes, instead)
+
+
+def _beyond_limit(need: str, nbytes: int, instead: str) -> ValueError:
+    return ValueError(
+        f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())} with "
+        f"jaxconv_fc.memory_limit({nbytes})."
+    )
 
 
 def fits_in_memory(nbytes: int) -> bool:

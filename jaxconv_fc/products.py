@@ -1,21 +1,21 @@
-"""Products with M that never build M: one bilinear map, its three products, each a convolution.
+"""Products with M that never build M: one trilinear form, three products, each a convolution.
 
-A convolution is a trilinear form in kernel, input and output cotangent. Fixing two of the three gives
+A convolution is a trilinear form in kernel, input and output cotangent. Two of the three give the third:
 
     y = M(k) x        "y" from (k, x)
     x = M(k)^T y      "x" from (k, y)
     k = X(x)^T y      "k" from (x, y)
 
-and each of these products, differentiated or transposed, is another of them. One JAX primitive holds
-all three, so every derivative of any order runs through the code of this file, and none through the
-convolutions that JAX would derive: those read out of bounds or abort on CPU when a padding turns
-negative, and are slow where a stride becomes an input dilation.
+The derivative or transpose of one product is another one. One JAX primitive holds all three, so
+derivatives of any order run through this file. None runs through the convolutions that JAX would derive.
+Those read out of bounds or abort on CPU when a padding turns negative, and are slow where a stride becomes
+an input dilation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,19 +27,21 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 
+from jaxconv_fc.arguments import Array, check_summable
+from jaxconv_fc.axis import Ints
 from jaxconv_fc.correlation import correlate
-from jaxconv_fc.layout import inverse
+from jaxconv_fc.layout import from_canonical, to_canonical
 from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def apply(spec: ConvSpec, kernel: Any, x: Any, *, precision: Any = None) -> jax.Array:
+def apply(spec: ConvSpec, kernel: Array, x: Array, *, precision: Any = None) -> jax.Array:
     """``M x``: the convolution of one example, ``as_matrix(spec, kernel) @ x.ravel()``, reshaped.
 
-    Linear in ``kernel`` and in ``x``, differentiable in both to any order, forward and reverse; its
-    transpose with respect to ``x`` is :func:`apply_transpose`. Right, gradients included, also for the
-    geometries where ``lax.conv_general_dilated`` on CPU is not. Use ``jax.vmap`` for a batch: it becomes
-    the batch of one convolution.
+    Linear in ``kernel`` and in ``x``, and differentiable in both to any order, forward and reverse. Its
+    transpose with respect to ``x`` is :func:`apply_transpose`. Values and gradients are also right for the
+    geometries where ``lax.conv_general_dilated`` on CPU is wrong. ``jax.vmap`` over examples makes them the
+    batch of one convolution.
 
     Args:
       spec: the geometry.
@@ -61,13 +63,12 @@ def apply(spec: ConvSpec, kernel: Any, x: Any, *, precision: Any = None) -> jax.
     return _product("y", spec, *_operands(spec, "kernel", kernel, "x", x), precision=precision)
 
 
-def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = None) -> jax.Array:
+def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any = None) -> jax.Array:
     """``M^T y``: ``as_matrix(spec, kernel).T @ y.ravel()``, reshaped. For M^H conjugate the kernel.
 
-    The transpose of the convolution, for every geometry: remainders of strides, negative padding,
-    groups, and boundary modes (where it folds the copies in the padding back). It is what
-    ``jax.linear_transpose`` of :func:`apply` computes. Integers work, where JAX's own adjoint is a
-    silent ``float0``.
+    The transpose of the convolution, for every geometry: remainders of strides, negative padding, groups,
+    and boundary modes (each copy in the padding is added to its source). ``jax.linear_transpose`` of
+    :func:`apply` computes the same. Integers work, where JAX's own adjoint is a silent ``float0``.
 
     Args:
       spec: the geometry.
@@ -89,12 +90,12 @@ def apply_transpose(spec: ConvSpec, kernel: Any, y: Any, *, precision: Any = Non
     return _product("x", spec, *_operands(spec, "kernel", kernel, "y", y), precision=precision)
 
 
-def kernel_vjp(spec: ConvSpec, x: Any, y_bar: Any, *, precision: Any = None) -> jax.Array:
+def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None) -> jax.Array:
     """``X(x)^T y_bar``: the gradient with respect to the kernel, itself a convolution.
 
-    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]``. The plain transpose for complex
-    numbers. Right where ``jax.vjp`` of lax on CPU is not, and not slowed down by groups. Per-example
-    gradients by ``jax.vmap``.
+    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]``. Complex numbers are not conjugated.
+    Right where ``jax.vjp`` of lax on CPU is wrong, and fast with groups. ``jax.vmap`` gives one gradient
+    per example.
 
     Args:
       spec: the geometry.
@@ -117,34 +118,30 @@ def kernel_vjp(spec: ConvSpec, x: Any, y_bar: Any, *, precision: Any = None) -> 
 
 
 def stacked_product(spec: ConvSpec, kernel: jax.Array, xs: jax.Array, precision: Any) -> jax.Array:
-    """``M x`` of every x of a stack: what ``vmap`` makes of :func:`apply`."""
+    """``M x`` for every x of a stack, as ``vmap`` of :func:`apply` computes it."""
     return _product("y", spec, kernel, xs, precision=precision, batches=("xy",))
 
 
-def _operands(spec: ConvSpec, a_name: str, a: Any, b_name: str, b: Any) -> tuple[jax.Array, jax.Array]:
-    """Both operands as arrays of the spec's shapes and one dtype."""
+def _operands(spec: ConvSpec, a_name: str, a: Array, b_name: str, b: Array) -> tuple[jax.Array, jax.Array]:
+    """Both operands as arrays of one dtype. The first letter of a name is its role, which has a shape."""
     a = as_operand(a_name, a, spec, _SHAPES[a_name[0]])
     b = as_operand(b_name, b, spec, _SHAPES[b_name[0]])
-    if a.dtype != b.dtype:
-        raise TypeError(
-            f"{a_name} is {a.dtype} and {b_name} {b.dtype}: cast one, e.g. {b_name}.astype({a_name}.dtype)."
-        )
-    if a.dtype == jnp.bool_:
-        raise TypeError(
-            f"{a_name} and {b_name} are bool, which have no sums: cast both with .astype(jnp.int32)."
-        )
+    check_summable(a_name, a, b_name, b)
     return a, b
 
 
 # -- the primitive -----------------------------------------------------------------------------
 #
-# Operands may carry leading batch axes. `batches` names, for each of them in order, the roles that
-# have it: "xy" is an ordinary batch, "kxy" one kernel per example, "ky" many kernels on one input.
-# A batch axis that the result does not have is summed over. So a transpose permutes roles and keeps
-# `batches`, and a vmap puts one more entry in front.
+# The role of an operand is "k" (kernel), "x" (input) or "y" (output). The product makes the role `out` of
+# the other two.
 #
-# The type of the result follows from those of the operands: it varies over the mesh axes over which they
-# do, and a dimension is partitioned as theirs of the same name is. `sharding` overrules the partition: a
+# Operands may have leading batch axes. `batches` holds, for each batch axis in order, the roles that have
+# it: "xy" is an ordinary batch, "kxy" one kernel per example, "ky" many kernels on one input. A batch axis
+# that the result does not have is summed over. So a transpose exchanges roles and keeps `batches`, and a
+# vmap puts one more entry in front.
+#
+# The type of the result follows from those of the operands. It varies over the mesh axes over which they
+# do, and a dimension is partitioned as theirs of the same name is. `sharding` overrides the partition: a
 # cotangent has that of its operand.
 OPERANDS = {"y": "kx", "x": "ky", "k": "xy"}
 _SHAPES = {"k": "rhs_shape", "x": "in_shape", "y": "out_shape"}
@@ -166,7 +163,7 @@ def _abstract(
     a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any, sharding: Any
 ) -> Any:
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
-    shape = (*(sizes[i] for i in _lead(batches, out)), *_role_shape(spec, out))
+    shape = (*(sizes[i] for i in _lead(batches, out)), *getattr(spec, _SHAPES[out]))
     if sharding is None:
         operands = [(_labels(spec, batches, r), v) for r, v in zip(OPERANDS[out], (a, b), strict=True)]
         sharding = result_sharding(_labels(spec, batches, out), shape, operands)
@@ -174,7 +171,7 @@ def _abstract(
 
 
 def _labels(spec: ConvSpec, batches: tuple[str, ...], role: str) -> list[Any]:
-    """A name for every dimension of an operand: dimensions of one name have one meaning and one size."""
+    """A name for every dimension of an operand. Dimensions of one name have one meaning and one size."""
     dims = range(len(spec.axes))
     inputs = "in" if spec.groups == 1 else "in, of a group"
     batch_group = ["batch group"] if spec.batch_group_count > 1 else []
@@ -188,7 +185,7 @@ def _labels(spec: ConvSpec, batches: tuple[str, ...], role: str) -> list[Any]:
 
 
 def _lead(batches: tuple[str, ...], role: str) -> list[int]:
-    """The batch axes that an operand of this role carries, in order."""
+    """The batch axes of an operand of this role, in order."""
     return [i for i, label in enumerate(batches) if role in label]
 
 
@@ -199,14 +196,10 @@ def _batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -
     return sizes
 
 
-def _role_shape(spec: ConvSpec, role: str) -> tuple[int, ...]:
-    return getattr(spec, _SHAPES[role])
-
-
 def _cotangent(
     operand: int, ct: jax.Array, a: Any, b: Any, *, out: str, sharding: Any, **params: Any
 ) -> jax.Array:
-    """The cotangent of one operand: the product that has this operand's role as its result."""
+    """The cotangent of one operand: the product whose result has the role of this operand."""
     roles = OPERANDS[out]
     given = {out: ct, roles[1 - operand]: (a, b)[1 - operand]}
     wanted, aval = roles[operand], (a, b)[operand].aval
@@ -228,7 +221,7 @@ def _batched(
 
 
 def _lowered(a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
-    """The product inside of a program; explicit axes of a mesh become automatic ones for it."""
+    """The product inside a program. Explicit mesh axes are made automatic around it."""
     evaluate = partial(_evaluate, **params)
     if explicit_mesh((a, b)) is None:
         return evaluate(a, b)
@@ -241,7 +234,7 @@ def _evaluate(
 ) -> jax.Array:
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
     for axis in spec.axes:
-        if axis.mode != "zeros":  # what it pads is an array, read through indices of 32 bits
+        if axis.mode != "zeros":  # the padded input is read through indices of 32 bits
             axis.check_held_by(np.int32)
     roles = OPERANDS[out]
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
@@ -250,31 +243,31 @@ def _evaluate(
     examples = math.prod(sizes[i] for i in shared)
 
     def order(role: str) -> list[int]:
+        """The batch axes of a role, those of the kernel first."""
         return [i for i in stacked if role in batches[i]] + shared * (role != "k")
 
     def fold(role: str, value: jax.Array) -> jax.Array:
+        """[batches..., role] -> [kernel batches..., role] of a kernel, else [kernel batches..., n, role]."""
         lead = _lead(batches, role)
         value = jnp.moveaxis(value, [lead.index(i) for i in order(role)], range(len(lead)))
         kept = [sizes[i] for i in order(role) if i in stacked]
-        return value.reshape(*kept, *[examples] * (role != "k"), *_role_shape(spec, role))
+        return value.reshape(*kept, *[examples] * (role != "k"), *getattr(spec, _SHAPES[role]))
 
     compute = partial(_PRODUCTS[out], spec, precision)
     for i in reversed(stacked):
-        compute = vmap_or_sum(
-            compute, [0 if role in batches[i] else None for role in roles], out in batches[i]
-        )
+        in_axes = [0 if role in batches[i] else None for role in roles]
+        compute = vmap_or_sum(compute, in_axes, out in batches[i])
     result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
-    result = result.reshape(*(sizes[i] for i in order(out)), *_role_shape(spec, out))
-    lead = _lead(batches, out)
-    return jnp.moveaxis(result, range(len(lead)), [lead.index(i) for i in order(out)])
+    result = result.reshape(*(sizes[i] for i in order(out)), *getattr(spec, _SHAPES[out]))
+    return jnp.moveaxis(result, range(len(order(out))), [_lead(batches, out).index(i) for i in order(out)])
 
 
 def vmap_or_sum(
     compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool
 ) -> Callable[..., jax.Array]:
-    """``compute`` over a batch axis of some operands, summed over where the result does not keep it."""
+    """``compute`` over a batch axis of some operands; the sum over this axis unless the result keeps it."""
     mapped = jax.vmap(compute, tuple(in_axes))
-    # A sum of small integers is wide by default.
+    # A sum has the dtype of its terms: by default jnp widens small integers.
     return mapped if kept else lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)
 
 
@@ -293,76 +286,75 @@ batching.primitive_batchers[product_p] = _batched
 
 # -- the three products, on a batch ------------------------------------------------------------
 #
-# Canonical arrays: inputs (batch, spatial..., in channels), outputs (batch, spatial..., out channels),
-# kernels (taps..., in channels of a group, out channels). A batch group is a feature group whose
-# channels lie in another batch entry, so there is one kind of group.
+# Canonical arrays are x [n, t, g*i], y [n, o, g*e] and k [p, i, g*e]: example n, group g, its in channel i
+# and out channel e; input positions t, output positions o and taps p, each one dimension per spatial axis. A
+# batch group is a feature group whose channels lie in another batch entry, so there is one kind of group.
 
 
 def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.on_padded for a in spec.axes]
-    kernel = jnp.transpose(kernel, spec.kernel_order)
-    y = correlate(axes, _read(spec, x), kernel, spec.groups, precision)
-    return _from_canonical(y, spec.out_order)
+    x, kernel = _padded(spec, x), to_canonical(kernel, spec.kernel_order)
+    y = correlate(axes, x, kernel, spec.groups, precision)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
+    return from_canonical(y, spec.out_order)
 
 
 def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation with the kernel turned around, the copies in the padding folded back."""
+    """Correlation with the flipped kernel; then every copy in the padding is added to its source."""
     axes = [a.on_padded.transpose() for a in spec.axes]
-    y = _to_canonical(y, spec.out_order)
-    return _unread(spec, correlate(axes, y, flipped_kernel(spec, kernel), spec.groups, precision))
+    y, kernel = to_canonical(y, spec.out_order), flipped_kernel(spec, kernel)
+    x = correlate(axes, y, kernel, spec.groups, precision)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
+    return _folded(spec, x)
 
 
 def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """The canonical kernel of the transpose: taps reversed, channels exchanged within each group."""
-    kernel = lax.rev(jnp.transpose(kernel, spec.kernel_order), range(len(spec.axes)))
+    kernel = lax.rev(to_canonical(kernel, spec.kernel_order), range(len(spec.axes)))  # [p, i, g*e]
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
-    kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)
-    return jnp.swapaxes(kernel, -1, -3).reshape(*taps, outputs // spec.groups, spec.groups * inputs)
+    kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)  # [p, i, g, e]
+    kernel = jnp.swapaxes(kernel, -1, -3)  # [p, e, g, i]
+    return kernel.reshape(*taps, outputs // spec.groups, spec.groups * inputs)  # [p, e, g*i]
 
 
 def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation of inputs with cotangents, whose outputs are the taps (docs/maths.md, section 2).
+    """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2).
 
-    The channels of a group are the batch, and each group has the examples as its channels.
+    The channels ``i`` of a group take the place of the batch, and the examples ``n`` that of the channels.
     """
     if not x.size or not y.size:
         return jnp.zeros(spec.rhs_shape, x.dtype)
-    x, axes = _read(spec, x), [a.on_padded.kernel_gradient() for a in spec.axes]
-    x = jnp.moveaxis(x.reshape(*x.shape[:-1], spec.groups, spec.group_channels), (0, -1), (-1, 0))
-    x = x.reshape(*x.shape[:-2], -1)
-    y = jnp.moveaxis(_to_canonical(y, spec.out_order), 0, -2)
-    kernel = correlate(axes, x, y, spec.groups, precision)
-    return jnp.transpose(jnp.moveaxis(kernel, 0, -2), inverse(spec.kernel_order))
+    axes = [a.on_padded.kernel_gradient() for a in spec.axes]
+    x = _padded(spec, x)  # [n, t, g*i]
+    x = x.reshape(*x.shape[:-1], spec.groups, spec.group_channels)  # [n, t, g, i]
+    x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
+    x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
+    y = jnp.moveaxis(to_canonical(y, spec.out_order), 0, -2)  # [n, o, g*e] -> [o, n, g*e]
+    kernel = correlate(axes, x, y, spec.groups, precision)  # [i, t, g*n] [o, n, g*e] -> [i, p, g*e]
+    return from_canonical(jnp.moveaxis(kernel, 0, -2), spec.kernel_order)
 
 
 _PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}
 
 
-def _to_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    return jnp.transpose(value, (0, *(1 + i for i in order)))
-
-
-def _from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
-    return jnp.transpose(value, (0, *(1 + i for i in inverse(order))))
-
-
-def _read(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """Canonical input, padded by a boundary mode: position ``j`` is a copy of ``source(j)``."""
-    x = _to_canonical(x, spec.in_order)
-    x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)
-    for i, axis in enumerate(spec.axes, start=1):
-        if axis.mode != "zeros" and (axis.lo or axis.hi):
-            source = axis.source(lax.iota(jnp.int32, axis.padded_size))
-            x = jnp.take(x, source, axis=i, mode="clip")
+def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """The canonical input, padded by a boundary mode."""
+    x = to_canonical(x, spec.in_order)  # [n, t, i], or with batch groups [n, t, g, i]
+    x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)  # [n, t, g*i]
+    for dim, source in _sources(spec):
+        x = jnp.take(x, source, axis=dim, mode="clip")
     return x
 
 
-def _unread(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """The transpose of :func:`_read`: every copy is added to the position it was made from."""
-    for i, axis in enumerate(spec.axes, start=1):
-        if axis.mode != "zeros" and (axis.lo or axis.hi):
-            source = axis.source(lax.iota(jnp.int32, axis.padded_size))
-            folded = jnp.zeros((*x.shape[:i], axis.size, *x.shape[i + 1 :]), x.dtype)
-            x = folded.at[(slice(None),) * i + (source,)].add(x)
+def _folded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """The transpose of :func:`_padded`: every padded position is added to its source."""
+    for dim, source in _sources(spec):
+        zeros = jnp.zeros((*x.shape[:dim], spec.axes[dim - 1].size, *x.shape[dim + 1 :]), x.dtype)
+        x = zeros.at[(slice(None),) * dim + (source,)].add(x)
     canonical = [spec.in_shape[i] for i in spec.in_order]
-    return _from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
+    return from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
+
+
+def _sources(spec: ConvSpec) -> Iterator[tuple[int, Ints]]:
+    """``(dim, source)`` of each axis that a boundary mode pads: position ``j`` is a copy of ``source[j]``."""
+    for dim, axis in enumerate(spec.axes, start=1):
+        if axis.mode != "zeros" and (axis.lo or axis.hi):
+            yield dim, axis.source(lax.iota(jnp.int32, axis.padded_size))

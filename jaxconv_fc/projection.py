@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.adjoint import _matrix_vjp, _sums_over_outputs
+from jaxconv_fc.adjoint import sums_over_outputs
 from jaxconv_fc.arguments import Array, as_array
 from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.dense import matrix_rows
@@ -51,7 +51,7 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Array) -> jax.Array:
 
 @program
 def _nearest_kernel(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
-    return _divided_by_gram(spec, _matrix_vjp(spec, matrix))
+    return _divided_by_gram(spec, sums_over_outputs(spec, matrix))
 
 
 def _divided_by_gram(spec: ConvSpec, sums: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
     # At unit scale, so that no square of a difference vanishes (docs/maths.md, section 14).
     exponent = scale_exponent(lax.map(lambda first: largest_part(block(first)[1]), firsts))
     unit = partial(to_unit_scale, exponent=exponent)
-    kernel = _divided_by_gram(spec, _sums_over_outputs(spec, matrix, unit))
+    kernel = _divided_by_gram(spec, sums_over_outputs(spec, matrix, unit))
 
     def sums(first: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, entries = block(first)

@@ -1,15 +1,15 @@
-"""What the type of an array says beside shape and dtype: where it varies, and how it is partitioned.
+"""Array types on several devices: over which mesh axes a value varies, and how it is partitioned.
 
 Inside ``jax.shard_map`` a type names the mesh axes over which the value *varies*: devices along such an
 axis hold different values. Where a varying and an unvarying operand meet, the unvarying one must be made
 to vary first (``lax.pcast``). The transpose of that cast is the sum over devices that the gradient of a
-replicated operand needs. JAX's own primitives cast by themselves; ours must do it too.
+replicated operand needs. JAX's own primitives cast their operands; ours must do it too.
 
 On a mesh with explicit axes a type names the mesh axis that each dimension is partitioned over, and JAX
 asks for the partition of the result of a reshape or a scatter.
 
-The products follow these types. Everything else is a :func:`program`: inside of it the types say nothing,
-as on one device, so that loops, reshapes and other libraries need not know of them.
+The products follow these types. Everything else is a :func:`program`, in which types are those of one
+device. So its loops and reshapes, and the libraries that it calls, work unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, 
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a value is inside of a transformation: it has a type, and no numbers yet."""
+    """Whether a value is a tracer: inside a JAX transformation it has a type, and no numbers yet."""
     return isinstance(value, Tracer)
 
 
@@ -37,14 +37,14 @@ def is_traced(value: Any) -> bool:
 
 
 def varying_axes(array: Any) -> frozenset[str]:
-    """The mesh axes over which an array varies; none outside ``shard_map`` and under ``check_vma=False``."""
+    """The mesh axes over which an array varies; none outside ``shard_map`` or with ``check_vma=False``."""
     return jax.typeof(array).manual_axis_type.varying
 
 
 def vary_alike(tree: Any, *others: Any) -> Any:
-    """``tree`` with every array varying over all mesh axes over which one of its own or ``others`` does.
+    """``tree``, every array of which varies over all mesh axes of all arrays in ``tree`` and ``others``.
 
-    The operands of a primitive must agree in this, and so must the state of a loop before and after a step.
+    The operands of a primitive must vary over the same axes; so must the state of a loop at every step.
     """
     leaves = jax.tree.leaves((tree, others))
     axes = frozenset[str]().union(*map(varying_axes, leaves))
@@ -56,9 +56,9 @@ def _varying(array: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
-# The same value, whose type says that it varies over `axes`, whatever it said before. Unlike `lax.pcast`
-# it can take axes away, and its transpose puts them back and sums nothing. That is right only where the
-# computation between taking away and putting back has no communication.
+# The same value with a type that varies over exactly `axes`. Unlike `lax.pcast` it can remove axes. Its
+# transpose restores the old ones, without a sum over devices. That is right only if the computation between
+# removing and restoring them has no communication.
 relabel_p = Primitive("relabel_varying_axes")
 RELABELS = ("pvary", relabel_p.name)  # primitives whose result is their operand, said to vary elsewhere
 relabel_p.def_impl(lambda x, *, axes: x)
@@ -76,13 +76,13 @@ def _relabelled(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """The mesh of the types in ``tree``, if one of its axes is explicit."""
+    """The mesh of the types in ``tree`` if one of its axes is explicit, else None."""
     meshes = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
 def on_automatic_axes(fn: Callable[..., Any], out_sharding: NamedSharding) -> Callable[..., Any]:
-    """``fn`` run with the explicit axes of a mesh made automatic; its results get ``out_sharding``."""
+    """``fn`` with the explicit axes of the mesh made automatic inside; its results get ``out_sharding``."""
     mesh = out_sharding.mesh
     axes = tuple(n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == AxisType.Explicit)
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=out_sharding)
@@ -91,11 +91,11 @@ def on_automatic_axes(fn: Callable[..., Any], out_sharding: NamedSharding) -> Ca
 def result_sharding(
     labels: Sequence[Hashable], shape: Sequence[int], operands: Sequence[tuple[Sequence[Hashable], Any]]
 ) -> NamedSharding | None:
-    """The sharding in the type of a result whose dimensions are called ``labels``; None without a mesh.
+    """The sharding in the type of a result whose dimensions have the names ``labels``; None without a mesh.
 
-    Each dimension is partitioned as the operands' dimension of the same name is, given as pairs
-    ``(labels, type)``. It is whole where they have none of this name, where its size does not divide, and
-    where an earlier dimension has the mesh axis already.
+    The operands are pairs ``(labels, type)``. A dimension of the result is partitioned like the operands'
+    dimension of the same name. It is not partitioned if they have none, if its size is not divisible, or if
+    an earlier dimension uses the same mesh axis.
     """
     meshes = [aval.sharding.mesh for _, aval in operands if not aval.sharding.mesh.empty]
     if not meshes:
@@ -103,8 +103,7 @@ def result_sharding(
     known: dict[Hashable, tuple[str, ...]] = {}
     for names, aval in operands:
         for name, part in zip(names, aval.sharding.spec, strict=False):  # a spec may be shorter
-            known.setdefault(name, _axis_names(part))
-            known[name] = known[name] or _axis_names(part)
+            known[name] = known.get(name) or _axis_names(part)
     used: set[str] = set()
     partition = []
     for label, size in zip(labels, shape, strict=True):
@@ -124,9 +123,9 @@ def _axis_names(part: Any) -> tuple[str, ...]:
 
 
 def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ()) -> Callable[..., Any]:
-    """``jax.jit(fn)`` for a function without communication, computed as on one device.
+    """``jax.jit(fn)`` of a function without communication, which sees types as on one device.
 
-    Inside ``shard_map`` its results vary over the mesh axes over which any operand does. On explicit axes
+    Inside ``shard_map`` its results vary over all mesh axes over which an operand varies. On explicit axes
     its results are replicated.
     """
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
@@ -146,9 +145,9 @@ def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ())
 
 
 def as_on_one_device(fn: Callable[..., Any], result: Any = None) -> Callable[..., Any]:
-    """``fn`` of arrays whose types say nothing of devices; see :func:`program`.
+    """``fn``, called with arrays that have types as on one device; see :func:`program`.
 
-    ``result``: the type whose partition the result gets on explicit axes, where it is not replicated.
+    On explicit axes the result is partitioned as the type ``result`` is, or replicated without one.
     """
 
     @functools.wraps(fn)
@@ -166,7 +165,7 @@ def as_on_one_device(fn: Callable[..., Any], result: Any = None) -> Callable[...
 
 
 def replicated(array: jax.Array) -> jax.Array:
-    """The array, whole on every device where the axes of its mesh are explicit."""
+    """The array, replicated if its mesh has explicit axes."""
     mesh = explicit_mesh(array)
     return array if mesh is None else jax.reshard(array, NamedSharding(mesh, PartitionSpec()))
 
@@ -175,13 +174,13 @@ def replicated(array: jax.Array) -> jax.Array:
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of this type: of its shape and dtype, partitioned and varying as it says."""
+    """Zeros of this type: its shape, dtype, partition and varying axes."""
     array = lax.full(aval.shape, 0, aval.dtype, sharding=_explicit_sharding(aval))
     return _varying(array, aval.manual_axis_type.varying)
 
 
 def broadcast(value: Any, aval: Any) -> jax.Array:
-    """A value of the shape of this type, partitioned and varying as it says."""
+    """A value broadcast to this type: its shape, partition and varying axes."""
     array = jnp.broadcast_to(value, aval.shape, out_sharding=_explicit_sharding(aval))
     return _varying(array, aval.manual_axis_type.varying)
 

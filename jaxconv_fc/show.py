@@ -1,29 +1,31 @@
-"""M for the eye: as text, the way a textbook prints it."""
+"""M as text, the way a textbook prints it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from itertools import product
+from string import ascii_lowercase
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.layout import group_of
+from jaxconv_fc.arguments import Array
+from jaxconv_fc.layout import in_channel
 from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
+def format_matrix(
+    spec: ConvSpec, kernel: Array | None = None, *, max_rows: int = 40, max_columns: int = 80
+) -> str:
+    """M as text, one line per row: kernel entries by name, or by value when a kernel is given.
 
-def format_matrix(spec: ConvSpec, kernel: Any = None, *, max_rows: int = 40, max_columns: int = 80) -> str:
-    """M as text, a row per line: kernel entries by name, or by value when a kernel is given.
-
-    Entries are named in the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` beyond
-    26. Neighbours along the last axis of ``spec.in_shape`` are separated by a blank, rows of the image
-    by ``|``, channels by ``||``, and so on upwards (axes of size 1 do not count). Entries where taps
-    meet are sums: ``a+c``. Beyond ``max_rows`` or ``max_columns`` the middle is left out.
+    Names follow the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` for more than 26
+    entries. Taps that meet are a sum: ``a+c``. A space separates neighbours along the last axis of
+    ``spec.in_shape``, ``|`` separates rows of the image, ``||`` channels, and so on (axes of size 1 do not
+    count). Beyond ``max_rows`` or ``max_columns`` the middle is left out.
 
     Raises:
       TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.
@@ -56,24 +58,24 @@ def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], w
 
 
 def _separator(spec: ConvSpec, column: int) -> str:
-    """What stands before a column: one bar per axis of the input that starts anew there."""
+    """The text before a column: a bar for each inner axis of the input whose index is 0 again there."""
     shape = [n for n in spec.in_shape if n > 1]
     bars = sum(column % math.prod(shape[-i:]) == 0 for i in range(1, len(shape)))
     return "|" * bars or " "
 
 
 def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
-    """Of some columns of a row of M, the flat indices of the kernel entries that meet there."""
+    """``{column: taps}`` of some columns of a row: the flat indices of the kernel entries that meet there."""
     positions, d = spec.split_row(row)
     columns = {column: spec.split_column(column) for column in shown}
-    met = []  # per axis, the taps of every input that the columns stand for
+    met = []  # per axis: {input position of a shown column: taps that read it}
     for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
         table = axis.table(np.array([o]))[0]
         at: dict[int, list[int]] = {}
         for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
             at.setdefault(int(table[p]), []).append(p)
         met.append(at)
-    first = group_of(spec, d) * spec.group_channels
+    first = in_channel(spec, d, 0)
     entries = {}
     for column, (inputs, channel) in columns.items():
         if first <= channel < first + spec.group_channels:
@@ -83,8 +85,8 @@ def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[i
 
 
 def _names(spec: ConvSpec) -> Any:
-    few = math.prod(spec.rhs_shape) <= len(_LETTERS)
-    return lambda taps: "+".join(_LETTERS[t] if few else f"k{t}" for t in taps) or "0"
+    few = math.prod(spec.rhs_shape) <= len(ascii_lowercase)
+    return lambda taps: "+".join(ascii_lowercase[t] if few else f"k{t}" for t in taps) or "0"
 
 
 def _values(kernel: jax.Array) -> Any:
@@ -94,7 +96,7 @@ def _values(kernel: jax.Array) -> Any:
 
 
 def _ends(size: int, most: int) -> list[int | None]:
-    """All of ``range(size)``, or its two ends around None."""
+    """The indices ``range(size)``; if there are more than ``most``, both ends with None between them."""
     if size <= most:
         return list(range(size))
     return [*range((most + 1) // 2), None, *range(size - most // 2, size)]

@@ -12,19 +12,19 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.adjoint import transpose
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.modes import MODES
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def dot_test(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> float:
+def dot_test(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> float:
     """The relative error of ``<M x, y> == <x, M^T y>`` on random x and y.
 
-    ``|<M x, y> - <x, M^T y>| / <|M| |x|, |y|>``, which is of the order of the dtype's rounding when
-    :func:`apply_transpose` is the transpose of :func:`apply`, and exactly 0 for integers. For complex
-    kernels both the plain transpose and M^H (the transpose with the conjugate kernel) are tested, and
-    the larger error is returned.
+    ``|<M x, y> - <x, M^T y>| / <|M| |x|, |y|>``. If :func:`apply_transpose` is the transpose of
+    :func:`apply`, this is about the rounding of the dtype, and exactly 0 for integers. A complex kernel is
+    tested twice, as M^T and as M^H (the transpose with the conjugate kernel), and the larger error returned.
 
     Args:
       spec: the geometry.
@@ -53,15 +53,15 @@ def dot_test(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> fl
     return float(np.max(errors)) / size if size else float(np.max(errors))
 
 
-def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = None) -> None:
+def assert_transpose(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> None:
     """Assert that every way to M^T agrees: the matrix, ``jax.linear_transpose`` and :func:`transpose`.
 
-    ``as_matrix(*transpose(spec, kernel))`` must equal ``as_matrix(spec, kernel).T`` entry for entry
-    (where M^T is a convolution: not in boundary modes), and :func:`apply_transpose` as well as
-    ``jax.linear_transpose`` of :func:`apply` must equal ``M.T @ y`` within the rounding of the dtype.
+    :func:`apply_transpose` and ``jax.linear_transpose`` of :func:`apply` must equal ``M.T @ y`` within the
+    rounding of the dtype. Where M^T is a convolution (not in boundary modes),
+    ``as_matrix(*transpose(spec, kernel))`` must equal ``as_matrix(spec, kernel).T`` entry for entry.
 
     Raises:
-      AssertionError: they differ; it names the pair and the largest difference.
+      AssertionError: two of them differ; it names the pair and the largest difference.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), [(-1, 2)], feature_group_count=2)
@@ -71,32 +71,28 @@ def assert_transpose(spec: ConvSpec, kernel: Any, *, key: jax.Array | None = Non
     matrix = np.asarray(as_matrix(spec, kernel))
     y = _random(jax.random.key(0) if key is None else key, spec.out_shape, kernel.dtype)
     expected = _wide(matrix).T @ _wide(y).ravel()
-    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * (
-        np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel()
-    )
-    _close(
-        spec,
-        "apply_transpose and M.T @ y",
-        apply_transpose(spec, kernel, y, precision="highest"),
-        expected,
-        bound,
-    )
+    size = np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel()  # |M|^T |y|
+    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * size
+    x_bar = apply_transpose(spec, kernel, y, precision="highest")
+    _close(spec, "apply_transpose and M.T @ y", x_bar, expected, bound)
     if jnp.issubdtype(kernel.dtype, jnp.inexact):  # JAX gives integers no tangents
         like = jax.ShapeDtypeStruct(spec.in_shape, kernel.dtype)
-        (turned,) = jax.linear_transpose(partial(apply, spec, kernel, precision="highest"), like)(y)
-        _close(spec, "jax.linear_transpose(apply) and M.T @ y", turned, expected, bound)
+        (x_bar,) = jax.linear_transpose(partial(apply, spec, kernel, precision="highest"), like)(y)
+        _close(spec, "jax.linear_transpose(apply) and M.T @ y", x_bar, expected, bound)
     if spec.padding_mode == "zeros" and spec.canonical.batch_group_count == 1:
-        turned = np.asarray(as_matrix(*transpose(spec, kernel)))
-        zero = np.zeros(turned.shape)
-        _close(spec, "as_matrix(*transpose(...)) and M.T", turned, _wide(matrix).T, zero)
+        transposed = np.asarray(as_matrix(*transpose(spec, kernel)))
+        zero = np.zeros(transposed.shape)
+        _close(spec, "as_matrix(*transpose(...)) and M.T", transposed, _wide(matrix).T, zero)
 
 
-def assert_matches_lax(spec: ConvSpec, kernel: Any, x: Any = None, *, key: jax.Array | None = None) -> None:
+def assert_matches_lax(
+    spec: ConvSpec, kernel: Array, x: Array | None = None, *, key: jax.Array | None = None
+) -> None:
     """Assert that ``M @ x`` and :func:`apply` equal ``lax.conv_general_dilated`` on one example.
 
-    lax is given the input already dilated and padded (``lax.pad``, or ``jnp.pad`` for a boundary mode),
-    which is the same convolution by definition, and for which lax is right and does not abort on any
-    backend. Exact for integers, otherwise within ``2 gamma_n |M| |x|``.
+    lax gets the input already dilated and padded (by ``lax.pad``, or ``jnp.pad`` for a boundary mode). By
+    definition that is the same convolution, and lax computes it right on every backend. Exact for integers,
+    otherwise within ``2 gamma_n |M| |x|``.
 
     Args:
       spec: the geometry.
@@ -105,7 +101,7 @@ def assert_matches_lax(spec: ConvSpec, kernel: Any, x: Any = None, *, key: jax.A
       key: a ``jax.random.key`` for x.
 
     Raises:
-      AssertionError: they differ; it names the pair and the largest difference.
+      AssertionError: two of them differ; it names the pair and the largest difference.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), "SAME", feature_group_count=2)
@@ -123,7 +119,7 @@ def assert_matches_lax(spec: ConvSpec, kernel: Any, x: Any = None, *, key: jax.A
 
 
 def _lax(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """lax's convolution of one example, dilated and padded beforehand."""
+    """lax's convolution of one example that has been dilated and padded before."""
     batch, _, *spatial = spec.dimension_numbers.lhs_spec
     lhs = x if spec.batch_group_count > 1 else jnp.expand_dims(x, batch)
     zero = jnp.zeros((), x.dtype)
@@ -154,7 +150,7 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _wide(array: Any) -> np.ndarray:
-    """The same numbers in NumPy's widest type of the kind, where products and sums are nearly exact."""
+    """The same numbers in int64, float64 or complex128, where products and sums are nearly exact."""
     kind = np.asarray(array).dtype.kind
     return np.asarray(array).astype(
         np.complex128 if kind == "c" else np.int64 if kind in "iub" else np.float64
@@ -162,7 +158,7 @@ def _wide(array: Any) -> np.ndarray:
 
 
 def _terms(spec: ConvSpec, *, outputs: bool = False) -> int:
-    """Summands of one entry of ``M x``, or of ``M^T y``."""
+    """Upper bound on the number of terms that an entry of ``M x``, or of ``M^T y``, is the sum of, plus 2."""
     channels = spec.out_channels // spec.groups if outputs else spec.group_channels
     copies = math.prod(a.copies for a in spec.axes) if outputs else 1
     return channels * copies * math.prod(a.taps for a in spec.axes) + 2
@@ -178,7 +174,7 @@ def _gamma(dtype: Any, terms: int) -> float:
 
 
 def _magnitude(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> np.ndarray:
-    """``|M| |x|``, in float64: what the rounding of ``M x`` is proportional to."""
+    """``|M| |x|`` in float64. The rounding error of ``M x`` is proportional to it."""
     matrix = np.abs(_wide(as_matrix(spec, kernel)))
     return (matrix @ np.abs(_wide(x)).ravel()).reshape(spec.out_shape)
 

@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import oracle
+import pytest
 from jax import lax
 
 import jaxconv_fc as fc
@@ -52,6 +53,31 @@ class Geometry:
         taps = oracle.layouts(self)[1][2:]
         steps = math.prod(oracle.out_sizes(self)) * math.prod(self.rhs_shape[a] for a in taps)
         return math.prod(oracle.matrix_shape(self)) <= MAX_ENTRIES and steps <= MAX_STEPS
+
+
+# fixed geometries ------------------------------------------------------------------------------------
+
+
+CASES = {
+    "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
+    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (3,), (2,)),
+    "dilated input": Geometry((1, 1, 9, 4), (2, 1, 4, 2), (2, 1), [(2, 3), (1, 1)], (3, 2)),
+    "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
+    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
+    "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
+    "reflect": Geometry((1, 2, 5, 4), (2, 2, 3, 3), (1, 2), "SAME", padding_mode="reflect"),
+    "padded, then dilated": Geometry(
+        (1, 2, 9, 2), (2, 2, 2, 1), (1, 1), [(2, 1), (0, 0)], (2, 1), padding_mode="circular"
+    ),
+    "NHWC": Geometry((1, 4, 3, 4), (2, 2, 2, 4), (1, 2), "SAME", None, None, ("NHWC", "HWIO", "NHWC"), 2),
+    "columns before rows": Geometry(
+        (2, 5, 1, 4), (3, 2, 2, 2), (1, 1), "SAME", None, None, ("CWNH", "HOIW", "WNHC")
+    ),
+    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
+    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
+    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
 
 
 # random arrays ---------------------------------------------------------------------------------------
@@ -213,3 +239,6 @@ def _drawn(draw, modes):
 def geometries(modes=MIXED):
     """The same geometries as a Hypothesis strategy."""
     return _drawn(modes).filter(Geometry.is_small)
+
+
+seeds = st.integers(0, 2**32 - 1)

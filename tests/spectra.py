@@ -1,18 +1,14 @@
-"""What the tests of spectrum share: geometries with their matrices, and the number of random ones.
-
-JAXCONV_FC_GEOMETRIES=500   how many random geometries are compared with NumPy
-"""
-
-import os
+"""What the tests of spectrum share: geometries with their matrices, and the number of random ones."""
 
 import geometries
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from environment import count
 
 import jaxconv_fc as fc
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "4"))
+COUNT = count("GEOMETRIES", 4)
 
 
 def conv(n, kernel, padding, mode="zeros", stride=1, **options):

@@ -1,12 +1,6 @@
-"""fully_connected on hand-written functions; test_networks.py has those of other libraries.
-
-JAXCONV_FC_GEOMETRIES=2000        how many random convolutions are held against the NumPy oracle
-JAXCONV_FC_CASES=folder           where realnet_*.json with realnet_*.npz lie, layers of trained networks
-"""
+"""fully_connected on hand-written functions; test_networks.py has those of other libraries."""
 
 import json
-import os
-import pathlib
 from functools import partial
 
 import jax
@@ -14,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import CASES, count
 from geometries import integers, random_geometry
 from handwritten import close, conv, normal
 from jax import lax
@@ -25,7 +20,7 @@ jit = partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 )
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "15"))
+COUNT = count("GEOMETRIES", 15)
 
 
 RNG = np.random.default_rng(5)
@@ -291,15 +286,14 @@ def test_vmap_on_either_side(name):
 
 
 def _real_layers():
-    folder = os.environ.get("JAXCONV_FC_CASES")
-    for path in sorted(pathlib.Path(folder).glob("realnet_*.json")) if folder else []:
+    for path in sorted(CASES.glob("realnet_*.json")):
         arrays = np.load(path.with_suffix(".npz"))
         for case in json.loads(path.read_text())["cases"]:
             assert case["kind"] == "conv"
             yield case, {name: jnp.asarray(arrays[f"{case['id']}/{name}"]) for name in case["arrays"]}
 
 
-@pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder of cases")
+@pytest.mark.skipif(CASES is None, reason="JAXCONV_FC_CASES names no folder of cases")
 def test_a_trained_network_runs_fully_connected():
     ran = {"as_matrix": 0, "as_bcsr": 0}
     for case, arrays in _real_layers():

@@ -1,6 +1,7 @@
-"""The dense matrix, its rows and columns: every dtype, every transform, and never too much memory."""
+"""The dense matrix, its rows and columns: every dtype and every transform."""
 
 import re
+import warnings
 from functools import partial
 
 import jax
@@ -8,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import Geometry, arrays, geometries, integers, normals
+from geometries import CASES, Geometry, arrays, every_case, geometries, integers, normals, seeds
 from hypothesis import given
-from hypothesis import strategies as st
 
 import jaxconv_fc as fc
 
@@ -18,29 +18,14 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 COMPLEX = ("complex64", "complex128")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
-PLAIN = Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME")
-CASES = {
-    "plain": PLAIN,
-    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (3,), (2,)),
-    "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
-    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
-    "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
-    "NHWC": Geometry((1, 4, 3, 2), (2, 2, 2, 3), (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")),
-    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
-    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
-    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
-}
+PLAIN = CASES["plain"]
 SOME = {name: CASES[name] for name in ("strided, dilated, lopsided", "batch groups", "colliding", "no rows")}
-every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
 some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
-
-
-EMPTY = {"no rows", "no columns"}
 
 
 def test_no_case_is_empty_by_accident():
     """Strides and dilations can agree in such a way that every tap falls between the inputs."""
-    assert {name for name, geometry in CASES.items() if not geometry.spec().nse} == EMPTY
+    assert {name for name, geometry in CASES.items() if not geometry.spec().nse} == {"no rows", "no columns"}
 
 
 # values ----------------------------------------------------------------------------------------------
@@ -66,7 +51,7 @@ def test_colliding_integers_wrap_as_in_numpy(dtype):
 
 
 def test_colliding_bools_are_ored():
-    """A bool kernel is a mask of weights that may be other than 0, and so is its matrix."""
+    """A bool kernel marks the taps that may be other than 0, and its matrix the entries that may be."""
     geometry = CASES["colliding"]
     kernel = np.random.default_rng(3).integers(0, 2, geometry.rhs_shape).astype(bool)
     matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))
@@ -74,7 +59,7 @@ def test_colliding_bools_are_ored():
     np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
 
 
-@given(geometries(), st.integers(0, 2**32 - 1))
+@given(geometries(), seeds)
 def test_random_geometries(geometry, seed):
     kernel, _, _ = arrays(geometry, np.random.default_rng(seed))
     np.testing.assert_array_equal(fc.as_matrix(geometry.spec(), kernel), oracle.matrix(kernel, geometry))
@@ -373,6 +358,38 @@ def test_big_rows_are_the_kernel_laid_out(rng):
     np.testing.assert_array_equal(column, want)
 
 
+# rewriting the entries of an earlier M ---------------------------------------------------------------
+
+
+@every_case
+def test_update_matrix(geometry, rng):
+    spec = geometry.spec()
+    first, second = (integers(rng, geometry.rhs_shape, np.float32) for _ in range(2))
+    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+    matrix = fc.as_matrix(spec, first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers")  # empty ones
+        np.testing.assert_array_equal(update(matrix, second), oracle.matrix(second, geometry))
+
+
+def test_update_matrix_uses_the_donated_buffer():
+    spec = CASES["plain"].spec()
+    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+    matrix = fc.as_matrix(spec, np.ones(spec.rhs_shape, np.float32))
+    compiled = update.lower(matrix, np.ones(spec.rhs_shape, np.float32)).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes == matrix.nbytes
+
+
+def test_update_matrix_with_bad_operands():
+    spec = CASES["plain"].spec()
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    matrix = fc.as_matrix(spec, kernel)
+    with pytest.raises(TypeError, match=r"kernel\.astype\(matrix\.dtype\)"):
+        fc.update_matrix(spec, matrix, kernel.astype(np.float64))
+    with pytest.raises(ValueError, match="matrix must have the spec's shape"):
+        fc.update_matrix(spec, matrix[1:], kernel)
+
+
 # programs and memory ---------------------------------------------------------------------------------
 
 
@@ -387,7 +404,7 @@ def test_no_index_array_is_baked_into_the_program():
 
 @pytest.mark.parametrize("name", ["plain", "colliding"])
 def test_indices_are_called_unique_where_they_are(name):
-    """True keeps a GPU fast; false where taps add up, or a GPU may lose some of them."""
+    """True is fast on a GPU. Where taps add up it must be false, or a GPU may lose some of them."""
     spec = CASES[name].spec()
     text = jax.jit(fc.as_matrix).lower(spec, jax.ShapeDtypeStruct(spec.rhs_shape, np.float32)).as_text()
     said = re.findall(r"unique_indices = (true|false)", text)
@@ -403,67 +420,11 @@ def test_the_text_does_not_grow_with_the_geometry():
     assert size(48) < size(12) + 2_000
 
 
-IMAGENET = Geometry((1, 3, 224, 224), (64, 3, 3, 3), (1, 1), "SAME")
-
-
-def test_too_large_a_matrix_is_refused_with_its_size():
-    """Asked of the trace: without the check the eager call would take the whole process down."""
-    message = r"3,211,264 x 150,528 float32 = 1,801 GiB dense; 86,188,800 stored entries: use .*apply"
-    kernel, bias = np.ones(IMAGENET.rhs_shape, np.float32), np.ones(64, np.float32)
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(fc.as_matrix, IMAGENET.spec()), kernel)
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(fc.as_affine, IMAGENET.spec()), kernel, bias)
-
-
 @both_parts
 def test_too_many_rows_are_refused(part):
-    spec, indices = IMAGENET.spec(), np.zeros(50_000, int)
+    spec, indices = LAYER.spec(), np.zeros(50_000, int)
     with pytest.raises(ValueError, match="float32"):
         jax.eval_shape(partial(PARTS[part][0], spec), np.ones(spec.rhs_shape, np.float32), indices)
-
-
-def test_the_default_budget_is_eight_gib():
-    """One entry less fits, one more does not; asked of the trace, so that nothing is allocated."""
-    kernel = jax.ShapeDtypeStruct((1, 1, 1), np.float32)
-    fits = fc.conv_spec((1, 1, 2**15), (1, 1, 1), (1,), [(0, 2**15)])
-    assert fits.shape == (2**16, 2**15)
-    assert jax.eval_shape(partial(fc.as_matrix, fits), kernel).shape == fits.shape
-    beyond = fc.conv_spec((1, 1, 2**15), (1, 1, 1), (1,), [(0, 2**15 + 1)])
-    with pytest.raises(ValueError, match="8 GiB"):
-        jax.eval_shape(partial(fc.as_matrix, beyond), kernel)
-
-
-def test_the_budget_can_be_changed_and_comes_back(rng):
-    spec, kernel = PLAIN.spec(), integers(rng, PLAIN.rhs_shape, np.float32)
-    needed = 4 * spec.out_size * spec.in_size
-    with fc.memory_limit(needed):
-        fc.as_matrix(spec, kernel)
-        with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="memory_limit"):
-            fc.as_matrix(spec, kernel)
-        fc.as_matrix(spec, kernel)
-    with pytest.raises(RuntimeError, match="inside"), fc.memory_limit(1):
-        raise RuntimeError("inside")
-    fc.as_matrix(spec, kernel)
-
-
-def test_the_budget_counts_bytes_of_the_dtype():
-    spec = PLAIN.spec()
-    with fc.memory_limit(4 * spec.out_size * spec.in_size):
-        fc.as_matrix(spec, np.ones(PLAIN.rhs_shape, np.float32))
-        with pytest.raises(ValueError, match="float64"):
-            fc.as_matrix(spec, np.ones(PLAIN.rhs_shape, np.float64))
-
-
-def test_indices_that_would_overflow_int32_are_refused():
-    """With x64 off an index is an int32: row*columns + column would wrap without a word."""
-    spec = fc.conv_spec((1, 1, 2**16), (1, 1, 1), (1,), "VALID")
-    kernel = jax.ShapeDtypeStruct((1, 1, 1), np.int8)
-    build = partial(fc.as_matrix, spec)
-    with fc.memory_limit(2**40):
-        assert jax.eval_shape(build, kernel).shape == spec.shape
-        with jax.enable_x64(False), pytest.raises(ValueError, match=r"65,536 x 65,536.*x64"):
-            jax.eval_shape(build, kernel)
 
 
 def test_with_x64_off(rng):

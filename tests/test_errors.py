@@ -273,7 +273,7 @@ def test_23_a_kernel_larger_than_the_padded_input():
 
 
 def test_22_a_crop_of_everything_is_not_too_much():
-    """Exactly nothing left is a size of 0, and a crop made up for on the other side is only padding."""
+    """A crop of all positions leaves size 0. A larger one is legal if the other side pads: all is padding."""
     assert spec(padding=[(-4, -4), (0, 0)]).out_shape == (6, 0, 6)
     padding_only = spec(padding=[(-9, 9), (0, 0)])
     assert padding_only.out_shape == (6, 6, 6)
@@ -290,7 +290,7 @@ def test_31_the_integer_adjoint():
 @pytest.mark.parametrize("mode", ["reflect", "symmetric", "circular", "edge"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_33_padding_beyond_the_axis_is_numpys(n, mode, rng):
-    """Mirrored again and again, where that many entries are asked for; an axis of one has no period."""
+    """Padding longer than the axis repeats it. An axis of one position is a case of its own."""
     x = integers(rng, (1, n))
     extended = np.pad(x, [(0, 0), (11, 8)], mode=oracle.NUMPY_PAD_MODES[mode])
     identity = fc.conv_spec((1, 1, n), (1, 1, 1), (1,), [(11, 8)], padding_mode=mode)

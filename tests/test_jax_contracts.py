@@ -1,4 +1,4 @@
-"""Every assumption the library makes about JAX, pinned: a release that changes one turns a line red here.
+"""Every assumption of the library about JAX, one per test: a release that changes one fails a test here.
 
 None of these tests calls the library.
 """
@@ -50,7 +50,7 @@ def test_max_of_bools_is_or():
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_scatter_add_has_a_linear_transpose(unique):
-    """It gathers, and what was dropped receives nothing."""
+    """The transpose gathers; a dropped value gets the cotangent 0."""
 
     def scatter(values):
         return jnp.asarray(ZEROS).at[jnp.array([2, 3, 0])].add(values, mode="drop", unique_indices=unique)
@@ -320,7 +320,7 @@ def test_a_large_constant_shows_in_the_text_and_an_iota_does_not():
 
 
 def one_device(explicit=False):
-    """Types say what they say on any number of devices."""
+    """One device is enough: types do not depend on how many there are."""
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     return jax.make_mesh((1,), ("d",), axis_types=(kind,))
 
@@ -378,7 +378,7 @@ def test_a_primitive_gets_the_types_of_its_operands_as_they_are():
 
 
 def test_products_of_sparse_matrices_lose_the_varying_axes():
-    """JAX's fault; as_bcoo, as_bcsr and the README say so. Once mended there, these sentences can go."""
+    """A bug of JAX, of which as_bcoo, as_bcsr and the README warn. If JAX is mended, remove the warnings."""
     from jax.experimental import sparse
 
     def check(x):

@@ -1,22 +1,19 @@
 """jit changes no gradient: every differentiable public function, in programs that XLA has optimised.
 
 The rest of the suite compiles without the optimiser, where a value that is computed twice comes out equal.
-
-JAXCONV_FC_KERNELS=50   how many random kernels; from 10 on, costly programs and double precision are included
 """
-
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import count
 from jax import lax
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = int(os.environ.get("JAXCONV_FC_KERNELS", "1"))
+COUNT = count("KERNELS", 1)
 DTYPES = ["float32", "float64"] if COUNT >= 10 else ["float32"]
 OPTIMISED = {"xla_backend_optimization_level": 3}
 SPEC = fc.conv_spec((1, 2, 4, 4), (2, 2, 3, 3), (1, 1), "SAME")

@@ -1,12 +1,11 @@
-"""Laws that hold across the library, and thousands of random geometries held against the oracle.
+"""Laws that hold across the library, and thousands of random geometries compared with the oracle.
 
-The products agree, the adjoint is one, M has the structure of its geometry, and the transforms of JAX change
-nothing. That M is right where JAX is wrong is shown by test_pitfalls.py.
+All products agree, apply_transpose is the adjoint, M has the structure of its geometry, and the transforms
+of JAX change nothing. test_pitfalls.py shows that M is right where JAX is wrong.
 """
 
 import dataclasses
 import itertools
-import os
 from functools import partial
 
 import jax
@@ -14,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry
+from environment import count
+from geometries import MODES, Geometry, arrays, geometries, integers, normals, random_geometry, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
 import jaxconv_fc as fc
 
-seeds = st.integers(0, 2**32 - 1)
-
 # 1. the products agree -------------------------------------------------------------------------------
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "32"))
+COUNT = count("GEOMETRIES", 32)
 CHUNKS = max(8, COUNT // 50)  # so that the workers of pytest-xdist share the work
 
 
@@ -55,7 +53,7 @@ def test_random_geometries_against_the_oracle(chunk, run_seed):
         assert (matrix == want).all(), replay
         assert ahead.shape == oracle.out_shape(geometry), replay
         assert back.shape == oracle.in_shape(geometry), replay
-        # the oracle's convolution knows no matrix, so this holds M x against the definition too
+        # the oracle's convolution uses no matrix, so this compares M x with the definition too
         assert (oracle.product(x, kernel, geometry).ravel() == matrix @ x.ravel()).all(), replay
         assert (ahead.ravel() == matrix @ x.ravel()).all(), replay
         assert (back.ravel() == matrix.T @ y.ravel()).all(), replay

@@ -6,7 +6,7 @@ int32 were right. Ordinary forward geometries meet it in their gradient, once th
 the window. Some geometries with lhs_dilation, and vmap of the transpose of a grouped convolution with
 negative padding, end the whole process.
 
-So every product here is held against the oracle (float64, NumPy), after poisoning the memory that a
+So every product here is compared with the oracle (float64, NumPy), after poisoning the memory that a
 fresh allocation is likely to get, with whole numbers, which float32 represents exactly.
 """
 

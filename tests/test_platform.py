@@ -70,7 +70,7 @@ def grid():
 
 
 GRID = list(grid())
-PADDED = [  # the boundary modes, which lax does not have: held against the oracle
+PADDED = [  # the boundary modes, which lax does not have: compared with the oracle
     Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
     for mode in MODES
 ]

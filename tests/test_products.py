@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import Geometry, arrays, geometries, integers, normals
+from geometries import Geometry, arrays, geometries, integers, normals, seeds
 from hypothesis import given
-from hypothesis import strategies as st
 from jax import lax
 from jax.test_util import check_grads
 
@@ -89,7 +88,7 @@ def test_rounding_stays_within_its_bound(geometry, dtype, rng):
     oracle.assert_transpose_product(back, kernel, y, geometry)
 
 
-@given(geometries(), st.integers(0, 2**32 - 1))
+@given(geometries(), seeds)
 def test_random_geometries(geometry, seed):
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, np.random.default_rng(seed), np.float32)
@@ -409,7 +408,7 @@ def test_the_conjugate_transpose(rng):
 @both
 @some_cases
 def test_precision_is_passed_on(geometry, name, precision, rng):
-    """Same numbers on CPU; and the program says so, forward and in both gradients."""
+    """The numbers are the same on CPU, and the program names the precision, forward and in both gradients."""
     function, kernel, vector, cotangent, _ = setting(geometry, name, rng, np.float32)
     truth = pair(geometry)[name][1]
     function = partial(function, precision=precision)
@@ -452,7 +451,7 @@ def test_with_x64_off(geometry, name, rng):
 
 @both
 def test_a_vector_must_have_exactly_its_shape(name):
-    """No batch, no ravel: a stack is what vmap is for."""
+    """Neither a batch nor a ravel is accepted: vmap is for stacks."""
     geometry = CASES["plain"]
     function, spec = pair(geometry)[name][0], geometry.spec()
     kernel = np.ones(geometry.rhs_shape, np.float32)
@@ -513,3 +512,17 @@ def test_precision_may_be_a_list(rng):
     for method in ("convolution", "dense", "sparse"):
         got = fc.batched_apply(spec, kernel, x[None], method=method, precision=both)
         np.testing.assert_allclose(got[0], fc.apply(spec, kernel, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "y_bar", "error", "message"),
+    [
+        (jnp.ones((1, 4)), jnp.ones((1, 4)), ValueError, r"y_bar must .*\(1, 3\)"),
+        (jnp.ones((1, 4)), jnp.ones((1, 3), int), TypeError, "y_bar.astype"),
+        (jnp.ones((1, 4), bool), jnp.ones((1, 3), bool), TypeError, "bool"),
+    ],
+)
+def test_bad_operands_of_kernel_vjp(x, y_bar, error, message):
+    spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    with pytest.raises(error, match=message):
+        fc.kernel_vjp(spec, x, y_bar)

@@ -1,24 +1,19 @@
-"""Random affine programs, and random piecewise linear networks, for matrix_of and local_affine.
-
-JAXCONV_FC_PROGRAMS=2000    how many programs are held against jax.jacobian
-JAXCONV_FC_NETWORKS=300     how many networks are sampled inside of their radius
-JAXCONV_FC_SEED=123         replay an earlier run
-"""
+"""Random affine programs, and random piecewise linear networks, for matrix_of and local_affine."""
 
 import math
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from environment import count
 from handwritten import conv
 from jax import lax
 from jax.experimental import sparse
 
 import jaxconv_fc as fc
 
-PROGRAMS = int(os.environ.get("JAXCONV_FC_PROGRAMS", "40"))
-NETWORKS = int(os.environ.get("JAXCONV_FC_NETWORKS", "8"))
+PROGRAMS = count("PROGRAMS", 40)
+NETWORKS = count("NETWORKS", 8)
 
 
 # programs -----------------------------------------------------------------------------------------

@@ -1,12 +1,9 @@
 """The law of scale: ``f(2**e * a) == 2**(degree*e) * f(a)``, bit for bit, if the result is representable.
 
 Other files compare the functions with NumPy at scale 1. Here other scales are compared with scale 1.
-
-JAXCONV_FC_GEOMETRIES=200   how many random geometries
 """
 
 import math
-import os
 
 import geometries
 import jax
@@ -14,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import count
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "2"))
+COUNT = count("GEOMETRIES", 2)
 SPREAD = {"float32": (-120, -63, 1, 62, 120), "float64": (-1000, -520, 1, 515, 1000)}
 
 

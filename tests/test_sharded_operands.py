@@ -1,4 +1,4 @@
-"""Every public function that takes arrays, with operands dealt out over four devices.
+"""Every public function that takes arrays, with operands distributed over four devices.
 
 Inside ``shard_map``, under jit with sharded arguments, and on a mesh with explicit axes: values, gradients in
 every operand and result types are those of one device, and those of lax where lax has the function.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import of_devices
 
 HERE = Path(__file__)
 DEVICES = 4
@@ -167,7 +168,7 @@ def on_one_device(f):
 
 
 def expected(f, deal):
-    """``(values, gradients)`` on one device: operands in ``deal`` are dealt out, the others shared."""
+    """``(values, gradients)`` on one device: operands in ``deal`` are distributed, the others shared."""
     import jax
     import jax.numpy as jnp
 
@@ -189,17 +190,17 @@ def expected(f, deal):
 DEALS = [(0,), (1,), (2,), (1, 2), (0, 1, 2)]
 
 # XLA's partitioner computes the kernel gradient of one example wrongly where the kernel's out channels are
-# dealt out to more devices than there are groups; lax's own gradient aborts the process there.
+# distributed to more devices than there are groups; lax's own gradient aborts the process there.
 WRONG_IN_XLA = ("apply, groups", "spectral_norm, groups")
 # Written with lax convolutions, which refuse an explicitly partitioned kernel.
 OF_LAX = ("fully_connected", "matrix_of", "local_affine")
 
 
 def shard_map(group, check_vma, deals):
-    """Operands dealt out and shared in all combinations; gradients taken inside and outside."""
+    """Operands distributed and shared in all combinations; gradients taken inside and outside."""
     for deal in deals:
         for name, f in group.items():
-            mapped_one(f"{name}, dealt out {deal}, check_vma={check_vma}", f, check_vma, deal)
+            mapped_one(f"{name}, distributed {deal}, check_vma={check_vma}", f, check_vma, deal)
 
 
 def mapped_one(label, f, check_vma, deal):
@@ -227,7 +228,7 @@ def mapped_one(label, f, check_vma, deal):
 
     want, gradients = expected(f, deal)
     if all(not np.ptp(v, axis=0).any() for v in jax.tree.leaves(want)):
-        return  # none of the operands that are dealt out is used
+        return  # none of the operands that are distributed is used
     close(jax.jit(mapped(one, out_specs=jax.P("d")))(*args), want, label)
     if not check_vma:  # JAX does not know then which gradients inside of the map to sum
         outside = jax.grad(mapped(loss, out_specs=jax.P()), argnums=(0, 1, 2))
@@ -358,14 +359,9 @@ GROUPS = ("products", "dense", "sparse", "adjoint", "norms", "blocks", "iterativ
     ids=str,
 )
 def test_four_devices_give_what_one_gives(mode, groups):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
     command = [sys.executable, "-W", "error", str(HERE), mode, *groups]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    variables = of_devices(DEVICES, os.environ.get("XLA_FLAGS", ""))
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.endswith("done\n")
 

@@ -1,9 +1,8 @@
-"""M dealt out over devices: 8 virtual ones in a process, and 2 processes that talk over loopback.
+"""M distributed over devices: 8 virtual ones in a process, and 2 processes that talk over loopback.
 
 Devices are made when JAX starts, so each run is a process of its own; this file is also its program.
 """
 
-import os
 import re
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from environment import of_devices
 
 HERE = Path(__file__)
 
@@ -75,7 +75,7 @@ def check(mesh):
             assert kept.sum() == stored[first : first + share].sum()
         most = max(stored[n : n + share].sum() for n in range(0, spec.out_size, share))
         assert {len(data) for data in local(sparse.data).values()} == {most}, name
-        # Shares that are filled up hold one index again and again, and it stands before those of the next.
+        # A padded share ends with one repeated index beyond those of the next share: not unique, not sorted.
         full = most * devices == stored.sum()
         assert (sparse.indices_sorted, sparse.unique_indices) == (full, full), name
         nbytes = most * (4 + 2 * sparse.indices.dtype.itemsize)
@@ -158,7 +158,7 @@ def one_process():
     for axis_name, count in (("rows", 4), ("data", 2), (None, 2)):  # the first axis, where none is named
         shards = fc.shard_matrix(spec, kernel, mesh, axis_name).addressable_shards
         assert {shard.data.shape[0] for shard in shards} == {-(-spec.out_size // count)}
-    # A mesh whose axes are explicit for all of the program.
+    # A mesh whose axes are explicit for the whole program.
     mesh = jax.make_mesh((8,), ("rows",))
     with jax.set_mesh(mesh):
         for build in (lambda k: fc.shard_matrix(spec, k, mesh), lambda k: fc.shard_bcoo(spec, k, mesh).data):
@@ -174,7 +174,7 @@ def one_process():
 
 
 def check_sites(mesh):
-    """What find_convs says of a convolution of shards: that of one share, which has no value outside."""
+    """find_convs reports a convolution of shards as that of one share, whose value is unknown outside."""
     import jax
     import jax.numpy as jnp
 
@@ -202,14 +202,9 @@ def two_processes(port, process):
 
 
 def start(devices, *arguments):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
     command = [sys.executable, "-W", "error", str(HERE), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=of_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 

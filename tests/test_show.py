@@ -28,7 +28,7 @@ def conv_1d(n, k, padding="VALID", mode="zeros", channels=(1, 1)):
 
 
 def test_letters_then_numbered_names():
-    """Letters where 26 suffice; past that every tap is numbered, so that names stay of one kind."""
+    """Letters for up to 26 taps; for more every tap is numbered, so that all names are of one kind."""
     assert tokens(text_of(conv_1d(26, 26))[0]) == list("abcdefghijklmnopqrstuvwxyz")
     assert tokens(text_of(conv_1d(27, 27))[0]) == [f"k{i}" for i in range(27)]
 
@@ -73,7 +73,7 @@ def test_nan_and_inf_print():
 
 
 def test_colliding_taps_print_as_sums():
-    """Circular, a kernel as wide as twice the axis: each entry is met by two taps."""
+    """Circular, with a kernel twice as wide as the axis: two taps meet in every entry."""
     spec = conv_1d(2, 3, [(1, 1)], "circular")
     assert [tokens(line) for line in text_of(spec)] == [["b", "a+c"], ["a+c", "b"]]
     kernel = np.array([1, 10, 100], np.int32).reshape(1, 1, 3)
@@ -133,7 +133,7 @@ def test_beyond_a_sensible_size_an_ellipsis(size, with_values):
 
 
 def test_what_is_left_out_is_the_middle():
-    """Exactly as many rows and columns as are asked for; of an odd number one more of the first."""
+    """As many rows and columns as asked for; an odd number has one more at the start than at the end."""
     spec = conv_1d(7, 2)
     whole = text_of(spec)
     assert fc.format_matrix(spec, max_rows=6, max_columns=7).splitlines() == whole

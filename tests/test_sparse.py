@@ -1,8 +1,6 @@
 """The sparse formats, diagonals and row blocks: every entry in its place, against the oracle and lax."""
 
-import os
 import runpy
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -11,34 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import Geometry, integers, random_geometry
+from environment import count
+from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
-from jaxconv_fc.batched import METHODS, fastest_method
 
-COUNT = int(os.environ.get("JAXCONV_FC_GEOMETRIES", "6"))
+COUNT = count("GEOMETRIES", 6)
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-CASES = {
-    "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
-    "strided, dilated, lopsided": Geometry((1, 2, 7), (2, 2, 3), (2,), [(-1, 3)], (2,), (2,)),
-    "dilated input": Geometry((1, 1, 9, 4), (2, 1, 4, 2), (2, 1), [(2, 3), (1, 1)], (3, 2)),
-    "grouped": Geometry((1, 4, 3, 3), (4, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=2),
-    "batch groups": Geometry((4, 2, 4), (4, 2, 3), (1,), "SAME", batch_group_count=2),
-    "colliding": Geometry((1, 2, 3), (2, 2, 4), (1,), [(4, 5)], padding_mode="circular"),
-    "reflect": Geometry((1, 2, 5, 4), (2, 2, 3, 3), (1, 2), "SAME", padding_mode="reflect"),
-    "padded, then dilated": Geometry(
-        (1, 2, 9, 2), (2, 2, 2, 1), (1, 1), [(2, 1), (0, 0)], (2, 1), padding_mode="circular"
-    ),
-    "NHWC": Geometry((1, 4, 3, 4), (2, 2, 2, 4), (1, 2), "SAME", None, None, ("NHWC", "HWIO", "NHWC"), 2),
-    "columns before rows": Geometry(
-        (2, 5, 1, 4), (3, 2, 2, 2), (1, 1), "SAME", None, None, ("CWNH", "HOIW", "WNHC")
-    ),
-    "no rows": Geometry((1, 2, 3), (2, 2, 5), (1,), "VALID"),
-    "no columns": Geometry((1, 2, 0), (2, 2, 2), (1,), [(2, 1)]),
-    "no spatial axes": Geometry((1, 3), (2, 3), (), "VALID"),
-}  # fmt: skip
-every_case = pytest.mark.parametrize("geometry", CASES.values(), ids=CASES)
 
 
 def triple(matrix):
@@ -93,7 +70,7 @@ def test_every_entry_in_its_place(geometry, rng):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
 def test_taps_that_meet_beside_holes(mode, rng):
-    """Padded, then dilated: the windows that lie on inputs alone begin later than the padding is long."""
+    """Padded, then dilated: the padding is lo * lhs_dilation long for the windows, not lo."""
     geometry = Geometry((1, 1, 6), (1, 1, 3), (1,), [(4, 10)], (2,), (2,), padding_mode=mode)
     kernel = integers(rng, geometry.rhs_shape)
     check_host(geometry, kernel)
@@ -265,52 +242,6 @@ def test_nbytes_are_those_of_the_arrays(rng):
     assert fc.conv_spec((1, 64, 4096, 4096), (64, 64, 3, 3), (1, 1), "SAME").nbytes().bcsr > 12 * 2**38
 
 
-@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr, fc.as_scipy])
-def test_guard_before_allocating(build):
-    spec = fc.conv_spec((1, 64, 224, 224), (64, 64, 3, 3), (1, 1), "SAME")
-    kernel = np.zeros(spec.rhs_shape, np.float32)
-    with pytest.raises(ValueError, match=r"1,838,694,400 stored entries need .* GiB.*use row_blocks"):
-        build(spec, kernel)
-
-
-FORMATS = [(fc.as_bcoo, "bcoo"), (fc.as_bcsr, "bcsr"), (fc.as_scipy, "bcsr")]
-
-
-@pytest.mark.parametrize(("build", "size"), FORMATS)
-def test_the_limit_is_that_of_the_format(build, size):
-    spec = CASES["plain"].spec()
-    kernel = np.ones(spec.rhs_shape, np.float32)
-    needed = getattr(spec.nbytes("float32"), size)
-    with fc.memory_limit(needed):
-        build(spec, kernel)
-    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match="stored entries need"):
-        build(spec, kernel)
-
-
-def test_the_limit_of_diagonals_counts_all_of_them():
-    spec = CASES["plain"].spec()
-    kernel = np.ones(spec.rhs_shape, np.float32)
-    held = sum(v.nbytes for v in fc.diagonals(spec, kernel).values())
-    needed = max(held, spec.nbytes(kernel.dtype).bcoo)  # whose entries are put there
-    with fc.memory_limit(needed):
-        fc.diagonals(spec, kernel)
-    with fc.memory_limit(needed - 1), pytest.raises(ValueError, match=r"diagonals: .* stored entries need"):
-        fc.diagonals(spec, kernel)
-
-
-def test_indices_beyond_int32():
-    spec = fc.conv_spec((1, 64, 512, 512), (64, 64, 3, 3), (1, 1), "SAME")
-    kernel = np.zeros(spec.rhs_shape, np.float32)
-    with (
-        jax.enable_x64(False),
-        fc.memory_limit(2**50),
-        pytest.raises(ValueError, match="jax_enable_x64"),
-    ):
-        jax.eval_shape(partial(fc.as_bcsr, spec), kernel)
-    with fc.memory_limit(2**50):
-        assert jax.eval_shape(partial(fc.as_bcsr, spec), kernel).indices.dtype == jnp.int64
-
-
 @pytest.mark.parametrize("verb", [fc.as_bcoo, fc.as_bcsr, fc.as_scipy, fc.diagonals, fc.row_blocks])
 def test_bad_kernels(verb):
     spec = CASES["plain"].spec()
@@ -389,7 +320,7 @@ def test_row_blocks_of_random_geometries(run_seed):
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
 def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
-    """Its padding may be negative, which crops after folding: dense, the products and BCSR agree on it."""
+    """Its padding may be negative, which crops after padding: dense, the products and BCSR agree on it."""
     geometry = Geometry((1, 2, 9, 3), (2, 2, 4, 2), (1, 1), [(3, 4), (1, 1)], padding_mode=mode)
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
     x = integers(rng, spec.in_shape, np.float64)
@@ -453,101 +384,6 @@ def test_the_least_block_that_is_named_is_the_least(name, rng):
         fc.row_blocks(spec, kernel, least - 1)
     sizes = [sum(v.nbytes for v in triple(block.matrix)) for block in fc.row_blocks(spec, kernel, least)]
     assert max(sizes) == least
-
-
-# rewriting the nonzeros of an earlier M --------------------------------------------------------------
-
-
-@every_case
-def test_update_matrix(geometry, rng):
-    spec = geometry.spec()
-    first, second = (integers(rng, geometry.rhs_shape, np.float32) for _ in range(2))
-    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
-    matrix = fc.as_matrix(spec, first)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers")  # empty ones
-        np.testing.assert_array_equal(update(matrix, second), oracle.matrix(second, geometry))
-
-
-def test_update_matrix_uses_the_donated_buffer():
-    spec = CASES["plain"].spec()
-    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
-    matrix = fc.as_matrix(spec, np.ones(spec.rhs_shape, np.float32))
-    compiled = update.lower(matrix, np.ones(spec.rhs_shape, np.float32)).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes == matrix.nbytes
-
-
-def test_update_matrix_with_bad_operands():
-    spec = CASES["plain"].spec()
-    kernel = np.ones(spec.rhs_shape, np.float32)
-    matrix = fc.as_matrix(spec, kernel)
-    with pytest.raises(TypeError, match=r"kernel\.astype\(matrix\.dtype\)"):
-        fc.update_matrix(spec, matrix, kernel.astype(np.float64))
-    with pytest.raises(ValueError, match="matrix must have the spec's shape"):
-        fc.update_matrix(spec, matrix[1:], kernel)
-
-
-# stacks ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", [*METHODS, None])
-@pytest.mark.parametrize("name", ["plain", "reflect", "NHWC", "batch groups", "no rows", "no columns"])
-def test_batched_apply(name, method, rng):
-    geometry = CASES[name]
-    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
-    xs = integers(rng, (20, *spec.in_shape), np.float64)
-    want = np.stack([oracle.product(x, kernel, geometry) for x in xs])
-    build = partial(fc.batched_apply, spec, method=method)
-    np.testing.assert_array_equal(build(kernel, xs), want)
-    np.testing.assert_array_equal(jax.jit(build)(kernel, xs), want)
-    ys = integers(rng, want.shape, np.float64)
-    gradient = jax.grad(lambda k: (build(k, xs) * ys).sum())(kernel)
-    each = [oracle.kernel_gradient(x, y, geometry) for x, y in zip(xs, ys, strict=True)]
-    np.testing.assert_array_equal(gradient, np.sum(each, axis=0))
-
-
-def test_the_rule_for_stacks():
-    def of(lhs, rhs, count, dtype, backend="cpu", groups=1):
-        spec = fc.conv_spec(lhs, rhs, (1,) * (len(lhs) - 2), "SAME", feature_group_count=groups)
-        return fastest_method(spec, count, np.dtype(dtype), backend)
-
-    depthwise = ((1, 32, 28, 28), (32, 1, 3, 3))
-    assert of(*depthwise, 64, "float32", groups=32) == "sparse"
-    assert of(*depthwise, 64, "float32", "gpu", groups=32) == "convolution"
-    assert of(*depthwise, 1, "float32", groups=32) == "convolution"
-    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float32") == "convolution"
-    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float64") == "sparse"
-    assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "dense"
-    with fc.memory_limit(1000):
-        assert of(*depthwise, 64, "float32", groups=32) == "convolution"
-        assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "convolution"
-
-
-def test_the_rule_for_stacks_begins_where_its_text_says():
-    """From 16 examples on, from 64 in other dtypes; 4 channels at most."""
-
-    def of(channels, count, dtype, groups=1):
-        spec = fc.conv_spec(
-            (1, channels * groups, 28, 28), (32, channels, 3, 3), (1, 1), "SAME", feature_group_count=groups
-        )
-        return fastest_method(spec, count, np.dtype(dtype), "cpu")
-
-    assert [of(1, count, "float32", 32) for count in (15, 16)] == ["convolution", "sparse"]
-    assert [of(channels, 16, "float32") for channels in (4, 5)] == ["sparse", "convolution"]
-    assert [of(32, count, "float64") for count in (63, 64)] == ["convolution", "sparse"]
-
-
-def test_batched_apply_with_bad_operands():
-    spec = CASES["plain"].spec()
-    kernel = np.ones(spec.rhs_shape, np.float32)
-    with pytest.raises(ValueError, match=r"xs must have shape \(count, .*xs\[None\]"):
-        fc.batched_apply(spec, kernel, np.ones(spec.in_shape, np.float32))
-    with pytest.raises(TypeError, match=r"xs\.astype\(kernel\.dtype\)"):
-        fc.batched_apply(spec, kernel, np.ones((2, *spec.in_shape)))
-    with pytest.raises(TypeError, match="bool"):
-        fc.batched_apply(spec, kernel.astype(bool), np.ones((2, *spec.in_shape), bool))
-    with pytest.raises(ValueError, match="method must be one of"):
-        fc.batched_apply(spec, kernel, np.ones((2, *spec.in_shape), np.float32), method="fft")
 
 
 # examples --------------------------------------------------------------------------------------------

@@ -1,18 +1,14 @@
-"""Singular values, condition number, rank and determinant, against NumPy and against closed forms.
-
-JAXCONV_FC_CASES=folder   also check the closed forms in closed_forms.json of that folder
-"""
+"""Singular values, condition number, rank and determinant, against NumPy and against closed forms."""
 
 import json
-import os
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import CASES
 from spectra import COUNT, conv, drawn, svd
 
 import jaxconv_fc as fc
@@ -70,9 +66,9 @@ def test_closed_forms_of_the_largest_value_and_the_determinant():
     np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 4), [4, 3, 3, 1], atol=1e-9)
 
 
-@pytest.mark.skipif("JAXCONV_FC_CASES" not in os.environ, reason="JAXCONV_FC_CASES names no folder")
+@pytest.mark.skipif(CASES is None, reason="JAXCONV_FC_CASES names no folder")
 def test_closed_forms_of_a_file():
-    cases = json.loads(Path(os.environ["JAXCONV_FC_CASES"], "closed_forms.json").read_text())["cases"]
+    cases = json.loads((CASES / "closed_forms.json").read_text())["cases"]
     names = ("strides", "padding", "lhs_dilation", "rhs_dilation")
     for case in cases:
         counts = (case["feature_group_count"], case["batch_group_count"])

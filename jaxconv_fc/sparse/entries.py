@@ -1,9 +1,9 @@
 """Where an entry stands in the sorted list of all entries of M.
 
-The entries of one row of M are the product of what its output position reads on each axis. So where a row
-begins in the list, and where in the row an entry stands, are formulas in small tables per axis
-(docs/maths.md, section 9), and nothing is ever sorted. A traced program scatters kernel entries to those
-places.
+The entries of one row of M are the product of what its output position reads on each axis. Two formulas in
+small tables per axis (docs/maths.md, section 9) give the place of an entry: how many entries stand before
+its row, and how many before it in the row. Nothing is sorted. A traced program scatters kernel entries to
+their places.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import group_of, inverse
+from jaxconv_fc.layout import grid, group_of, in_channel, inverse, spread
+from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import index_dtype
 from jaxconv_fc.spec import ConvSpec
@@ -36,10 +37,14 @@ class AxisReads(NamedTuple):
 
 
 def row_starts(spec: ConvSpec, widths: Sequence[Ints], starts: Sequence[Ints], d: Ints) -> tuple[Ints, Ints]:
-    """``(start, count)`` of a row: the entries before it, and its own.
+    """``(start, count)`` of a row: how many entries stand before it, and how many in it.
 
-    Rows are counted by the axes of ``out_shape`` in order. Those that differ first on one axis from the
-    given row share the widths of the axes before it, and run over everything on the axes after.
+    ``widths`` and ``starts`` hold a value per spatial axis, ``d`` is the out channel. With the axes
+    ``a_1, a_2, ...`` in the order of ``out_shape``, channels included::
+
+        start = sum over j of  C/G * width(a_1)*...*width(a_(j-1)) * start(a_j) * total(a_(j+1))*...
+
+    Term j counts the rows that are equal to the given one before ``a_j``, and smaller on ``a_j``.
     """
     widths, starts = [*widths, 1], [*starts, d]
     totals = [*(axis.pair_count for axis in spec.axes), spec.out_channels]
@@ -52,7 +57,8 @@ def row_starts(spec: ConvSpec, widths: Sequence[Ints], starts: Sequence[Ints], d
 
 
 def offset_in_row(spec: ConvSpec, reads: Sequence[AxisReads], i: Ints) -> Ints:
-    """The entries of a row before that of channel ``i`` and these inputs, columns in order."""
+    """How many entries of a row stand before that of channel ``i`` and the inputs read: the row-major index
+    of ``i`` and the ranks in a grid of ``C/G`` and the widths, in the order of ``in_shape``."""
     ranks, widths = [r.rank for r in reads], [r.width for r in reads]
     offset = 0
     for a in inverse(spec.in_order):
@@ -64,7 +70,7 @@ def offset_in_row(spec: ConvSpec, reads: Sequence[AxisReads], i: Ints) -> Ints:
 
 
 def axis_reads(axis: Axis, dtype: Any) -> AxisReads:
-    """The table of an axis, (outputs, taps): a small one made by NumPy, any other inside the trace."""
+    """The table of an axis, (outputs, taps): a small one is made by NumPy, a large one inside the trace."""
     xp: Any = np if axis.out_size * axis.taps <= _SMALL else jnp
     o, p = xp.arange(axis.out_size, dtype=dtype)[:, None], xp.arange(axis.taps, dtype=dtype)[None]
     t, valid = axis.input_of(o, p)
@@ -81,61 +87,79 @@ def axis_reads(axis: Axis, dtype: Any) -> AxisReads:
     return AxisReads(*map(jnp.asarray, (t, valid, rank, width, start)))
 
 
+def row_pointers(spec: ConvSpec, widths: Sequence[Any], starts: Sequence[Any], d: Any) -> Any:
+    """``indptr`` of CSR, (out_size + 1,): ``start`` of every row, then ``nse``.
+
+    ``widths`` and ``starts`` have an array (outputs,) per spatial axis, d are all out channels: all of them
+    NumPy arrays, or all of them traced.
+    """
+    xp: Any = np if isinstance(d, np.ndarray) else jnp
+    dims = (*(a.out_size for a in spec.axes), spec.out_channels)
+    widths, starts = ([spread(v, dims, a) for a, v in enumerate(table)] for table in (widths, starts))
+    start, _ = row_starts(spec, widths, starts, spread(d, dims, len(spec.axes)))
+    start = xp.broadcast_to(start, dims).transpose(inverse(spec.out_order)).reshape(-1)
+    return xp.append(start, xp.asarray(spec.nse, d.dtype))
+
+
 # -- in a trace: by scatter --------------------------------------------------------------------
 
 
-class Places(NamedTuple):
-    """Where kernel entries go, as arrays that broadcast over ``dims``."""
+class Rows(NamedTuple):
+    """Rows of M, as arrays that broadcast over ``dims``."""
 
     dims: tuple[int, ...]
-    where: Ints  # index among the stored entries; one past the end where nothing is read
+    positions: Sequence[Ints]  # output position, per spatial axis
+    d: Ints  # out channel
+    reads: Sequence[AxisReads]  # what is read there, per spatial axis; its taps are one dimension more
+    inside: Ints  # False for a row past the end of M, which has no entries
+
+
+class Places(NamedTuple):
+    """Where the entries of rows go in a list of entries, as arrays that broadcast over ``dims``."""
+
+    dims: tuple[int, ...]  # those of the rows, then the channels of a group and the taps of each axis
+    size: int  # length of the list
+    where: Ints  # index in the list; ``size`` where nothing is read
     row: Ints
     column: Ints
     tap: Ints  # index in the kernel, ravelled with out channels first
 
 
-def entry_places(
-    spec: ConvSpec,
-    dims: tuple[int, ...],
-    reads: Sequence[AxisReads],
-    o: Sequence[Ints],
-    d: Ints,
-    i: Ints,
-    p: Sequence[Ints],
-    valid: Ints,
-    first: Ints,
-    size: int,
-) -> Places:
-    """The places of the entries ``(i, *p)`` of kernel ``d`` for output positions ``o``, counted from the
-    entry ``first``; one past the ``size`` that are kept where not valid."""
+def entry_places(spec: ConvSpec, rows: Rows, first: Ints, size: int) -> Places:
+    """The places of all entries of these rows, in a list of ``size`` whose first is entry ``first`` of M."""
+    n, dims = len(rows.dims), (*rows.dims, spec.group_channels, *kernel_taps(spec))
+    i, *taps = grid(dims, entry_dtype(spec))[n:]
+    d, valid, *o = (spread(v, dims, *range(n)) for v in (rows.d, rows.inside, *rows.positions))
+    reads = [AxisReads(*(spread(v, dims, *range(n), n + 1 + a) for v in r)) for a, r in enumerate(rows.reads)]
     start, _ = row_starts(spec, [r.width for r in reads], [r.start for r in reads], d)
     for r in reads:
         valid = valid & r.valid
     where = jnp.where(valid, start + offset_in_row(spec, reads, i) - first, size)
     tap = d * spec.group_channels + i
-    for axis, q in zip(spec.axes, p, strict=True):
-        tap = tap * axis.taps + q
-    column = spec.column([r.t for r in reads], i) + group_column(spec, d)
-    return Places(dims, where, spec.row(o, d), column, tap)
+    for axis, p in zip(spec.axes, taps, strict=True):
+        tap = tap * axis.taps + p
+    column = spec.column([r.t for r in reads], in_channel(spec, d, i))
+    return Places(dims, size, where, spec.row(o, d), column, tap)
 
 
-def put_at(places: Places, size: int, unique: bool, values: jax.Array) -> jax.Array:
-    """(size,) of values set at their places; equal places get equal values."""
+def listed(spec: ConvSpec, places: Places, values: Ints) -> jax.Array:
+    """(size,) of values set at their places. Taps that meet have one place and equal values."""
     where, values = jnp.broadcast_to(places.where, places.dims), jnp.broadcast_to(values, places.dims)
-    return jnp.zeros(size, values.dtype).at[where].set(values, mode="drop", unique_indices=unique)
+    zeros = jnp.zeros(places.size, values.dtype)
+    return zeros.at[where].set(values, mode="drop", unique_indices=not spec.collides)
 
 
-def entry_values(spec: ConvSpec, places: Places, kernel: jax.Array, size: int) -> jax.Array:
-    """(parts, size) of the values of entries, from kernels (parts, entries).
+def listed_entries(spec: ConvSpec, places: Places, kernel: jax.Array) -> jax.Array:
+    """(parts, size) of the values of entries, from kernels (parts, kernel entries).
 
-    Where taps meet, kernel entries are added. Elsewhere a stored entry is one kernel entry, so that a
-    table of which, made once, serves all parts.
+    Where taps meet, kernel entries are added. Elsewhere a stored entry is one kernel entry, so one list of
+    taps serves all parts.
     """
     if not spec.collides:
-        return jnp.take(kernel, put_at(places, size, True, places.tap), axis=1, mode="clip")
+        return jnp.take(kernel, listed(spec, places, places.tap), axis=1, mode="clip")
     where, tap = (jnp.broadcast_to(v, places.dims).reshape(-1) for v in (places.where, places.tap))
-    entries = jnp.zeros((kernel.shape[0], size), kernel.dtype).at[:, where]
-    add = entries.max if kernel.dtype == jnp.bool_ else entries.add
+    zeros = jnp.zeros((kernel.shape[0], places.size), kernel.dtype).at[:, where]
+    add = zeros.max if kernel.dtype == jnp.bool_ else zeros.add
     return add(jnp.take(kernel, tap, axis=1, mode="clip"), mode="drop")
 
 
@@ -146,15 +170,15 @@ def group_column(spec: ConvSpec, d: Ints) -> Ints:
 
 
 def entry_dtype(spec: ConvSpec) -> Any:
-    """The narrowest integers that hold positions, and the numbers of entries."""
+    """The narrowest integers that hold positions and the numbers of entries."""
     wide = index_dtype(spec.stored_reach, spec)
     return wide if wide == jnp.int64 else spec.index_dtype
 
 
 def part_count(spec: ConvSpec) -> int:
-    """How many equal parts M is a stack of: the out channels, where they come first in ``out_shape``.
+    """How many equal blocks of rows M has: one per out channel if that comes first in ``out_shape``, else 1.
 
-    The parts differ only in kernel values and in the channel group read.
+    The blocks differ only in kernel values and in the channel group that they read.
     """
     return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
 

@@ -1,10 +1,8 @@
-"""M without its zeros: as BCOO and BCSR of JAX, as CSR of SciPy, and by generalized diagonals."""
+"""M without its zeros: as JAX's BCOO and BCSR, as SciPy's CSR, and by generalized diagonals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,38 +11,38 @@ from jax import lax
 from jax.experimental.sparse import BCOO, BCSR
 from scipy.sparse import csr_array
 
-from jaxconv_fc.arguments import native
+from jaxconv_fc.arguments import Array, native
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import grid, inverse, out_first, spread
-from jaxconv_fc.layout import taps as kernel_taps
+from jaxconv_fc.layout import grid, out_first, spread
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.sparse.entries import (
     AxisReads,
+    Rows,
     axis_reads,
     axis_widths,
     entry_dtype,
     entry_places,
-    entry_values,
     group_column,
+    listed,
+    listed_entries,
     part_count,
-    put_at,
-    row_starts,
+    row_pointers,
 )
-from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, row_pointers, together
+from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, together
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
+def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     """M as a BCOO matrix: ``spec.nse`` entries ``M[row, column]``, sorted by row, then by column.
 
-    Exactly the entries that are not structurally zero are stored, each once and with no padding; taps
-    that meet in one entry (padding modes) are added first. A stored entry is 0 where the kernel is.
-    Linear in the kernel, differentiable, and ``jax.vmap`` over kernels gives a batch of matrices.
+    Every entry that is not structurally zero is stored once, with no padding. Taps that meet in one entry
+    (boundary modes) are added. A stored entry is 0 where the kernel is. Linear in the kernel, differentiable,
+    and ``jax.vmap`` over kernels gives a batch of matrices.
 
     JAX's products of BCOO and BCSR matrices lose the varying axes inside ``jax.shard_map``, so gradients
-    through them are wrong there. Use :func:`apply`, or :func:`shard_bcoo` outside of ``shard_map``.
+    through them are wrong there. Use :func:`apply`, or :func:`shard_bcoo` outside ``shard_map``.
 
     Args:
       spec: the geometry.
@@ -65,17 +63,16 @@ def as_bcoo(spec: ConvSpec, kernel: Any) -> BCOO:
     [2 1 2 1 2] [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo, "row_blocks or apply")
-    data, indices = _coo(spec, kernel)
-    return BCOO((data, indices), shape=spec.shape, indices_sorted=True, unique_indices=True)
+    check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo)
+    return BCOO(_coo(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
-def as_bcsr(spec: ConvSpec, kernel: Any) -> BCSR:
+def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     """M as a BCSR matrix: the entries of :func:`as_bcoo` with ``indptr`` in place of row numbers.
 
     Row ``i`` has the columns ``indices[indptr[i]:indptr[i + 1]]``, ascending, and the values ``data`` there.
-    Two thirds of the bytes of BCOO, and the faster product on CPU. Inside ``jax.shard_map`` the product is
-    wrong, as that of :func:`as_bcoo` is.
+    Two thirds of the bytes of BCOO, and a faster product on CPU. Inside ``jax.shard_map`` gradients through
+    the product are wrong, as for :func:`as_bcoo`.
 
     Args, Raises: as :func:`as_bcoo`.
 
@@ -91,16 +88,16 @@ def as_bcsr(spec: ConvSpec, kernel: Any) -> BCSR:
     [  2  21 210]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr, "row_blocks or apply")
+    check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr)
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
-def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
-    """M as a SciPy ``csr_array`` in canonical form, built on the host: ``spec.nse`` entries, no zeros stored.
+def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
+    """M as a SciPy ``csr_array`` in canonical form, built on the host: the entries of :func:`as_bcsr`.
 
-    Entries as in :func:`as_bcsr`. Takes NumPy and JAX kernels and keeps their dtype, float64 without
-    ``jax_enable_x64`` included. Runs at the speed of writing the arrays, and needs little memory beside
-    them. SciPy has no other formats to pay for: ``.tocsc()``, ``.tobsr()`` convert.
+    NumPy and JAX kernels keep their dtype, also float64 without ``jax_enable_x64``. The time is about that of
+    writing the arrays, and little memory is needed beside them. ``.tocsc()``, ``.tobsr()`` and the like
+    convert to other formats.
 
     Raises:
       TypeError: the kernel is not an array, is traced, or has a dtype that SciPy cannot multiply.
@@ -114,19 +111,23 @@ def as_scipy(spec: ConvSpec, kernel: Any) -> csr_array:
      [0. 1. 2.]]
     """
     values = host_kernel("as_scipy", spec, kernel)
-    check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr, "row_blocks or apply")
+    check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
     index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
     data, columns = together(
         spec.nse,
         lambda: fill_values(spec, out_first(spec, values), fresh_memory(spec.nse, values.dtype)),
         lambda: fill_columns(spec, fresh_memory(spec.nse, index)),
     )
-    matrix = csr_array((data, columns, row_pointers(spec, index)), shape=spec.shape)
-    matrix.has_canonical_format = True  # by construction; SciPy would go through all entries to see it
+    widths = [axis_widths(axis).astype(index) for axis in spec.axes]
+    starts = [w.cumsum(dtype=index) - w for w in widths]
+    indptr = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=index))
+    matrix = csr_array((data, columns, indptr), shape=spec.shape)
+    matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix
 
 
-def host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
+def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
+    """The kernel as a NumPy array of its own dtype, for a builder that runs on the host."""
     if is_traced(kernel):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
     as_operand("kernel", kernel, spec, "rhs_shape")
@@ -136,70 +137,63 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Any) -> np.ndarray:
     return values
 
 
+class Stored(NamedTuple):
+    """All entries of M in order."""
+
+    data: jax.Array  # (nse,)
+    rows: jax.Array  # (nse,)
+    columns: jax.Array  # (nse,)
+
+
 @program
 def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``(data, columns, indptr)``."""
-    data, _, columns = _stored(spec, kernel)
-    dtype = columns.dtype
-    dims = (*(a.out_size for a in spec.axes), spec.out_channels)
+    """``(data, columns, indptr)``, as BCSR takes them."""
+    stored, dtype = _stored(spec, kernel), entry_dtype(spec)
     tables = [axis_reads(axis, dtype) for axis in spec.axes]
-    widths = [spread(table.width, dims, a) for a, table in enumerate(tables)]
-    starts = [spread(table.start, dims, a) for a, table in enumerate(tables)]
-    channel = spread(lax.iota(dtype, spec.out_channels), dims, len(spec.axes))
-    start, _ = row_starts(spec, widths, starts, channel)
-    starts = jnp.transpose(jnp.broadcast_to(start, dims), inverse(spec.out_order)).reshape(-1)
-    return data, columns.reshape(-1), jnp.append(starts, jnp.asarray(spec.nse, dtype))
+    widths, starts = [t.width[:, 0] for t in tables], [t.start[:, 0] for t in tables]
+    indptr = row_pointers(spec, widths, starts, lax.iota(dtype, spec.out_channels))
+    return stored.data, stored.columns, indptr
 
 
 @program
 def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(data, indices)``."""
-    data, rows, columns = _stored(spec, kernel)
-    rows, columns = jnp.broadcast_arrays(rows(), columns)
-    return data, jnp.stack([rows, columns], axis=-1).reshape(spec.nse, 2)
+    """``(data, indices)``, as BCOO takes them."""
+    stored = _stored(spec, kernel)
+    return stored.data, jnp.stack([stored.rows, stored.columns], axis=-1)
 
 
-def _stored(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, Callable[[], jax.Array], jax.Array]:
-    """``(data, rows, columns)`` of all entries in order; rows on demand.
-
-    A table of places, those of one part, serves all parts.
-    """
-    dtype, n, parts = entry_dtype(spec), len(spec.axes), part_count(spec)
-    dims = (
-        *(a.out_size for a in spec.axes),
-        spec.out_channels // parts,
-        spec.group_channels,
-        *kernel_taps(spec),
-    )
-    indices = grid(dims, dtype)
-    tables = [axis_reads(axis, dtype) for axis in spec.axes]
-    reads = [AxisReads(*(spread(v, dims, a, n + 2 + a) for v in table)) for a, table in enumerate(tables)]
-    size = spec.nse // parts
-    always = jnp.ones((1,) * len(dims), bool)
-    places = entry_places(
-        spec, dims, reads, indices[:n], indices[n], indices[n + 1], indices[n + 2 :], always, 0, size
-    )
-    put = partial(put_at, places, size, not spec.collides)
-    data = entry_values(spec, places, out_first(spec, kernel).reshape(parts, -1), size).reshape(-1)
+def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
+    """The entries of M, listed for one of its equal parts and repeated for the others."""
+    dtype, parts = entry_dtype(spec), part_count(spec)
+    dims = (*(a.out_size for a in spec.axes), spec.out_channels // parts)
+    *positions, d = grid(dims, dtype)
+    reads = [
+        AxisReads(*(spread(v, (*dims, axis.taps), a, len(dims)) for v in axis_reads(axis, dtype)))
+        for a, axis in enumerate(spec.axes)
+    ]
+    rows = Rows(dims, positions, d, reads, jnp.ones((1,) * len(dims), bool))
+    places = entry_places(spec, rows, 0, spec.nse // parts)
+    data = listed_entries(spec, places, out_first(spec, kernel).reshape(parts, -1))  # [part, entry]
     part = lax.broadcasted_iota(dtype, (parts, 1), 0)
-    columns = jnp.broadcast_to(put(places.column)[None] + group_column(spec, part), (parts, size))
-    zeros = [part * 0] * n
-    return data, lambda: put(places.row)[None] + spec.row(zeros, part), columns
+    first_row = spec.row([part * 0] * len(spec.axes), part)
+    row = listed(spec, places, places.row)[None] + first_row  # [1, entry] [part, 1] -> [part, entry]
+    column = listed(spec, places, places.column)[None] + group_column(spec, part)
+    return Stored(data.reshape(-1), row.reshape(-1), column.reshape(-1))
 
 
 # -- diagonals ---------------------------------------------------------------------------------
 
 
-def diagonals(spec: ConvSpec, kernel: Any) -> dict[int, jax.Array]:
+def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
     """The generalized diagonals of M that are not structurally zero: ``{offset: diagonal}``, ascending.
 
     ``diagonals[k][i] = M[i, (i + k) % in_size]``, for ``0 <= k < in_size``, of length ``out_size``. So::
 
         (M @ x)[i] = sum over k of diagonals[k][i] * x[(i + k) % in_size]
 
-    which is how a matrix is packed for homomorphic encryption (Halevi and Shoup 2014): one rotation of
-    the vector and one elementwise product per diagonal. A convolution has few: the offsets of its axes
-    add up, so they are found without looking at entries. Linear in the kernel, differentiable.
+    Homomorphic encryption packs a matrix so (Halevi and Shoup 2014): a product with a vector is one rotation
+    of the vector and one elementwise product per diagonal. A convolution has few diagonals. Their offsets
+    are sums of one offset per axis. Linear in the kernel, differentiable.
 
     Args:
       spec: the geometry.
@@ -219,19 +213,19 @@ def diagonals(spec: ConvSpec, kernel: Any) -> dict[int, jax.Array]:
     3 [0 1 1 1]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("diagonals", spec, spec.nbytes(kernel.dtype).bcoo, "row_blocks or apply")  # all are visited
+    check_stored("diagonals", spec, spec.nbytes(kernel.dtype).bcoo)  # the entries are made first
     offsets = _offsets(spec)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
-    check_stored("diagonals", spec, nbytes, "row_blocks or apply")
+    check_stored("diagonals", spec, nbytes)
     return dict(zip(offsets.tolist(), _diagonals(spec, kernel), strict=True))  # one row each
 
 
 def _offsets(spec: ConvSpec) -> np.ndarray:
-    """Every ``(column - row) % in_size`` of an entry: sums of one term per axis, in all combinations."""
+    """Every ``(column - row) % in_size`` of an entry: all sums of one term per axis."""
     if not spec.nse:
         return np.empty(0, np.int64)
     o = [np.repeat(np.arange(a.out_size), axis_widths(a)) for a in spec.axes]
-    t = [_pairs(a) for a in spec.axes]
+    t = [_inputs_read(a) for a in spec.axes]
     zeros = [0] * len(spec.axes)
     d, i = np.arange(spec.out_channels)[:, None], np.arange(spec.group_channels)
     sums = np.unique(spec.column(zeros, i) + group_column(spec, d) - spec.row(zeros, d))
@@ -242,7 +236,7 @@ def _offsets(spec: ConvSpec) -> np.ndarray:
     return np.unique(sums % spec.in_size)
 
 
-def _pairs(axis: Axis) -> np.ndarray:
+def _inputs_read(axis: Axis) -> np.ndarray:
     """The input of every pair (output, input) of an axis, sorted by output, then by input."""
     t = np.empty(axis.pair_count, np.int64)
     for run in output_runs(axis):
@@ -257,7 +251,6 @@ def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
     if not len(offsets):
         return stacked
-    data, indices = _coo(spec, kernel)
-    row, column = indices[:, 0], indices[:, 1]
+    data, row, column = _stored(spec, kernel)
     which = jnp.searchsorted(jnp.asarray(offsets, row.dtype), (column - row) % spec.in_size)
     return stacked.at[which, row].set(data, unique_indices=True)

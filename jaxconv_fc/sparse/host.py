@@ -1,7 +1,7 @@
-"""The arrays of a sparse M filled on the host, which can write into them, by classes of outputs.
+"""The arrays of a sparse M, written on the host by classes of outputs.
 
-A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes is one
-regular part of the arrays.
+A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes, one per
+axis, is one regular part of the arrays.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 from jaxconv_fc.layout import inverse, spread
 from jaxconv_fc.lines import Run, output_runs
-from jaxconv_fc.sparse.entries import axis_widths, group_column, part_count, row_starts
+from jaxconv_fc.sparse.entries import group_column, part_count, row_starts
 from jaxconv_fc.spec import ConvSpec
 
 
 def together(size: int, *jobs: Callable[[], np.ndarray]) -> list[np.ndarray]:
-    """Arrays of this size made on a core each; one after the other if a thread takes longer to start."""
+    """The arrays that the jobs make, of this size: large ones in a thread each, small ones in turn."""
     if size < 2**18:
         return [job() for job in jobs]
     with ThreadPoolExecutor(len(jobs)) as threads:
@@ -30,10 +30,10 @@ def together(size: int, *jobs: Callable[[], np.ndarray]) -> list[np.ndarray]:
 
 
 def fresh_memory(size: int, dtype: Any) -> np.ndarray:
-    """Memory to be written, in ordinary pages where there is much of it.
+    """An array of unset entries; a large one lies in pages of ordinary size.
 
-    ``np.empty`` asks Linux for huge pages. Where those must first be put together from pages that JAX has
-    just freed, writing to them has been seen to take several times as long, and ten times at worst.
+    ``np.empty`` asks Linux for huge pages. When Linux must first assemble them from pages that JAX has just
+    freed, writing to them takes several times as long (up to ten times was measured).
     """
     nbytes = size * np.dtype(dtype).itemsize
     if nbytes < 2**28 or sys.platform != "linux":
@@ -42,24 +42,24 @@ def fresh_memory(size: int, dtype: Any) -> np.ndarray:
 
 
 def fill_values(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """``data`` filled with the entries, given the kernel with out channels first.
+    """``data`` filled with the entries, from the kernel with out channels first.
 
-    In one product of classes a value depends on the out channel and on the entry of the row.
+    Within a product of classes, a value depends only on the out channel and on the place in the row.
     """
     order = _entry_order(spec)
     for runs in _classes(spec):
-        block = kernel
+        block = kernel  # [d, i, p]
         for a, run in enumerate(runs):
-            block = _fold(block, 2 + a, run)
+            block = _fold(block, 2 + a, run)  # at last [d, i, t]: inputs read in place of taps
         block = np.moveaxis(block, 1, -1).transpose(0, *(1 + a for a in order))
         part = _part(spec, runs, data)
-        block = block.reshape(spec.out_channels, -1)
+        block = block.reshape(spec.out_channels, -1)  # [d, entry of the row]
         part[...] = spread(block, part.shape, spec.out_order[-1], part.ndim - 1)
     return data
 
 
 def fill_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
-    """``columns`` filled: what depends on the output plus what depends on the entry of the row."""
+    """``columns`` filled: one term depends on the output, the other on the place in the row."""
     n, dtype, parts = len(spec.axes), columns.dtype, part_count(spec)
     channels = np.arange(spec.group_channels, dtype=dtype)
     group = group_column(spec, np.arange(spec.out_channels, dtype=dtype))
@@ -111,20 +111,9 @@ def _part(spec: ConvSpec, runs: Sequence[Run], flat: np.ndarray) -> np.ndarray:
 
 
 def _fold(kernel: np.ndarray, axis: int, run: Run) -> np.ndarray:
-    """The kernel with an entry per input read in place of taps; taps that read the same one are added."""
+    """The kernel with inputs read in place of taps along one axis; taps that read the same one are added."""
     kernel = kernel.take(run.taps, axis)
     if len(run.taps) == run.width:
         return kernel
     add = np.logical_or if kernel.dtype == bool else np.add
     return add.reduceat(kernel, run.firsts, axis, dtype=kernel.dtype)
-
-
-def row_pointers(spec: ConvSpec, dtype: Any) -> np.ndarray:
-    dims = (*(a.out_size for a in spec.axes), spec.out_channels)
-    widths = [spread(axis_widths(axis).astype(dtype), dims, a) for a, axis in enumerate(spec.axes)]
-    starts = [v.cumsum(a, dtype=dtype) - v for a, v in enumerate(widths)]
-    channels = np.arange(spec.out_channels, dtype=dtype)
-    start, _ = row_starts(spec, widths, starts, spread(channels, dims, len(spec.axes)))
-    indptr = np.full(spec.out_size + 1, spec.nse, dtype)
-    indptr[:-1] = np.transpose(np.broadcast_to(start, dims), inverse(spec.out_order)).ravel()
-    return indptr

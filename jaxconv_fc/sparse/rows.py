@@ -1,4 +1,4 @@
-"""Blocks of rows of M: smaller convolutions, and matrices that are streamed through memory."""
+"""Blocks of rows of M: as smaller convolutions, and as matrices made one at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csr_array
 
-from jaxconv_fc.arguments import as_int
+from jaxconv_fc.arguments import Array, as_int
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.sparse.entries import axis_widths
 from jaxconv_fc.sparse.formats import as_scipy, host_kernel
@@ -25,10 +25,10 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
         as_matrix(block, kernel) == M[out_slice][..., in_slice]      and      M[out_slice] is 0 elsewhere
         y[out_slice] = apply(block, kernel, x[in_slice])
 
-    The slices select one range on one axis each: the rows that the block makes, and the inputs that it
-    reads, its halo included. Exact for strides, dilations, groups, layouts, and padding of any sign. In a
-    boundary mode the first and last block keep what their padding is copied from (all of a circular
-    axis), and ``block.padding`` may be negative, which crops after padding.
+    Each slice selects one range on one axis: the rows that the block makes, or the inputs that it reads, its
+    halo included. Exact for strides, dilations, groups, layouts, and padding of any sign. In a boundary mode
+    the first and last block include the inputs that their padding is copied from (the whole axis if
+    circular), and ``block.padding`` may be negative, which crops after padding.
 
     Args:
       spec: the geometry, with at least one spatial axis (the first in ``window_strides``).
@@ -36,8 +36,8 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
 
     Raises:
       TypeError: start or stop is not an int.
-      ValueError: the range is empty or outside; or where a boundary mode meets ``lhs_dilation`` on this
-        axis, no smaller convolution makes those rows (the message says at which multiples one does).
+      ValueError: the range is empty or out of bounds. Also, with a boundary mode and ``lhs_dilation`` on this
+        axis, if no smaller convolution makes those rows; the message says at which multiples one does.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 3, 8, 8), (4, 3, 3, 3), (1, 1), "SAME")
@@ -48,7 +48,7 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
     check_spec(spec)
     start, stop = as_int("start", start), as_int("stop", stop)
     if not spec.axes:
-        raise ValueError("row_block cuts the first spatial axis, and this spec has none: use all of M.")
+        raise ValueError("row_block cuts the first spatial axis, and this spec has none: use the whole M.")
     if not 0 <= start < stop <= spec.axes[0].out_size:
         raise ValueError(
             f"start and stop must satisfy 0 <= start < stop <= {spec.axes[0].out_size}, the outputs of the "
@@ -66,20 +66,20 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
 class RowBlock(NamedTuple):
     """Some rows of M: ``y[out_slice] = (matrix @ x[in_slice].ravel()).reshape(spec.out_shape)``."""
 
-    spec: ConvSpec
-    in_slice: tuple[slice, ...]
-    out_slice: tuple[slice, ...]
-    matrix: csr_array
+    spec: ConvSpec  # the block as a smaller convolution
+    in_slice: tuple[slice, ...]  # of an input of the whole convolution
+    out_slice: tuple[slice, ...]  # of its output
+    matrix: csr_array  # of shape ``spec.shape``
 
 
 def row_blocks(
-    spec: ConvSpec, kernel: Any, nbytes: int = 2**28, *, progress: Callable[[int, int], Any] | None = None
+    spec: ConvSpec, kernel: Array, nbytes: int = 2**28, *, progress: Callable[[int, int], Any] | None = None
 ) -> Iterator[RowBlock]:
-    """M in blocks of rows, each a SciPy CSR matrix of at most ``nbytes`` bytes: a matrix too large for
-    memory, streamed through it.
+    """M in blocks of rows, each a SciPy CSR matrix of at most ``nbytes`` bytes, for an M larger than memory.
 
-    The blocks are those of :func:`row_block` along the first spatial axis, in order; their columns count
-    the inputs that the block reads, ``x[in_slice].ravel()``. Keep no block, and no more than one is held.
+    The blocks are those of :func:`row_block` along the first spatial axis, in order. Their columns stand for
+    the inputs that the block reads, ``x[in_slice].ravel()``. A block is made when the loop reaches it, so
+    memory holds one at a time unless the caller keeps them.
 
     Args:
       spec: the geometry.
@@ -88,8 +88,8 @@ def row_blocks(
       progress: called as ``progress(outputs done, outputs in all)`` after every block.
 
     Raises:
-      TypeError, ValueError: as :func:`as_scipy`; and where a single output of the axis needs more than
-        ``nbytes``, with the least that does.
+      TypeError, ValueError: as :func:`as_scipy`. Also if one output of the axis needs more than ``nbytes``;
+        the message says how many are enough.
 
     >>> import numpy as np, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 6, 6), (1, 1, 3, 3), (1, 1), "SAME")
@@ -107,7 +107,7 @@ def row_blocks(
     return _stream(spec, kernel, cuts, progress)
 
 
-def _stream(spec: ConvSpec, kernel: Any, cuts: Sequence[int], progress: Any) -> Iterator[RowBlock]:
+def _stream(spec: ConvSpec, kernel: Array, cuts: Sequence[int], progress: Any) -> Iterator[RowBlock]:
     for start, stop in itertools.pairwise(cuts):
         if spec.axes:
             block, in_slice, out_slice = row_block(spec, start, stop)

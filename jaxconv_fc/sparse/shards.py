@@ -1,4 +1,4 @@
-"""M dealt out by rows over the devices of a mesh, dense and sparse."""
+"""M with its rows distributed over the devices of a mesh, dense and sparse."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from jax import lax
 from jax.experimental.sparse import BCOO
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.dense import matrix_rows
-from jaxconv_fc.layout import extent, out_first, spread
-from jaxconv_fc.layout import taps as kernel_taps
+from jaxconv_fc.layout import out_first
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
 from jaxconv_fc.sparse.entries import (
     AxisReads,
+    Rows,
     axis_reads,
     axis_widths,
     entry_dtype,
     entry_places,
-    entry_values,
-    put_at,
+    listed,
+    listed_entries,
     row_starts,
 )
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def shard_matrix(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = None) -> jax.Array:
-    """The dense M, its rows dealt out over a mesh: every device builds its own rows, and no others.
+def shard_matrix(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None = None) -> jax.Array:
+    """The dense M with its rows distributed over a mesh: every device builds its own rows only.
 
     Of ``D`` devices along ``axis_name``, device ``n`` holds the rows ``[n*R, (n+1)*R)`` with
-    ``R = ceil(out_size / D)``. JAX wants equal shares, so up to ``D - 1`` rows of zeros stand at the end.
-    One program (``jax.shard_map``) builds it, with no communication, also over many processes and under
-    jit and grad; the products are JAX's own::
+    ``R = ceil(out_size / D)``. JAX needs equal shares, so up to ``D - 1`` rows of zeros stand at the end.
+    One program (``jax.shard_map``) builds M without communication, also over many processes and under jit
+    and grad. The products are JAX's own::
 
         y = (M @ x)[:spec.out_size]                    # every device makes its part of y
-        x = M.T @ jnp.pad(y, (0, len(M) - len(y)))     # parts added over the devices
+        x = M.T @ jnp.pad(y, (0, len(M) - len(y)))     # the devices' parts are added
 
     The axes of the mesh count as automatic, unless ``jax.set_mesh`` has made them explicit.
 
@@ -48,13 +49,13 @@ def shard_matrix(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None 
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; every device gets it.
       mesh: the devices.
-      axis_name: the mesh axis to deal rows over, the first by default; other axes hold copies.
+      axis_name: the mesh axis to distribute rows over, the first by default; other axes hold copies.
 
     Returns:
       Array of shape ``(D*R, in_size)``, sharded as ``PartitionSpec(axis_name, None)``.
 
     Raises:
-      TypeError: the kernel is not an array, or mesh not a Mesh.
+      TypeError: the kernel is not an array, or the mesh not a Mesh.
       ValueError: a wrong shape or axis name, or one share is beyond the memory limit.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
@@ -70,15 +71,15 @@ def shard_matrix(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None 
     return _dense_shards(spec, kernel, mesh=mesh, axis_name=axis_name)
 
 
-def shard_bcoo(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = None) -> BCOO:
-    """M as a BCOO matrix whose entries are dealt out over a mesh by rows, as those of :func:`shard_matrix`.
+def shard_bcoo(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None = None) -> BCOO:
+    """M as a BCOO matrix of shape ``spec.shape``, its rows distributed over a mesh like :func:`shard_matrix`.
 
-    Every device builds the entries of its rows and no others. A share with fewer entries than the
-    largest is filled up with entries of value 0 that lie one past the end, ``indices == spec.shape``, as
-    JAX fills its own; only where there are none do the flags say sorted and unique. An ordinary BCOO of
-    shape ``spec.shape``: ``M @ x`` and ``M.T @ y`` under jit add up what the devices make, M stays put.
-    Where ``jax.set_mesh`` has made the axes explicit, JAX refuses these products: put
-    ``jax.sharding.auto_axes`` around them.
+    Every device builds the entries of its own rows only. A share with fewer entries than the largest is
+    padded, as JAX pads its own, with entries of value 0 one past the end, ``indices == spec.shape``. The
+    flags ``indices_sorted`` and ``unique_indices`` are set if no share is padded.
+
+    Under jit, ``M @ x`` and ``M.T @ y`` add up the devices' parts, and M is not moved. Where ``jax.set_mesh``
+    has made the axes explicit, JAX refuses these products: put ``jax.sharding.auto_axes`` around them.
 
     Args, Raises: as :func:`shard_matrix`.
 
@@ -97,24 +98,24 @@ def shard_bcoo(spec: ConvSpec, kernel: Any, mesh: Mesh, axis_name: str | None = 
     return BCOO(arrays, shape=spec.shape, indices_sorted=full, unique_indices=full)
 
 
-def _on_mesh(spec: ConvSpec, kernel: Any, mesh: Any, axis_name: str | None) -> tuple[jax.Array, Mesh, str]:
-    kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+def _on_mesh(spec: ConvSpec, kernel: Array, mesh: Any, axis_name: str | None) -> tuple[jax.Array, Mesh, str]:
+    array = as_operand("kernel", kernel, spec, "rhs_shape")
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a Mesh, got {mesh!r}. Write jax.make_mesh((8,), ('rows',)).")
     axis_name = str(mesh.axis_names[0]) if axis_name is None else axis_name
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name must be one of the mesh's {mesh.axis_names}, got {axis_name!r}.")
-    # Explicit axes (jax.make_mesh) would put the sharding into types, which BCOO's products refuse: they are
-    # taken as automatic, unless `jax.set_mesh` has made them explicit for all of the program.
+    # Explicit axes (of jax.make_mesh) put the sharding into types, which the products of BCOO refuse. So axes
+    # count as automatic, unless `jax.set_mesh` has made them explicit for the whole program.
     context = jax.sharding.get_abstract_mesh()
     mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=None if context.empty else context.axis_types)
-    if not is_traced(kernel):
-        kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec()))
-    return kernel, mesh, axis_name
+    if not is_traced(array):
+        array = jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    return array, mesh, axis_name
 
 
 def _shard_rows(spec: ConvSpec, mesh: Mesh, axis_name: str) -> tuple[Ints, Ints]:
-    """``(row, inside)`` of one device: its rows, those past the end moved onto the last."""
+    """``(row, inside)`` of one device: its rows, and whether they are rows of M; the last row if not."""
     share = -(-spec.out_size // mesh.shape[axis_name])
     dtype = entry_dtype(spec)
     row = lax.axis_index(axis_name).astype(dtype) * share + lax.iota(dtype, share)
@@ -135,26 +136,20 @@ def _dense_shards(spec: ConvSpec, kernel: jax.Array, *, mesh: Mesh, axis_name: s
 def _sparse_shards(
     spec: ConvSpec, kernel: jax.Array, *, mesh: Mesh, axis_name: str
 ) -> tuple[jax.Array, jax.Array]:
-    n, dtype = len(spec.axes), entry_dtype(spec)
-    bounds = _shard_starts(spec, mesh.shape[axis_name])
+    """``(data, indices)``, as BCOO takes them."""
+    dtype, bounds = entry_dtype(spec), _shard_starts(spec, mesh.shape[axis_name])
     size = int(np.diff(bounds).max())
 
     def build(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         row, inside = _shard_rows(spec, mesh, axis_name)
-        dims = (row.shape[0], spec.group_channels, *kernel_taps(spec))
         positions, d = spec.split_row(row)
-        reads = [
-            AxisReads(*(spread(v[o], dims, 0, 2 + a) for v in axis_reads(axis, dtype)))
-            for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True))
-        ]
-        row, inside, d, *positions = (spread(v, dims, 0) for v in (row, inside, d, *positions))
-        i, *p = (lax.broadcasted_iota(dtype, extent(dims, a), a) for a in range(1, n + 2))
+        tables = [axis_reads(axis, dtype) for axis in spec.axes]
+        reads = [AxisReads(*(v[o] for v in table)) for table, o in zip(tables, positions, strict=True)]
         first, last = (jnp.asarray(b, dtype)[lax.axis_index(axis_name)] for b in (bounds[:-1], bounds[1:]))
-        places = entry_places(spec, dims, reads, positions, d, i, p, inside, first, size)
-        put = partial(put_at, places, size, not spec.collides)
+        places = entry_places(spec, Rows(row.shape, positions, d, reads, inside), first, size)
         stored = lax.iota(dtype, size) < last - first
-        data = entry_values(spec, places, out_first(spec, kernel).reshape(1, -1), size)[0]
-        indices = jnp.stack([put(places.row), put(places.column)], axis=-1)
+        data = listed_entries(spec, places, out_first(spec, kernel).reshape(1, -1))[0]
+        indices = jnp.stack([listed(spec, places, v) for v in (places.row, places.column)], axis=-1)
         data = jnp.where(stored, data, jnp.zeros((), data.dtype))
         return data, jnp.where(stored[:, None], indices, jnp.asarray([spec.shape], dtype))
 
@@ -163,7 +158,7 @@ def _sparse_shards(
 
 
 def _shard_starts(spec: ConvSpec, shards: int) -> np.ndarray:
-    """The entries before each of equal shares of the rows, and all of them at the end."""
+    """How many entries stand before each of equal shares of the rows, and ``nse`` at the end."""
     share = -(-spec.out_size // shards)
     tables = [(w, w.cumsum() - w) for w in map(axis_widths, spec.axes)]
     starts = []

@@ -1,0 +1,39 @@
+"""What the environment may set for a run of the tests. All of it is read here.
+
+HYPOTHESIS_PROFILE=long      2,000 examples per Hypothesis test instead of 12
+JAXCONV_FC_SEED=123          replay the random cases of an earlier run, whose header prints its seed
+JAXCONV_FC_GEOMETRIES=2000   random geometries per test; without it every file has its own number
+JAXCONV_FC_KERNELS=50        random kernels whose gradients are compared with and without jit; from 10 on
+                             also in double precision and for costly functions
+JAXCONV_FC_PROGRAMS=2000     random programs that are compared with jax.jacobian
+JAXCONV_FC_NETWORKS=300      random networks that are sampled inside their radius
+JAXCONV_FC_CASES=folder      cases computed elsewhere: closed_forms.json, and layers of trained networks in
+                             realnet_*.json with realnet_*.npz; without it their tests are skipped
+XLA_FLAGS=                   programs optimised as users run them, which takes longer
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+# Most of the time would go into optimising thousands of small programs that run once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Written back, so that the workers of pytest-xdist inherit it and draw the same cases.
+SEED = int(os.environ.setdefault("JAXCONV_FC_SEED", str(secrets.randbits(32))))
+HYPOTHESIS_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+CASES = Path(os.environ["JAXCONV_FC_CASES"]) if "JAXCONV_FC_CASES" in os.environ else None
+
+
+def count(of, default):
+    """How many random cases to draw: JAXCONV_FC_<of>, or the default of the file."""
+    return int(os.environ.get(f"JAXCONV_FC_{of}", default))
+
+
+def of_devices(number, xla_flags=""):
+    """The environment of a process with so many virtual devices, which imports this checkout."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={number}",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
