@@ -40,6 +40,7 @@ FUNCTIONS = {
     "upper bound of groups": (GROUPED, lambda k: spectrum.spectral_norm_bounds(GROUPED, k)[1]),
     "upper bound, circular": (ROUND, lambda k: spectrum.spectral_norm_bounds(ROUND, k)[1]),
     "spectral_norm": (GROUPED, lambda k: spectrum.spectral_norm(GROUPED, k)),
+    "power_step": (SPEC, lambda k: spectrum.power_step(SPEC, k, x(k)).sigma),
     "top_singular_values": (GROUPED, lambda k: spectrum.top_singular_values(GROUPED, k, 3)),
     "singular_values": (ROUND, lambda k: spectrum.singular_values(ROUND, k)[:1]),
     "condition_number": (GROUPED, lambda k: spectrum.condition_number(GROUPED, k)),

@@ -70,6 +70,7 @@ FUNCTIONS = {
     "condition_number": lambda k, x, y, m: spectrum.condition_number(SPEC, k),
     "spectral_norm": lambda k, x, y, m: spectrum.spectral_norm(SPEC, k),
     "spectral_norm_bounds": lambda k, x, y, m: spectrum.spectral_norm_bounds(SPEC, k),
+    "power_step": lambda k, x, y, m: spectrum.power_step(SPEC, k, x),
     "singular_triplet": lambda k, x, y, m: spectrum.singular_triplet(SPEC, k),
     "singular_values": lambda k, x, y, m: [spectrum.singular_values(s, k) for s in (SPEC, PLAIN)],
     "top_singular_values": lambda k, x, y, m: spectrum.top_singular_values(SPEC, k, 2),

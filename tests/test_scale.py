@@ -37,7 +37,9 @@ def norms(spec, kernel, y, matrix):
 def searches(spec, kernel, y, matrix):
     """Of degree 1 in the kernel."""
     triplet = spectrum.singular_triplet(spec, kernel)
+    start = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
     return {
+        "power_step": spectrum.power_step(spec, kernel, start).sigma,
         "spectral_norm": spectrum.spectral_norm(spec, kernel),
         "spectral_norm_bounds": spectrum.spectral_norm_bounds(spec, kernel),
         "top_singular_values": spectrum.top_singular_values(spec, kernel, min(2, *spec.shape)),

@@ -120,6 +120,7 @@ def functions():
             "singular_triplet": lambda k, x, y: lax.stop_gradient(spectrum.singular_triplet(spec, k).value),
             "top_singular_values": lambda k, x, y: spectrum.top_singular_values(edge, k, 2),
             "spectral_norm_bounds": lambda k, x, y: spectrum.spectral_norm_bounds(spec, k)[1],
+            "power_step": lambda k, x, y: spectrum.power_step(spec, k, lax.stop_gradient(x)),
             "lstsq": lambda k, x, y: spectrum.lstsq(spec, k, y, rtol=1e-12),
         },
         "functions": {

@@ -1,7 +1,7 @@
 """Norms and spectrum of M itself, with its padding, strides and dilations as they are."""
 
 from jaxconv_fc.spectrum.bounds import spectral_norm_bounds as spectral_norm_bounds
-from jaxconv_fc.spectrum.krylov import SingularTriplet as SingularTriplet
+from jaxconv_fc.spectrum.golub_kahan import SingularTriplet as SingularTriplet
 from jaxconv_fc.spectrum.krylov import singular_triplet as singular_triplet
 from jaxconv_fc.spectrum.krylov import spectral_norm as spectral_norm
 from jaxconv_fc.spectrum.krylov import top_singular_values as top_singular_values
@@ -12,6 +12,9 @@ from jaxconv_fc.spectrum.norms import one_norm as one_norm
 from jaxconv_fc.spectrum.norms import orthogonality_residual as orthogonality_residual
 from jaxconv_fc.spectrum.norms import row_norms as row_norms
 from jaxconv_fc.spectrum.norms import trace as trace
+from jaxconv_fc.spectrum.power import PowerStep as PowerStep
+from jaxconv_fc.spectrum.power import power_step as power_step
+from jaxconv_fc.spectrum.power import start_vector as start_vector
 from jaxconv_fc.spectrum.systems import lstsq as lstsq
 from jaxconv_fc.spectrum.systems import pseudo_inverse as pseudo_inverse
 from jaxconv_fc.spectrum.systems import solve as solve

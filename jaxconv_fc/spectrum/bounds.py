@@ -15,7 +15,8 @@ from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, time
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.blocks import BlockAxis, Blocks
-from jaxconv_fc.spectrum.krylov import Search, largest_triplet, one_group
+from jaxconv_fc.spectrum.golub_kahan import one_group
+from jaxconv_fc.spectrum.krylov import Search, largest_triplet
 from jaxconv_fc.spectrum.norms import inf_norm, one_norm
 from jaxconv_fc.spectrum.operands import as_inexact, widened
 

@@ -7,7 +7,7 @@ a residual of its own, whatever the iteration that found it (docs/maths.md, sect
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,27 +20,24 @@ from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.layout import by_group
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
-from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.operands import as_image, as_inexact, widened
+from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spectrum.golub_kahan import GroupMatrix, SingularTriplet, narrowed, normalised, one_group
+from jaxconv_fc.spectrum.operands import as_image, as_inexact, from_image, widened
 
 _BASIS = 24  # Krylov vectors of the first run, enough for a tolerance of 1e-4
+_WARM = 4  # of the first run from a given start
 _LATER = 120  # and of each further run: convergence per step grows with the length of a run
 _BASIS_ENTRIES = 2**26  # of all Krylov vectors together, where images are large
 
 
-class SingularTriplet(NamedTuple):
-    """``M right == value * left``, and ``M^H left == value * right`` up to ``residual``."""
-
-    value: jax.Array  # real scalar
-    left: jax.Array  # spec.out_shape, of norm 1
-    right: jax.Array  # spec.in_shape, of norm 1
-    residual: jax.Array  # real scalar, ||M^H left - value * right||
-
-
 def spectral_norm(
-    spec: ConvSpec, kernel: Array, *, tolerance: float | None = None, max_restarts: int = 100
+    spec: ConvSpec,
+    kernel: Array,
+    *,
+    tolerance: float | None = None,
+    max_restarts: int = 100,
+    start: Array | None = None,
 ) -> jax.Array:
     """``||M||_2``: the largest singular value of the true M, paddings as they are; the Lipschitz constant.
 
@@ -59,6 +56,9 @@ def spectral_norm(
       kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
       tolerance: largest relative residual; None for 1e-10 in float64, 1e-5 in float32.
       max_restarts: the largest number of runs (the first of 24 steps, the others of 120).
+      start: array of shape ``spec.in_shape`` to begin with in place of a random one, without derivative: the
+        right vector of a kernel near this one, from :func:`singular_triplet` or :func:`power_step`. Then the
+        first run has 4 steps, and few are needed. Components that it lacks are not found.
 
     Returns:
       A real scalar; NaN, and so its gradient, where the tolerance was not reached.
@@ -76,11 +76,16 @@ def spectral_norm(
     >>> print(fc.spectrum.spectral_norm(spec, jnp.array([[[-1., 2., -1.]]])).round(4))
     3.7321
     """
-    return _spectral_norm(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel))
+    return _spectral_norm(*_searched(spec, kernel, tolerance, max_restarts, start))
 
 
 def singular_triplet(
-    spec: ConvSpec, kernel: Array, *, tolerance: float | None = None, max_restarts: int = 100
+    spec: ConvSpec,
+    kernel: Array,
+    *,
+    tolerance: float | None = None,
+    max_restarts: int = 100,
+    start: Array | None = None,
 ) -> SingularTriplet:
     """The largest singular value with its vectors, as images, and the residual that was reached.
 
@@ -99,7 +104,22 @@ def singular_triplet(
     >>> print(value, left.shape, right.shape, residual)
     3.0 (1, 1) (1, 1) 0.0
     """
-    return largest_triplet(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel))
+    return largest_triplet(*_searched(spec, kernel, tolerance, max_restarts, start))
+
+
+def _searched(
+    spec: ConvSpec, kernel: Array, tolerance: float | None, max_restarts: int, start: Array | None
+) -> tuple[Search, jax.Array, jax.Array | None]:
+    """What the search for the largest value takes."""
+    kernel = as_inexact(spec, kernel)
+    if start is not None:
+        start = lax.stop_gradient(as_operand("start", start, spec, "in_shape"))
+        if start.dtype != kernel.dtype:
+            raise TypeError(
+                f"start is {start.dtype}, and the kernel counts as {kernel.dtype}: cast it, "
+                f"start.astype({kernel.dtype.name!r})."
+            )
+    return Search(spec, tolerance, max_restarts), kernel, start
 
 
 def top_singular_values(
@@ -161,42 +181,34 @@ class Search:
         return 1e-10 if jnp.finfo(dtype).bits == 64 else 1e-5
 
 
-def one_group(spec: ConvSpec) -> ConvSpec:
-    """The convolution of one group: images (positions..., channels), kernels (taps..., in, out)."""
-    dims = len(spec.axes)
-    last = (0, dims + 1, *range(1, dims + 1))
-    return replace(
-        spec,
-        lhs_shape=(1, *(a.size for a in spec.axes), spec.group_channels),
-        rhs_shape=(*(a.taps for a in spec.axes), spec.group_channels, spec.out_channels // spec.groups),
-        dimension_numbers=lax.ConvDimensionNumbers(last, (dims + 1, dims, *range(dims)), last),
-        feature_group_count=1,
-        batch_group_count=1,
-    )
-
-
-def _each_group(search: Search, kernel: jax.Array, of: Callable[[jax.Array], Any]) -> Any:
-    """``of`` every group's kernel, for :func:`one_group`, stacked; a single group without a batch."""
+def _each_group(
+    search: Search,
+    kernel: jax.Array,
+    start: jax.Array | None,
+    of: Callable[[jax.Array, jax.Array | None], Any],
+) -> Any:
+    """``of`` kernel and start of every group, for :func:`one_group`, stacked; one group without a batch."""
     kernels = jnp.moveaxis(by_group(search.spec, kernel), (1, 2), (-1, -2))  # [g, p..., i, d]
+    starts = None if start is None else jnp.moveaxis(from_image(search.spec, start), -2, 0)
     if search.spec.groups == 1:
-        return jax.tree.map(lambda v: v[None], of(kernels[0]))
-    return jax.vmap(of)(kernels)
+        return jax.tree.map(lambda v: v[None], of(kernels[0], None if starts is None else starts[0]))
+    return jax.vmap(of)(kernels, starts)
 
 
 @program
-def _spectral_norm(search: Search, kernel: jax.Array) -> jax.Array:
+def _spectral_norm(search: Search, kernel: jax.Array, start: jax.Array | None) -> jax.Array:
     if not min(search.spec.shape):
         return jnp.zeros((), kernel.real.dtype)
-    return largest(_each_group(search, kernel, lambda k: _values_of_group(search, 1, k)[0]))
+    return largest(_each_group(search, kernel, start, partial(_values_of_group, search, 1)))
 
 
 @program
-def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
+def largest_triplet(search: Search, kernel: jax.Array, start: jax.Array | None = None) -> SingularTriplet:
     spec = search.spec
     if not min(spec.shape):
         zero, left, right = (jnp.zeros(shape, kernel.dtype) for shape in ((), spec.out_shape, spec.in_shape))
         return SingularTriplet(zero.real, left, right, zero.real)
-    found: SingularTriplet = _each_group(search, kernel, partial(_scaled_triplet, search))
+    found: SingularTriplet = _each_group(search, kernel, start, partial(_scaled_triplet, search))
     best = jnp.argmax(found.value)
 
     def embedded(images: jax.Array, output: bool) -> jax.Array:
@@ -211,7 +223,7 @@ def largest_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
 @partial(program, static_argnums=2)
 def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array:
     of_group = min(k, *search.group.shape)
-    values = _each_group(search, kernel, lambda g: _values_of_group(search, of_group, g)).ravel()
+    values = _each_group(search, kernel, None, partial(_values_of_group, search, of_group)).ravel()
     top = lax.top_k(values, k)[0]
     return jnp.where(jnp.isnan(values).any(), jnp.full_like(top, jnp.nan), top)
 
@@ -220,25 +232,27 @@ def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _values_of_group(search: Search, k: int, kernel: jax.Array) -> jax.Array:
+def _values_of_group(search: Search, k: int, kernel: jax.Array, start: jax.Array | None) -> jax.Array:
     """The ``k`` largest singular values of one group, descending."""
-    return _triplets_of_group(search, k, kernel).value
+    return _triplets_of_group(search, k, kernel, start).value
 
 
 @_values_of_group.defjvp
 def _values_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     """``d sigma = Re <u, dM v>``."""
-    (kernel,), (change,) = primals, tangents
-    found = _triplets_of_group(search, k, kernel)
+    (kernel, start), (change, _) = primals, tangents
+    found = _triplets_of_group(search, k, kernel, start)
 
     def along(left: jax.Array, right: jax.Array) -> jax.Array:
-        return jnp.sum(left.conj() * _Matrix(search.group, change).times(right)).real
+        return jnp.sum(left.conj() * GroupMatrix(search.group, change).times(right)).real
 
     return found.value, jax.vmap(along)(found.left, found.right)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _triplets_of_group(search: Search, k: int, kernel: jax.Array) -> SingularTriplet:
+def _triplets_of_group(
+    search: Search, k: int, kernel: jax.Array, start: jax.Array | None
+) -> SingularTriplet:
     """The ``k`` largest triplets of one group, stacked; NaN everywhere if the search has not converged."""
     kernel, exponent = unit_scale(kernel)
     if k > 1 and min(search.group.shape) <= _steps(k):
@@ -246,7 +260,7 @@ def _triplets_of_group(search: Search, k: int, kernel: jax.Array) -> SingularTri
     elif k > 1:
         found, converged = _deflated(search, k, kernel)
     else:
-        found = jax.tree.map(lambda v: v[None], _triplet(search, kernel))
+        found = jax.tree.map(lambda v: v[None], _triplet(search, kernel, start))
         converged = found.residual[0] <= search.tolerance_in(kernel.dtype) * found.value[0]
     found = jax.tree.map(lambda v: jnp.where(converged, v, jnp.full_like(v, jnp.nan)), found)
     return _times_power_of_two(found, exponent)
@@ -267,10 +281,10 @@ class _Restarts(NamedTuple):
     runs: jax.Array  # int32 scalar: how many there have been
 
 
-def _scaled_triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
+def _scaled_triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
     """:func:`_triplet` of a kernel at any scale."""
     unit, exponent = unit_scale(kernel)
-    return nan_unless_finite(_times_power_of_two(_triplet(search, unit), exponent), kernel)
+    return nan_unless_finite(_times_power_of_two(_triplet(search, unit, start), exponent), kernel)
 
 
 def _times_power_of_two(found: SingularTriplet, exponent: jax.Array) -> SingularTriplet:
@@ -279,9 +293,9 @@ def _times_power_of_two(found: SingularTriplet, exponent: jax.Array) -> Singular
     return found._replace(value=value, residual=residual)
 
 
-def _triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
+def _triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
     """The largest triplet of one group, at unit scale. Each run begins with the best vector so far."""
-    matrix = _Matrix(search.group, widened(kernel))
+    matrix = GroupMatrix(search.group, widened(kernel))
     affordable = max(4, _BASIS_ENTRIES // max(matrix.spec.shape))
     tolerance = search.tolerance_in(kernel.dtype)
 
@@ -292,12 +306,19 @@ def _triplet(search: Search, kernel: jax.Array) -> SingularTriplet:
     def again(state: _Restarts) -> _Restarts:
         return _Restarts(run(state.found.right, _LATER), state.runs + 1)
 
+    random = matrix.start(jax.random.key(0))
+    if start is None:
+        found = run(random, _BASIS)
+    else:
+        start, length = normalised(widened(unit_scale(start)[0]))
+        found = run(jnp.where(length > 0, start, random), _WARM)  # the start may lack a group
+
     def unfinished(state: _Restarts) -> jax.Array:
         too_far = state.found.residual > tolerance * state.found.value
         return too_far & (state.runs < search.max_restarts)
 
-    first = _Restarts(run(matrix.start(jax.random.key(0)), _BASIS), jnp.ones((), jnp.int32))
-    return _narrowed(lax.while_loop(unfinished, again, first).found, kernel.dtype)
+    first = _Restarts(found, jnp.ones((), jnp.int32))
+    return narrowed(lax.while_loop(unfinished, again, first).found, kernel.dtype)
 
 
 # -- the k largest values: deflation ---------------------------------------------------------------
@@ -328,7 +349,7 @@ def _dense(spec: ConvSpec, k: int, kernel: jax.Array) -> SingularTriplet:
 
 def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriplet, jax.Array]:
     """The ``k`` largest triplets of one group, and whether all have converged."""
-    matrix = _Matrix(search.group, widened(kernel))
+    matrix = GroupMatrix(search.group, widened(kernel))
     tolerance = search.tolerance_in(kernel.dtype)
     finite = jnp.isfinite(kernel).all()  # otherwise no round would converge
 
@@ -361,7 +382,7 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriple
     last = lax.while_loop(unfinished, improve, first)
     found = jax.vmap(matrix.triplet)(last.rights)
     order = jnp.argsort(-found.value)
-    return _narrowed(jax.tree.map(lambda v: v[order], found), kernel.dtype), last.done
+    return narrowed(jax.tree.map(lambda v: v[order], found), kernel.dtype), last.done
 
 
 class _Round(NamedTuple):
@@ -372,7 +393,7 @@ class _Round(NamedTuple):
     new: jax.Array  # (k,), bool: whether the right vector is a new direction
 
 
-def _round(matrix: _Matrix, state: _Deflation) -> _Round:
+def _round(matrix: GroupMatrix, state: _Deflation) -> _Round:
     def deflated(v: jax.Array) -> jax.Array:
         return matrix.times(_without(state.rights, v))
 
@@ -395,105 +416,8 @@ def _orthonormal(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.
     left of each. (A complex kernel is searched in real numbers, where v and i*v are both found.)"""
 
     def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        unit, length = _normalised(_without(taken, _without(rights, vectors[place])))
+        unit, length = normalised(_without(taken, _without(rights, vectors[place])))
         kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
         return taken.at[place].set(kept), (unit, length)
 
     return lax.scan(one, jnp.zeros_like(vectors), jnp.arange(len(vectors)))[1]
-
-
-# -- M of one group, by its products ---------------------------------------------------------------
-
-
-class _Matrix(NamedTuple):
-    """M of one group. Vectors are images."""
-
-    spec: ConvSpec  # of one group
-    kernel: jax.Array  # (taps..., in, out)
-
-    def times(self, right: jax.Array) -> jax.Array:
-        """``M v``."""
-        return apply(self.spec, self.kernel, right, precision="highest")
-
-    def adjoint_times(self, left: jax.Array) -> jax.Array:
-        """``M^H u``."""
-        return apply_transpose(self.spec, self.kernel.conj(), left, precision="highest")
-
-    def start(self, key: jax.Array) -> jax.Array:
-        """A random unit vector out of M^H: its Krylov space is complete in ``min(M.shape)`` steps."""
-        random = jax.random.normal(key, self.spec.out_shape, self.kernel.dtype)
-        return _normalised(self.adjoint_times(random))[0]
-
-    def triplet(self, right: jax.Array) -> SingularTriplet:
-        """``sigma = ||M v||, u = M v / sigma, residual = ||M^H u - sigma v||``, for v of any length."""
-        right, _ = _normalised(right)
-        left, value = _normalised(self.times(right))
-        residual = _length(self.adjoint_times(left) - value.astype(right.dtype) * right)
-        return SingularTriplet(value, left, right, residual)
-
-    def ritz(
-        self, product: Callable[..., jax.Array], start: jax.Array, steps: int, reortho: str, count: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """The singular values of ``A = product`` in the Krylov space of ``start``, descending, and the right
-        vectors of the first ``count``.
-
-        Golub-Kahan: ``A V = U B`` with orthonormal U and V and a bidiagonal ``B = X S W^H``. The values are
-        S, the right vectors V W. A complex vector is a pair of real ones, and each value occurs twice.
-        """
-        pairs = jnp.iscomplexobj(self.kernel)
-
-        def join(v: jax.Array) -> jax.Array:
-            return lax.complex(v[0], v[1]) if pairs else v
-
-        def split(v: jax.Array) -> jax.Array:
-            return jnp.stack([v.real, v.imag]) if pairs else v
-
-        steps = min(steps, *((2 if pairs else 1) * n for n in self.spec.shape))
-        found = _bidiagonalisation(steps, reortho)(lambda v: split(product(join(v))), split(start))
-        values, weights = _svd(found.J_small)  # [value], [value, step]
-        basis = found.Q_tall[1]  # [step, real vector...]
-        basis = jnp.where(jnp.isfinite(basis), basis, jnp.zeros_like(basis))
-        vectors = jnp.tensordot(weights[:count], basis, 1, precision="highest")
-        return values, jax.vmap(join)(vectors)
-
-
-def _bidiagonalisation(steps: int, reortho: str) -> Any:
-    try:
-        from matfree import decomp
-    except ImportError as error:
-        raise ImportError("spectral norms need matfree: pip install 'jaxconv_fc[spectrum]'.") from error
-    return decomp.bidiag(steps, reortho=reortho)
-
-
-def _svd(small: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(S, W^H)`` of the bidiagonal matrix ``X S W^H``, cut off where the Krylov space ends.
-
-    The first vector after its end is rounding, or 0/0. Rows and columns from there on are set to 0.
-    """
-    diagonal, above = jnp.diagonal(small), jnp.diagonal(small, 1)
-    sizes = jnp.where(jnp.isfinite(small), jnp.abs(small), jnp.zeros_like(small))
-    least = jnp.max(sizes) * jnp.asarray(16 * jnp.finfo(small.dtype).eps, small.dtype)
-    goes_on = jnp.concatenate([jnp.ones(1, bool), (above > least) & (diagonal[:-1] > least)])
-    alive = jnp.cumprod(goes_on.astype(jnp.int32)).astype(bool)
-    small = jnp.where(alive[:, None] & alive[None] & jnp.isfinite(small), small, jnp.zeros_like(small))
-    _, values, weights = jnp.linalg.svd(small)
-    return values, weights
-
-
-def _length(vector: jax.Array) -> jax.Array:
-    """Euclidean length, summed axis by axis: rounding stays that of short sums."""
-    squares = (vector * vector.conj()).real
-    while squares.ndim:
-        squares = squares.sum(-1)
-    return jnp.sqrt(squares)
-
-
-def _normalised(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The vector divided by its length (0 stays 0), and this length."""
-    length = _length(vector)
-    return vector / jnp.where(length > 0, length, jnp.ones_like(length)).astype(vector.dtype), length
-
-
-def _narrowed(found: Any, dtype: Any) -> Any:
-    """Values and vectors that were found in the default precision, in that of the kernel."""
-    return jax.tree.map(lambda v: v.astype(dtype if jnp.iscomplexobj(v) else jnp.finfo(dtype).dtype), found)

@@ -57,6 +57,12 @@ def as_image(spec: ConvSpec, value: jax.Array, *, output: bool) -> jax.Array:
     return from_canonical(value.reshape([shape[i] for i in order]), order)
 
 
+def from_image(spec: ConvSpec, image: jax.Array) -> jax.Array:
+    """An input of the convolution as ``[positions..., group, channel]``: the inverse of :func:`as_image`."""
+    positions = (axis.size for axis in spec.axes)
+    return jnp.transpose(image, spec.in_order).reshape(*positions, spec.groups, spec.group_channels)
+
+
 def check_square(name: str, spec: ConvSpec, instead: str) -> None:
     if spec.out_size != spec.in_size:
         raise ValueError(

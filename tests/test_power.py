@@ -1,0 +1,141 @@
+"""The power method one step at a time, against NumPy's prediction of every step."""
+
+from functools import partial
+
+import geometries
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from spectra import COUNT, conv, drawn, layer
+
+import jaxconv_fc as fc
+import jaxconv_fc.spectrum as spectrum
+
+STEPS = 60
+
+
+@pytest.mark.parametrize("number", range(COUNT))
+def test_every_step_is_as_predicted(run_seed, number):
+    """With ``v = sum c_i v_i`` of the singular vectors, ``u`` of step k is ``sum c_i sigma_i**(2k - 1) u_i``.
+
+    So ``sigma**2`` is the mean of the sigma_i**2 with the weights ``|c_i|**2 sigma_i**(4k - 2)``.
+    """
+    spec, kernel, _, matrix, name = drawn(run_seed, number)
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(number))
+    np.testing.assert_allclose(np.linalg.norm(v), float(spec.in_size > 0), rtol=1e-12, err_msg=name)
+    step = jax.jit(partial(spectrum.power_step, spec, kernel))
+    if not matrix.any():
+        sigma, after = step(v)
+        assert sigma == 0, name
+        np.testing.assert_array_equal(after, v, err_msg=name)
+        return
+    _, values, rights = np.linalg.svd(matrix, full_matrices=False)
+    shares = np.abs(rights @ np.ravel(v)) ** 2
+    relative = values / values[0]
+    for k in range(1, STEPS + 1):
+        sigma, v = step(v)
+        weights = shares * relative ** (4 * k - 2)
+        want = values[0] * np.sqrt((weights * relative**2).sum() / weights.sum())
+        np.testing.assert_allclose(sigma, want, rtol=1e-9, err_msg=f"{name}, step {k}")
+    assert sigma <= values[0] * (1 + 1e-12), name
+    others = relative[relative < 1 - 1e-9]
+    gap_allows_it = (shares[1:].sum() / shares[0]) * max(others, default=0) ** (4 * STEPS - 2) < 1e-3
+    assert not gap_allows_it or sigma >= values[0] * (1 - 1e-3), name
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_gradient_is_that_of_the_norm_at_convergence(mode, groups):
+    spec, kernel = layer(mode, groups)
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
+    v = jax.lax.fori_loop(0, 3000, lambda _, v: spectrum.power_step(spec, kernel, v).v, v)
+    sigma, slope = jax.value_and_grad(lambda k: spectrum.power_step(spec, k, v).sigma)(kernel)
+    want, want_slope = jax.value_and_grad(partial(spectrum.spectral_norm, spec))(kernel)
+    np.testing.assert_allclose(sigma, want, rtol=1e-10)
+    np.testing.assert_allclose(slope, want_slope, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_the_derivative_holds_the_vectors_constant(dtype):
+    """``d sigma = Re(u^H dM v')`` with the vectors of the step, forward and reverse; none in v, nor of v'."""
+    spec, _ = layer()
+    rng = np.random.default_rng(0)
+    kernel, change = (jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype)) for _ in range(2))
+    v = spectrum.start_vector(spec, dtype, jax.random.key(1))
+    matrix, moved = (np.asarray(fc.as_matrix(spec, k)) for k in (kernel, change))
+    left = matrix @ np.ravel(v)
+    left /= np.linalg.norm(left)
+    right = matrix.conj().T @ left
+    right /= np.linalg.norm(right)
+    want = (left.conj() @ moved @ right).real
+    (sigma, after), (slope, none) = jax.jvp(
+        lambda k, v: spectrum.power_step(spec, k, v), (kernel, v), (change, jnp.ones_like(v))
+    )
+    np.testing.assert_allclose(sigma, np.linalg.norm(matrix.conj().T @ left), rtol=1e-12)
+    np.testing.assert_allclose(np.ravel(after), right, atol=1e-12)
+    np.testing.assert_allclose(slope, want, rtol=1e-12)
+    assert not none.any()
+    back = jax.grad(lambda k: spectrum.power_step(spec, k, v).sigma)(kernel)
+    np.testing.assert_allclose(jnp.sum(back * change).real, want, rtol=1e-12)
+
+
+def test_many_vectors_and_kernels_by_vmap():
+    spec, kernel = layer()
+    vs = jnp.stack([spectrum.start_vector(spec, kernel.dtype, jax.random.key(i)) for i in range(3)])
+    kernels = jnp.stack([kernel, 2 * kernel, -kernel])
+    many = jax.jit(jax.vmap(partial(spectrum.power_step, spec)))(kernels, vs)
+    for i in range(3):
+        for a, b in zip(many, spectrum.power_step(spec, kernels[i], vs[i]), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-12, atol=1e-14)
+
+
+def test_the_length_of_v_does_not_matter_and_halves_are_widened():
+    spec, kernel = layer()
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
+    want = spectrum.power_step(spec, kernel, v)
+    for scale in (1e-200, 1e200):
+        got = spectrum.power_step(spec, kernel, scale * v)
+        np.testing.assert_allclose(got.sigma, want.sigma, rtol=1e-12)
+        np.testing.assert_allclose(got.v, want.v, atol=1e-12)
+    assert spectrum.start_vector(spec, jnp.bfloat16, jax.random.key(0)).dtype == jnp.float32
+    half = spectrum.power_step(spec, kernel.astype(jnp.bfloat16), v.astype(jnp.float32))
+    assert half.sigma.dtype == jnp.float32
+
+
+def test_errors():
+    spec, kernel = layer()
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
+    with pytest.raises(TypeError, match="v is float32, and the kernel counts as float64: start_vector"):
+        spectrum.power_step(spec, kernel, v.astype(jnp.float32))
+    with pytest.raises(ValueError, match="v must have the spec's shape"):
+        spectrum.power_step(spec, kernel, v.ravel())
+    with pytest.raises(TypeError, match="start is float32, and the kernel counts as float64: cast it"):
+        spectrum.spectral_norm(spec, kernel, start=v.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_warm_start_finds_the_norm_of_a_kernel_nearby(groups):
+    """In one run of 4 steps. A group in which the start is 0 begins with a random vector, and takes more."""
+    spec, kernel = layer(groups=groups)
+    near = kernel + 1e-3 * jnp.asarray(np.random.default_rng(0).standard_normal(kernel.shape))
+    start = spectrum.singular_triplet(spec, kernel).right
+    want = np.linalg.norm(np.asarray(fc.as_matrix(spec, near)), 2)
+    once = {"tolerance": 1e-4} | ({"max_restarts": 1} if groups == 1 else {})
+    for v in (start, 1e-30 * start):
+        got, slope = jax.value_and_grad(lambda k, v=v: spectrum.spectral_norm(spec, k, start=v, **once))(near)
+        np.testing.assert_allclose(got, want, rtol=1e-7)
+        exact = jax.grad(partial(spectrum.spectral_norm, spec))(near)
+        np.testing.assert_allclose(slope, exact, atol=2e-3)
+    found = spectrum.singular_triplet(spec, near, start=jnp.zeros_like(start))
+    np.testing.assert_allclose(found.value, want, rtol=1e-9)
+    np.testing.assert_allclose(spectrum.spectral_norm(spec, near, start=start), want, rtol=1e-10)
+
+
+def test_a_cold_run_of_the_same_length_does_not():
+    spec, kernel = conv((300,), [-1, 2, -1], [(1, 1)])
+    right = spectrum.singular_triplet(spec, kernel).right
+    once = {"tolerance": 1e-4, "max_restarts": 1}
+    warm = spectrum.singular_triplet(spec, kernel, start=right, **once)
+    cold = spectrum.singular_triplet(spec, kernel, start=jnp.ones_like(right) + right, **once)
+    assert warm.residual <= 1e-6 * warm.value < cold.residual
