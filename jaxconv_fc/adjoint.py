@@ -56,7 +56,7 @@ def transpose(spec: ConvSpec, kernel: Array) -> tuple[ConvSpec, jax.Array]:
     True
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    if spec.padding_mode != "zeros":
+    if not spec.pads_with_zeros:
         raise ValueError(
             f"transpose: M^T of padding_mode={spec.padding_mode!r} adds copies to their sources and is not a "
             "convolution. Use apply_transpose, which is exact there, or as_matrix(...).T."

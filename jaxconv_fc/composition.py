@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import from_canonical, grid, inverse
+from jaxconv_fc.layout import from_canonical, grid, inverse, to_canonical
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -67,7 +67,7 @@ def _composed_kernel(
     order, groups = _next_axes(spec2, spec1), spec.groups
     steps = [_tap_steps(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
     taps2 = jnp.transpose(kernel2, (*(spec2.kernel_order[j] for j in order), *spec2.kernel_order[-2:]))
-    taps1 = jnp.transpose(kernel1, spec1.kernel_order)
+    taps1 = to_canonical(kernel1, spec1.kernel_order)
     taps2, taps1 = _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups)
     kernel = _sum_of_products(steps, [a.taps for a in spec.axes], taps2, taps1, groups)
     return from_canonical(kernel, spec.kernel_order)

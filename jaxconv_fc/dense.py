@@ -314,7 +314,7 @@ def _copy(axis: Axis, t: Ints, q: Ints) -> tuple[Ints, Ints]:
 
     The positions sorted by source hold the copies of each input side by side.
     """
-    if axis.mode == "zeros":
+    if axis.pads_with_zeros:
         return t, True
     source = axis.source(lax.iota(t.dtype, axis.padded_size))
     order = jnp.argsort(source, stable=True).astype(t.dtype)

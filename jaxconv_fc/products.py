@@ -234,7 +234,7 @@ def _evaluate(
 ) -> jax.Array:
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
     for axis in spec.axes:
-        if axis.mode != "zeros":  # the padded input is read through indices of 32 bits
+        if not axis.pads_with_zeros:  # the padded input is read through indices of 32 bits
             axis.check_held_by(np.int32)
     roles = OPERANDS[out]
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
@@ -356,5 +356,5 @@ def _folded(spec: ConvSpec, x: jax.Array) -> jax.Array:
 def _sources(spec: ConvSpec) -> Iterator[tuple[int, Ints]]:
     """``(dim, source)`` of each axis that a boundary mode pads: position ``j`` is a copy of ``source[j]``."""
     for dim, axis in enumerate(spec.axes, start=1):
-        if axis.mode != "zeros" and (axis.lo or axis.hi):
+        if not axis.pads_with_zeros and (axis.lo or axis.hi):
             yield dim, axis.source(lax.iota(jnp.int32, axis.padded_size))

@@ -79,7 +79,7 @@ def assert_transpose(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = N
         like = jax.ShapeDtypeStruct(spec.in_shape, kernel.dtype)
         (x_bar,) = jax.linear_transpose(partial(apply, spec, kernel, precision="highest"), like)(y)
         _close(spec, "jax.linear_transpose(apply) and M.T @ y", x_bar, expected, bound)
-    if spec.padding_mode == "zeros" and spec.canonical.batch_group_count == 1:
+    if spec.pads_with_zeros and spec.canonical.batch_group_count == 1:
         transposed = np.asarray(as_matrix(*transpose(spec, kernel)))
         zero = np.zeros(transposed.shape)
         _close(spec, "as_matrix(*transpose(...)) and M.T", transposed, _wide(matrix).T, zero)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.dense import as_matrix, entries
+from jaxconv_fc.dense import as_matrix, entries, spread_kernel
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     Finish,
@@ -32,7 +32,6 @@ from jaxconv_fc.functions.jaxprs import (
     wanted,
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
-from jaxconv_fc.layout import out_first
 from jaxconv_fc.numerics import lengths
 from jaxconv_fc.spec import ConvSpec
 
@@ -234,7 +233,7 @@ def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
         examples = math.prod(operand.shape) // math.prod(shape)
         array = _first_layer(spec, kernel, operand, examples, transposed)
         return [Columns(array.reshape(*out, operand.size))]
-    if spec.padding_mode != "zeros" or not operand.array.size:
+    if not spec.pads_with_zeros or not operand.array.size:
         return None
     stack = operand.array.reshape(-1, *shape, operand.array.shape[-1])
     made = convolve_columns(spec, kernel, stack, transposed=transposed, precision=params["precision"])
@@ -256,10 +255,10 @@ def _first_layer(
 @partial(jax.jit, static_argnames=("size", "transposed"))
 def _scattered(spec: ConvSpec, kernel: Any, labels: Any, weights: Any, *, size: int, transposed: bool) -> Any:
     """Every entry of M, added to the column of the entry of x that it reads."""
-    dims, rows, columns, _ = entries(spec)
+    at = entries(spec)
     outputs = spec.in_size if transposed else spec.out_size
-    values = jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
-    rows, columns, values = (jnp.broadcast_to(v, dims).ravel() for v in (rows, columns, values))
+    values = spread_kernel(spec, kernel)
+    rows, columns, values = (jnp.broadcast_to(v, at.dims).ravel() for v in (at.rows, at.columns, values))
     reads, makes = (rows, columns) if transposed else (columns, rows)
     inside = columns < spec.in_size  # entries that read padding have no column, and are dropped
     makes, reads = jnp.where(inside, makes, outputs), jnp.where(inside, reads, 0)

@@ -100,7 +100,7 @@ def _geometry(spec: ConvSpec) -> str:
         if any(s != 1 for s in steps):
             words.append(f"{word} {_by(steps)}")
     if any(lo or hi for lo, hi in spec.padding):
-        mode = "pad" if spec.padding_mode == "zeros" else spec.padding_mode
+        mode = "pad" if spec.pads_with_zeros else spec.padding_mode
         words.append(f"{mode} " + " ".join(f"({lo},{hi})" for lo, hi in spec.padding))
     for word, count in (("groups", spec.feature_group_count), ("batch groups", spec.batch_group_count)):
         if count != 1:

@@ -74,7 +74,7 @@ def axis_reads(axis: Axis, dtype: Any) -> AxisReads:
     xp: Any = np if axis.out_size * axis.taps <= _SMALL else jnp
     o, p = xp.arange(axis.out_size, dtype=dtype)[:, None], xp.arange(axis.taps, dtype=dtype)[None]
     t, valid = axis.input_of(o, p)
-    if axis.mode == "zeros":  # taps read in ascending order
+    if axis.pads_with_zeros:  # taps read in ascending order
         rank, width = xp.cumsum(valid, 1, dtype=dtype) - 1, xp.sum(valid, 1, dtype=dtype, keepdims=True)
     else:  # taps that read the same input have the same rank
         t = xp.where(valid, t, axis.size)

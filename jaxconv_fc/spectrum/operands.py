@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.arguments import Array, check_same_dtype
 from jaxconv_fc.layout import from_canonical
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -30,8 +30,7 @@ def as_inexact(spec: ConvSpec, kernel: Array) -> jax.Array:
 def as_system(spec: ConvSpec, kernel: Array, y: Array) -> tuple[jax.Array, jax.Array]:
     """Kernel and right side of ``M x = y``, of one dtype."""
     kernel, y = as_operand("kernel", kernel, spec, "rhs_shape"), as_operand("y", y, spec, "out_shape")
-    if kernel.dtype != y.dtype:
-        raise TypeError(f"kernel is {kernel.dtype} and y {y.dtype}: cast one, e.g. y.astype(kernel.dtype).")
+    check_same_dtype("kernel", kernel, "y", y)
     return kernel, y
 
 
