@@ -1,8 +1,8 @@
 """A function with its convolutions replaced by products with their matrices: a fully connected network.
 
-An equation that holds other jaxprs (a loop, a branch, a call) becomes the same equation around rewritten
-jaxprs. A custom derivative or batching rule is kept in this way: the *original* call, which obeys its rule,
-is transformed, and what the transformation computes is rewritten.
+The jaxpr of a plain call (jit) is evaluated in place. Any other equation that holds jaxprs (a loop, a branch,
+a call with a custom rule) becomes the same equation around rewritten jaxprs. A custom derivative or batching
+rule is kept: the *original* call, which obeys its rule, is differentiated or batched, and then rewritten.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from jaxconv_fc.spec import ConvSpec
 def fully_connected(
     fn: Callable[..., Any], *, builder: Callable[[ConvSpec, Any], Any] = as_matrix
 ) -> Callable[..., Any]:
-    """The same function with every convolution computed as ``M @ x``, the batch as columns of ``x``.
+    """``fn`` with every convolution computed as ``M @ x``, where each example of a batch is a column of x.
 
     Composes with jit, vmap and grad on either side. Gradients with respect to kernels flow through the
-    matrices. A custom derivative rule in ``fn`` is kept, and the convolutions in it are exchanged too.
-    Also exchanged are the products of this library, :func:`apply` and its derivatives.
+    matrices. A custom derivative rule in ``fn`` is kept, and the convolutions in it are replaced too.
+    So are the products of this library, :func:`apply` and its derivatives.
 
-    Each matrix is built anew from its kernel whenever the function runs, so put ``jax.jit`` around it.
+    Each matrix is built anew from its kernel whenever the result is called, so put ``jax.jit`` around it.
 
     Args:
-      fn: any function of JAX arrays; models of flax, equinox, haiku or keras among them.
+      fn: any function of JAX arrays, such as a flax, equinox, haiku or keras model.
       builder: ``builder(spec, kernel)`` returns what stands for M: anything with ``@`` and ``.T``. Dense
         by default; :func:`as_bcoo` for a sparse one.
 
@@ -93,7 +93,7 @@ class MatrixEvaluator:
             return eval_eqn(eqn, values)
         return _RULES.get(eqn.primitive.name, _compiled)(self, eqn, values)
 
-    def transformed(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    def connected(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fully_connected(fn, builder=self.builder)
 
 
@@ -108,21 +108,22 @@ def _convolution(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any
         matrix = evaluator.builder(spec, kernel.astype(result.dtype))
         stack = examples(spec, x.astype(result.dtype))  # [examples, *in_shape]
         columns = stack.reshape(stack.shape[0], spec.in_size).T
-        y = _matmul(matrix, columns, precision)  # [out_size, in_size] [in_size, examples]
+        # [out_size, in_size] [in_size, examples] -> [out_size, examples]
+        y = _matmul(matrix, columns, precision)
         return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
 
     return [as_on_one_device(compute, result)(*values)]
 
 
 def _product(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """A product of this library: its batch axes mapped over, and summed where the result has none."""
+    """A product of this library. A batch axis is mapped over, and summed where the result lacks it."""
     spec, out, precision = eqn.params["spec"], eqn.params["out"], eqn.params["precision"]
 
     def compute(a: Any, b: Any) -> Any:
-        if out == "k":  # linear in the kernel: the matrix of that map is X
+        if out == "k":  # X^T y, where X is the matrix of the linear map from kernel to y: M x = X k
             return _matmul(kernel_matrix(spec, a).T, b.ravel(), precision).reshape(spec.rhs_shape)
         matrix = evaluator.builder(spec, a)
-        if out == "x":
+        if out == "x":  # M^T y
             return _matmul(matrix.T, b.ravel(), precision).reshape(spec.in_shape)
         return _matmul(matrix, b.ravel(), precision).reshape(spec.out_shape)
 
@@ -142,7 +143,7 @@ def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:
 
 
 def _inline(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """What is compiled as one program need not be evaluated as one."""
+    """A call that does nothing but evaluate its jaxpr, such as jit: evaluated in place."""
     return evaluator(inner_jaxprs(eqn)[0], values)
 
 
@@ -154,7 +155,7 @@ def _checkpoint(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]
 def _custom_jvp(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     rewritten, original, operands = _with_rule(evaluator, eqn, values)
     call = jax.custom_jvp(rewritten)
-    call.defjvp(evaluator.transformed(lambda primals, tangents: jax.jvp(original, primals, tangents)))
+    call.defjvp(evaluator.connected(lambda primals, tangents: jax.jvp(original, primals, tangents)))
     return call(*operands)
 
 
@@ -162,8 +163,8 @@ def _custom_vjp(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]
     rewritten, original, operands = _with_rule(evaluator, eqn, values)
     call = jax.custom_vjp(rewritten)
     # The pullback is a pytree: its arrays are the residuals.
-    forward = evaluator.transformed(lambda *a: jax.vjp(original, *a))
-    backward = evaluator.transformed(lambda pullback, cotangents: pullback(cotangents))
+    forward = evaluator.connected(lambda *a: jax.vjp(original, *a))
+    backward = evaluator.connected(lambda pullback, cotangents: pullback(cotangents))
     call.defvjp(forward, backward)
     return call(*operands)
 
@@ -174,7 +175,7 @@ def _custom_vmap(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any
 
     def rule(size: int, batched: Sequence[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
         axes = [0 if b else None for b in batched]
-        results = evaluator.transformed(jax.vmap(original, axes, axis_size=size))(*operands)
+        results = evaluator.connected(jax.vmap(original, axes, axis_size=size))(*operands)
         return results, [True] * len(results)
 
     call.def_vmap(rule)
@@ -184,13 +185,13 @@ def _custom_vmap(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any
 class _WithRule(NamedTuple):
     """A call with a custom rule."""
 
-    rewritten: Callable[..., Any]  # what the call evaluates, with the convolutions replaced
+    rewritten: Callable[..., Any]  # the jaxpr of the call, with the convolutions replaced
     original: Callable[..., Any]  # the call itself, which obeys its rule
-    operands: Sequence[Any]  # those that the rule is about
+    operands: Sequence[Any]  # without the constants, which the rule does not take
 
 
 def _with_rule(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> _WithRule:
-    count = eqn.params.get("num_consts", 0)  # the rule has no say over these
+    count = eqn.params.get("num_consts", 0)  # the first operands are constants of the call
     constants = values[:count]
     return _WithRule(
         lambda *a: evaluator(inner_jaxprs(eqn)[0], [*constants, *a]),
@@ -215,18 +216,19 @@ def _shard_map(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any])
 
 
 def _compiled(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """A loop or a branch, compiled once.
+    """A loop, a branch, or another equation that holds jaxprs: compiled once.
 
-    JAX compiles a loop, and knows it again only by the identity of its jaxpr, which is new at every call.
+    Outside of jit, JAX caches a compiled loop by the identity of its jaxpr. A rewritten jaxpr is new at every
+    call, so JAX would compile it at every call. ``compiled`` compares the original jaxprs instead.
     """
-    if not _is_closed(evaluator.builder):
+    if not _has_no_closure(evaluator.builder):
         return _LOOPS.get(eqn.primitive.name, _around)(evaluator, eqn, values)
     return compiled(_Loop(evaluator), alone(eqn), *values)
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """The one equation of a jaxpr, a loop or a branch, as something hashable."""
+    """Evaluates a jaxpr of one equation, a loop or a branch. Loops with equal evaluators are equal."""
 
     evaluator: MatrixEvaluator
 
@@ -251,7 +253,8 @@ def _scan(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> l
 
 
 def _while(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """A vmap may leave a condition per example. The loop then runs while one holds, for those examples."""
+    """A vmap may leave one condition per example. The loop then runs while any of them holds, and changes
+    only the examples whose condition holds."""
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     split = eqn.params["cond_nconsts"]
     start = split + eqn.params["body_nconsts"]
@@ -260,10 +263,10 @@ def _while(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> 
         return evaluator(cond, [*values[:split], *carry])[0]
 
     def step(carry: list[Any]) -> list[Any]:
-        new, on = evaluator(body, [*values[split:start], *carry]), going(carry)
-        if not on.ndim:
+        new, holds = evaluator(body, [*values[split:start], *carry]), going(carry)
+        if not holds.ndim:
             return new
-        masks = [jnp.expand_dims(on, range(on.ndim, v.ndim)) for v in new]
+        masks = [jnp.expand_dims(holds, range(holds.ndim, v.ndim)) for v in new]
         return [jnp.where(mask, v, old) for mask, v, old in zip(masks, new, carry, strict=True)]
 
     return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(values[start:]))
@@ -283,7 +286,7 @@ def _around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) ->
 
 
 def _rewritten(evaluator: MatrixEvaluator, value: Any) -> Any:
-    """A parameter of an equation, with the convolutions replaced in every jaxpr that it consists of."""
+    """A parameter of an equation, with the convolutions replaced if it is a jaxpr or a tuple of them."""
     if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
         parts = [_rewritten(evaluator, v) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -293,15 +296,15 @@ def _rewritten(evaluator: MatrixEvaluator, value: Any) -> Any:
     return jax.make_jaxpr(lambda *a: evaluator(value, a))(*operands)
 
 
-def _is_closed(builder: Any) -> bool:
-    """Whether a function closes over nothing: what is compiled for it may be kept, and keeps no tracer."""
+def _has_no_closure(builder: Any) -> bool:
+    """Whether it is a function without closure or defaults: a program cached for it keeps no tracer alive."""
     return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
 
 
 # -- the table: primitive -> rule ----------------------------------------------------------------
 
-# Of equations that are a convolution or hold one. Loops and branches are in _LOOPS; any other becomes the
-# same equation around rewritten jaxprs.
+# Rules for equations that are a convolution or hold one. The entries below override those of CALLS. Loops and
+# branches are in _LOOPS. Any other equation goes to _around.
 _RULES: dict[str, Callable[[MatrixEvaluator, JaxprEqn, Sequence[Any]], list[Any]]] = {
     **dict.fromkeys(CALLS, _inline),
     "conv_general_dilated": _convolution,
@@ -319,16 +322,16 @@ _RULES: dict[str, Callable[[MatrixEvaluator, JaxprEqn, Sequence[Any]], list[Any]
 
 
 def examples(spec: ConvSpec, x: Any) -> Any:
-    """A batch of ``lhs_shape`` as a stack ``(examples, *in_shape)``; batch groups lie group-major."""
+    """A batch of ``lhs_shape`` as a stack ``(examples, *in_shape)``."""
     axis = spec.dimension_numbers.lhs_spec[0]
     groups = spec.batch_group_count
     count = x.shape[axis] // groups
-    if count != 1:
+    if count != 1:  # [..., groups * count, ...] -> [..., groups, count, ...] -> [count, ..., groups, ...]
         x = x.reshape(*x.shape[:axis], groups, count, *x.shape[axis + 1 :])
         x = jnp.moveaxis(x, axis + 1, 0)
     return x.reshape(count, *spec.in_shape)
 
 
 def batched_output(spec: ConvSpec, y: Any) -> Any:
-    """A stack ``(examples, *out_shape)`` with the batch where the convolution puts it."""
+    """A stack ``(examples, *out_shape)`` with the examples as the batch axis of the convolution's output."""
     return jnp.moveaxis(y, 0, spec.dimension_numbers.out_spec[0])

@@ -34,14 +34,14 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
     """Every convolution that ``fn(*args, **kwargs)`` performs, in order of execution.
 
     Traces ``fn``, and looks inside jit, custom derivatives, remat, scan, while, cond (all branches),
-    vmap and shard_map, at lax's convolutions as well as at this library's matrix-free products. So
+    vmap and shard_map. Finds lax's convolutions as well as this library's matrix-free products. So
     ``find_convs(jax.grad(loss), ...)`` lists forward, transposed and kernel-gradient convolutions.
 
     Args:
-      fn: any function of JAX arrays, a flax, equinox or haiku model among them.
+      fn: any function of JAX arrays, such as a flax, equinox or haiku model.
       *args, **kwargs: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that
-        depends on them is computed. With arrays, what the convolutions depend on is, once, so that kernels
-        and inputs are known. Python numbers stay static, as in a plain call.
+        depends on them is computed. From arrays, whatever the convolutions depend on is computed once, so
+        that their kernels and inputs are known. Python numbers stay static, as in a plain call.
 
     Returns:
       A list of :class:`ConvSite`. Printed, it is a table: layer, layout, geometry, shape of M, stored
@@ -49,7 +49,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
       input are known where no iteration changes them.
 
     Raises:
-      TypeError: the results of ``fn`` are not JAX arrays.
+      TypeError: ``fn`` returns something, but no JAX array.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> def layer(x, kernel):
@@ -72,7 +72,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
 
 @dataclass(frozen=True)
 class ConvFinder:
-    """Visits the equations of a jaxpr that matter to convolutions, in order, and notes the convolutions.
+    """Records the convolutions of a jaxpr, in order.
 
     A value is an array where it is known, and a ``jax.ShapeDtypeStruct`` where it is not. Only what a later
     convolution depends on is computed.
@@ -80,12 +80,12 @@ class ConvFinder:
 
     sites: list[ConvSite]  # the convolutions found so far
     paths: ArrayPaths
-    scope: str = ""  # the name stack of the calls around this jaxpr
+    scope: str = ""  # the name stacks of the calls around this jaxpr, joined
     times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated here
 
     def visit(self, jaxpr: Any, arguments: Sequence[Any], used: Sequence[bool] | None = None) -> list[Any]:
-        """The results of the jaxpr that are used: none of them by default."""
+        """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
         return evaluate(jaxpr, arguments, self.equation, finish=finish, keep=performs_conv)
 
@@ -100,20 +100,20 @@ class ConvFinder:
             self.sites.append(replace(site, name=place, times=self.times))
         elif holds_conv(eqn):
             for body in _BODIES.get(name, _other_bodies)(eqn, values):
-                inside.body(body)
+                inside.visit_body(body)
         known = self.evaluable and any(used) and all(map(_is_known, values)) and not is_mutable(eqn)
         results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
-        if name == "convert_element_type":
+        if name == "convert_element_type":  # a kernel that is cast still belongs to its layer
             self.paths.hand_on(values[0], results[0])
         return results
 
-    def body(self, body: _Body) -> None:
+    def visit_body(self, body: _Body) -> None:
         times = None if self.times is None or body.times is None else self.times * body.times
         finder = replace(self, times=times, evaluable=self.evaluable and body.evaluable)
         finder.visit(body.jaxpr, body.operands)
 
 
-# -- the tables: primitive -> the convolution that it is ---------------------------------------------
+# -- the table: primitive -> the convolution that it is ----------------------------------------------
 
 
 def _lax_site(eqn: JaxprEqn, x: Any, kernel: Any) -> ConvSite:
@@ -121,7 +121,7 @@ def _lax_site(eqn: JaxprEqn, x: Any, kernel: Any) -> ConvSite:
 
 
 def _product_site(eqn: JaxprEqn, a: Any, b: Any) -> ConvSite:
-    spec, out = eqn.params["spec"], eqn.params["out"]
+    spec, out = eqn.params["spec"], eqn.params["out"]  # (a, b): (kernel, x), (kernel, y) or (x, y)
     if out == "y":
         return ConvSite(spec, a, b, "")
     if out == "x":
@@ -154,13 +154,13 @@ class _Body(NamedTuple):
     """A jaxpr that an equation runs: the body of a loop, a branch of a condition."""
 
     jaxpr: Any
-    operands: Sequence[Any]  # what is known of them
-    times: int | None = 1  # how often one run of the equation runs it; None if only the run can tell
+    operands: Sequence[Any]  # arrays where known, jax.ShapeDtypeStruct elsewhere
+    times: int | None = 1  # runs per run of the equation (a branch: 1 at most); None if only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated outside of the equation
 
 
 def _scan_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
-    """Constants are known, the carry where the body returns what it was given, slices of xs never."""
+    """Constants are what they are outside. For the carry see :func:`_carry`. Slices of xs are unknown."""
     (body,) = inner_jaxprs(eqn)
     fixed, carried = scan_counts(eqn, body)
     carry = _carry(body, values[: fixed + carried], fixed)
@@ -183,14 +183,18 @@ def _branches(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
 
 
 def _solve_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
-    """Of the four jaxprs the one that solves runs. The others are there for its derivatives."""
+    """Only ``solve`` runs. The other three jaxprs of the equation are there for its derivatives."""
     return _other_bodies(eqn, values, [eqn.params["jaxprs"].solve])
 
 
 def _other_bodies(
     eqn: JaxprEqn, values: Sequence[Any], jaxprs: Sequence[Any] | None = None
 ) -> list[_Body]:
-    """Those of shard_map and others: operands may be shards, and mesh axes have no meaning outside."""
+    """The jaxprs of shard_map, and of any primitive that is not in the table below.
+
+    An operand may be a shard of the equation's: its value is known only if it has the same shape. Equations
+    may name mesh axes, which have no meaning outside, so none is evaluated.
+    """
     bodies = []
     for body in inner_jaxprs(eqn) if jaxprs is None else jaxprs:
         operands = [_abstract(v) for v in open_jaxpr(body)[0].invars]
@@ -202,7 +206,7 @@ def _other_bodies(
 
 
 def _carry(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
-    """The carry of a loop after ``fixed`` constants, known where the body returns what it was given."""
+    """The carry of a loop, known where the body returns it unchanged. It follows ``fixed`` constants."""
     inner = open_jaxpr(body)[0]
     carry = zip(inner.invars[fixed:], inner.outvars, values[fixed:], strict=False)
     return [value if before is after else _abstract(before) for before, after, value in carry]

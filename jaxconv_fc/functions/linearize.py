@@ -1,7 +1,8 @@
-"""The tangent of a function as a linear function of x, beside its value at a point.
+"""The value of a function at a point, and its tangent there as a linear function of a change of x.
 
-:class:`Linearizer` evaluates a jaxpr whose values are either known, or pairs of a tangent and a value. What
-a primitive makes of them is its rule in the tables of ``functions/rules.py``. Loops are unrolled.
+:class:`Linearizer` evaluates a jaxpr. A value that depends on x is a pair ``(tangent, value)``, any other is
+an array. What a primitive makes of them is its rule in the tables of ``functions/rules.py``. Loops are
+unrolled.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from jaxconv_fc.sharding import RELABELS, broadcast, is_traced, zeros
 
 
 class Value(NamedTuple):
-    """A value that depends on x."""
+    """A value that depends on x: ``value + tangent(dx)`` at ``x = point + dx``."""
 
-    tangent: Any  # its linear part as a function of x: traced
-    value: Any  # what it is at the point. None is a symbolic zero, so `0 * inf` never arises
+    tangent: Any  # linear in dx; traced
+    value: Any  # at the point. None is a symbolic zero, so `0 * inf` never arises
 
 
 class NotAffine(NamedTuple):
-    """A value that is not affine in x. This does no harm unless the result depends on it."""
+    """A value that no rule linearizes. This does no harm unless the result depends on it."""
 
     reason: str
 
 
 def tangent_of(value: Any, aval: Any) -> Any:
-    """The tangent of a value of this type, which is 0 where the value does not depend on x."""
+    """The tangent of ``value``, whose type is ``aval``; zeros if the value does not depend on x."""
     return value.tangent if isinstance(value, Value) else zeros(aval)
 
 
 def at_point(value: Any, aval: Any = None) -> Any:
-    """What a value of this type is at the point."""
+    """``value`` at the point; a symbolic zero becomes zeros of type ``aval``."""
     if not isinstance(value, Value):
         return value
     return zeros(aval) if value.value is None else value.value
@@ -50,7 +51,7 @@ def operands_at_point(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a value is known to be 0 at the point. Only a plain scalar is read to find out."""
+    """Whether a value is known to be 0 at the point. Arrays are not searched: only a scalar is compared."""
     if isinstance(value, Value):
         return value.value is None
     return is_concrete(value) and np.ndim(value) == 0 and not value
@@ -62,41 +63,41 @@ def is_concrete(value: Any) -> bool:
 
 
 def not_affine(values: Iterable[Any]) -> NotAffine | None:
-    """The first value that is not affine in x, if there is one."""
+    """The first NotAffine among the values, if there is one."""
     return next((v for v in values if isinstance(v, NotAffine)), None)
 
 
 def difference(eqn: JaxprEqn, values: Sequence[Any]) -> Value:
-    """``a - b`` for an equation that compares the two."""
+    """``a - b`` for an equation that compares a and b, of which one at least depends on x."""
     (a, b), out = values, result_avals(eqn)[0]
     first, second = (broadcast(at_point(v), out) for v in (a, b))
-    if isinstance(a, Value) != isinstance(b, Value):
+    if isinstance(a, Value) != isinstance(b, Value):  # only da, or only -db
         tangent = a.tangent if isinstance(a, Value) else -b.tangent
         return Value(broadcast(tangent, out), first - second)
     return Value(broadcast(a.tangent, out) - broadcast(b.tangent, out), first - second)
 
 
 def entry(value: Any, i: int) -> Any:
-    """Slice ``i`` of what a loop runs over."""
+    """Slice ``i`` of an operand that a loop scans over."""
     if isinstance(value, Value):
         return Value(value.tangent[i], None if value.value is None else value.value[i])
     return value if isinstance(value, NotAffine) else value[i]
 
 
 def stacked(values: Sequence[Any], aval: Any) -> Any:
-    """The slices of this type that a loop has made, as one value."""
+    """Slices that a loop has made, each of type ``aval``, stacked along a new first axis."""
     broken = not_affine(values)
     if broken is not None:
         return broken
-    known = None if all(map(is_zero, values)) else jnp.stack([at_point(v, aval) for v in values])
+    primal = None if all(map(is_zero, values)) else jnp.stack([at_point(v, aval) for v in values])
     if not any(isinstance(v, Value) for v in values):
-        return known
-    return Value(jnp.stack([tangent_of(v, aval) for v in values]), known)
+        return primal
+    return Value(jnp.stack([tangent_of(v, aval) for v in values]), primal)
 
 
 def compute_now(compute: Callable[..., list[Any]], eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """``compute(eqn, values)``, outside of the trace where no value is traced: a branch may depend on it."""
-    if eqn.primitive.name in RELABELS:  # the mesh axes that they name have no meaning outside of the trace
+    """``compute(eqn, values)``, as concrete arrays if no value is traced: a branch may have to read them."""
+    if eqn.primitive.name in RELABELS:  # they name mesh axes, which have no meaning outside of the trace
         return compute(eqn, values)
     with jax.ensure_compile_time_eval():
         return compute(eqn, values)
@@ -106,13 +107,13 @@ def compute_now(compute: Callable[..., list[Any]], eqn: JaxprEqn, values: Sequen
 
 
 class Rules(NamedTuple):
-    """What the functions of one kind may consist of: tables by the name of a primitive."""
+    """The rules for functions of one kind, affine or piecewise linear, by the name of a primitive."""
 
-    kind: str  # the name of the kind, for messages
-    control: Mapping[str, Callable[..., Any]]  # rules that take operands of every kind, NotAffine too
-    rules: Mapping[str, Callable[..., Any]]  # rules of operands of which one at least is a Value
-    refused: Mapping[str, str]  # why a primitive that may be of this kind has no rule
-    advice: Mapping[str, str]  # what to do about a primitive that has no rule
+    kind: str  # "affine" or "piecewise linear", for messages
+    control: Mapping[str, Callable[..., Any]]  # rules that take any operands, NotAffine too
+    rules: Mapping[str, Callable[..., Any]]  # rules that take arrays and at least one Value, no NotAffine
+    refused: Mapping[str, str]  # primitive that may be of this kind -> why it has no rule
+    advice: Mapping[str, str]  # primitive that is not of this kind -> what to do
 
 
 class Linearizer:
@@ -121,9 +122,9 @@ class Linearizer:
     def __init__(self, name: str, rules: Rules, *, real: bool):
         self.name = name  # of the public function, for messages
         self.rules = rules
-        self.real = real  # whether x is
-        self.switches: list[Value] = []  # what changes sign where a piecewise linear function bends
-        self.calls: list[JaxprEqn] = []  # that the equation at hand lies in, the outermost first
+        self.real = real  # whether x is real
+        self.switches: list[Value] = []  # where one of these crosses 0, a piecewise linear fn may bend
+        self.calls: list[JaxprEqn] = []  # the calls around the current equation, outermost first
 
     def run(self, jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         return evaluate(jaxpr, arguments, self.equation)
@@ -149,7 +150,7 @@ class Linearizer:
         return self.rules.rules[name](self, eqn, values)
 
     def broken(self, eqn: JaxprEqn, because: str = "") -> list[Any]:
-        """The results of an equation that is not affine in x."""
+        """The results of an equation that no rule linearizes."""
         return [NotAffine(self.reason(eqn, because))] * len(eqn.outvars)
 
     def reason(self, eqn: JaxprEqn, because: str = "") -> str:
@@ -166,9 +167,9 @@ class Linearizer:
 
 
 def linearized(name: str, rules: Rules, jaxpr: Any, x: Any, point: Any) -> Any:
-    """The jaxpr from x to (tangents, values): those of the result, then those of the switches.
+    """The jaxpr from a change of x to ``(tangents, values)``: of the result, then of every switch.
 
-    The values are those at ``point``, or those at 0 where ``point`` is None.
+    ``x`` gives shape and dtype only. Values are taken at ``point``, or at 0 where ``point`` is None.
     """
     aval = open_jaxpr(jaxpr)[0].outvars[0].aval
 

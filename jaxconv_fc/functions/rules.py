@@ -1,8 +1,8 @@
 """What a primitive makes of values that depend on x: its rule, in one table.
 
-A rule is ``rule(linearizer, eqn, values) -> results``. Linear equations act on tangents as they are. A
-switch, where a piecewise linear function bends or jumps because some value crosses 0, becomes what it is at
-the point, and that value is noted.
+A rule is ``rule(linearizer, eqn, values) -> results``. A linear equation acts on tangents as on values. A
+*switch* is a value at whose sign changes a piecewise linear function bends or jumps. Its equation becomes the
+linear piece that holds at the point, and the switch is appended to ``linearizer.switches``.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ Rule = Callable[[Linearizer, JaxprEqn, Sequence[Any]], list[Any]]
 
 
 class Linear(NamedTuple):
-    """Linear in the operands ``data`` together, provided that the others do not depend on x."""
+    """Jointly linear in the operands ``data``, provided that no other operand depends on x."""
 
     data: slice | tuple[int, ...]
-    results: int | None = None  # so many results depend on them, the others do not; None: all do
+    results: int | None = None  # the first `results` results depend on the data; None: all do
 
     def __call__(self, linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         data = operand_numbers(self.data, len(values))
@@ -97,13 +97,14 @@ def _paired(
     tangents: Sequence[Any],
     results: int | None = None,
 ) -> list[Any]:
-    """The tangents, each with what the result is at the point; results from ``results`` on are known."""
+    """Every result as the pair of its tangent and its value at the point, a symbolic zero if all operands
+    ``data`` are 0 there. Results from number ``results`` on do not depend on x and are no pairs."""
     zero = all(is_zero(values[i]) for i in data)
     if zero and results is None:
         return [Value(t, None) for t in tangents]
-    known = compute_now(compute, eqn, operands_at_point(eqn, values))
-    pairs = [Value(t, None if zero else k) for t, k in zip(tangents, known, strict=True)]
-    return pairs if results is None else [*pairs[:results], *known[results:]]
+    primals = compute_now(compute, eqn, operands_at_point(eqn, values))
+    pairs = [Value(t, None if zero else p) for t, p in zip(tangents, primals, strict=True)]
+    return pairs if results is None else [*pairs[:results], *primals[results:]]
 
 
 _IN_ALL = Linear(slice(None))
@@ -111,7 +112,7 @@ _IN_FIRST = Linear((0,))
 
 
 def _sum(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The tangent of ``a + b`` is that of ``a`` where ``b`` is known and both have one shape."""
+    """The tangent of ``a + b`` is that of ``a`` if ``b`` does not depend on x, unless a is broadcast."""
     depends = [i for i, v in enumerate(values) if isinstance(v, Value)]
     i = depends[0]
     if len(depends) > 1 or operand_avals(eqn)[i].shape != result_avals(eqn)[0].shape:
@@ -143,27 +144,27 @@ def _power(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 
 def _gather(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Linear in the operand; what is filled in for an index out of range is an offset."""
-    without = eqn.replace(params=eqn.params | {"fill_value": 0})
-    (result,) = _IN_FIRST(linearizer, without, values)
+    """Linear in the operand. The value filled in where an index is out of range is an offset."""
+    linear = eqn.replace(params=eqn.params | {"fill_value": 0})
+    (result,) = _IN_FIRST(linearizer, linear, values)
     if isinstance(result, NotAffine) or eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return [result]
     if result.value is not None:
         return [Value(result.tangent, *compute_now(eval_eqn, eqn, list(map(at_point, values))))]
-    (filled,) = compute_now(_gather_of_zeros, eqn, values)
-    nothing = is_concrete(filled) and not np.any(np.asarray(filled))
-    return [Value(result.tangent, None if nothing else filled)]
+    (offset,) = compute_now(_gather_of_zeros, eqn, values)
+    no_offset = is_concrete(offset) and not np.any(np.asarray(offset))
+    return [Value(result.tangent, None if no_offset else offset)]
 
 
 def _gather_of_zeros(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """0, and what is filled in."""
+    """The fill value where an index is out of range, 0 elsewhere."""
     return eval_eqn(eqn, [zeros(operand_avals(eqn)[0]), values[1]])
 
 
 def _fft(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """All kinds of FFT are linear over the real numbers, and all but IRFFT over the complex ones.
 
-    (RFFT takes real operands, and none of them depends on a complex x.)
+    (RFFT takes real operands. Those never depend on a complex x, whose real parts are refused.)
     """
     if eqn.params["fft_type"] == lax.FftType.IRFFT and not linearizer.real:
         return linearizer.broken(eqn, " of kind IRFFT, which takes real parts,")
@@ -171,32 +172,32 @@ def _fft(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[A
 
 
 def _parts(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Real parts, imaginary parts and conjugates are linear over the real numbers alone."""
+    """Real parts, imaginary parts and conjugates are linear over the real numbers, not over the complex."""
     return _IN_ALL(linearizer, eqn, values) if linearizer.real else linearizer.broken(eqn)
 
 
 def _conversion(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     before, after = operand_avals(eqn)[0].dtype, result_avals(eqn)[0].dtype
-    takes_part = jnp.issubdtype(before, jnp.complexfloating) and not jnp.issubdtype(
+    takes_real_part = jnp.issubdtype(before, jnp.complexfloating) and not jnp.issubdtype(
         after, jnp.complexfloating
     )
     to_integer = not jnp.issubdtype(after, jnp.inexact) and (
         jnp.issubdtype(before, jnp.inexact) or after == jnp.bool_
     )
-    if (takes_part and not linearizer.real) or to_integer:
+    if (takes_real_part and not linearizer.real) or to_integer:
         return linearizer.broken(eqn, f" to {after}")
     return _IN_FIRST(linearizer, eqn, values)
 
 
 def _psum(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """``psum`` over axes of the operands, which a vmap leaves, is a sum; over devices it is refused."""
+    """A ``psum`` over axes of its operands, such as vmap leaves, is a sum. One over devices is refused."""
     if not all(isinstance(a, int) for a in eqn.params["axes"]):
         return linearizer.broken(eqn)
     return _IN_ALL(linearizer, eqn, values)
 
 
 def _convolution(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """A convolution of lax by our own product, which is right where lax is not."""
+    """A convolution of lax by this library's product, which is right where lax on CPU is wrong."""
     spec, dtype = spec_of(eqn), result_avals(eqn)[0].dtype
     x, kernel = (v.astype(dtype) for v in values)
     stack = stacked_product(spec, kernel, examples(spec, x), eqn.params["precision"])
@@ -204,7 +205,7 @@ def _convolution(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _same(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The matrix is that of the values, whatever their derivative."""
+    """The identity. So is ``stop_gradient``: the matrix is that of the values, not of their derivatives."""
     return list(values)
 
 
@@ -216,7 +217,8 @@ def _call(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
 
 
 def _linear_solve(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Operands are constants of four jaxprs, then b. The jaxpr that solves takes its own constants and b."""
+    """The operands are constants of matvec, vecmat, solve and transpose_solve, then b. The jaxpr ``solve``
+    takes its own constants and b."""
     lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     first, total = lengths.matvec + lengths.vecmat, sum(lengths)
     return linearizer.inside(
@@ -235,15 +237,15 @@ def _scan(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
     fixed, carried = scan_counts(eqn, body)
     constants, carry, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
     steps = range(eqn.params["length"])
-    rows: list[Any] = [None] * len(steps)
+    ys: list[Any] = [None] * len(steps)  # [step][result]
     for i in reversed(steps) if eqn.params["reverse"] else steps:
         results = linearizer.run(body, [*constants, *carry, *(entry(v, i) for v in xs)])
-        carry, rows[i] = results[:carried], results[carried:]
-    if not rows:
+        carry, ys[i] = results[:carried], results[carried:]
+    if not ys:
         return [*carry, *map(zeros, result_avals(eqn)[carried:])]
     outs = [v.aval for v in open_jaxpr(body)[0].outvars[carried:]]
-    columns = zip(*rows, strict=True)
-    return [*carry, *(stacked(column, aval) for column, aval in zip(columns, outs, strict=True))]
+    by_result = zip(*ys, strict=True)
+    return [*carry, *(stacked(slices, aval) for slices, aval in zip(by_result, outs, strict=True))]
 
 
 def _cond(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -266,11 +268,11 @@ def _while(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
         carry = linearizer.run(body, [*values[split : split + fixed], *carry])
 
 
-# -- switches of piecewise linear functions --------------------------------------------------------
+# -- switches of piecewise linear functions: there is a point, so no value is a symbolic zero --------
 
 
 def _of_real(rule: Rule) -> Rule:
-    """A switch turns where a *real* value crosses 0."""
+    """The rule, refused for complex operands: they have no sign."""
 
     def of_real(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
         if any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in operand_avals(eqn)):
@@ -292,7 +294,7 @@ def _sign(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
 
 def _abs(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     (result,) = _sign(linearizer, eqn, values)
-    (x,) = values
+    (x,) = values  # |x| = x or -x, whichever holds at the point
     return [Value(lax.select(x.value >= 0, x.tangent, -x.tangent), result)]
 
 
@@ -317,26 +319,26 @@ def _clamp(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 
 def _extreme(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """The largest or smallest of the candidates of every result; each other candidate is a switch."""
+    """A maximum or minimum. Its switches are the chosen candidate minus every other one."""
     (x,), name = values, eqn.primitive.name
     largest = name.endswith("max")
-    candidates = _candidates(eqn, x.value, -jnp.inf if largest else jnp.inf)
+    candidates = _candidates(eqn, x.value, -jnp.inf if largest else jnp.inf)  # [*result, candidate]
     index = jnp.expand_dims((jnp.argmax if largest else jnp.argmin)(candidates, axis=-1), -1)
     tangents = _candidates(eqn, x.tangent, 0)
 
-    def behind(v: Any) -> tuple[Any, Any]:
-        """(the chosen candidate, how far the others are behind it)"""
+    def chosen_and_gaps(v: Any) -> tuple[Any, Any]:
+        """([*result] the chosen candidate, [*result, candidate] chosen minus each: 0 for itself)"""
         chosen = jnp.take_along_axis(v, index, axis=-1, mode="clip")
         return chosen[..., 0], jnp.broadcast_to(chosen, v.shape) - v
 
-    (tangent, rates), (_, gaps) = behind(tangents), behind(candidates)
-    linearizer.switches.append(Value(rates, gaps))
+    (tangent, gap_tangents), (_, gaps) = chosen_and_gaps(tangents), chosen_and_gaps(candidates)
+    linearizer.switches.append(Value(gap_tangents, gaps))
     result = compute_now(eval_eqn, eqn, [x.value])
     return result if name.startswith("arg") else [Value(tangent, *result)]
 
 
 def _candidates(eqn: JaxprEqn, v: Any, fill: float) -> Any:
-    """The entries that every result of a maximum is taken from, on a new last axis."""
+    """The entries of ``v`` that each result of a maximum is chosen from: [*result, candidate]."""
     if eqn.primitive.name.startswith("reduce_window"):
         axes = window_axes(eqn.params, v.shape)
         taps = np.ndindex(*(axis.taps for axis in axes))
@@ -348,7 +350,7 @@ def _candidates(eqn: JaxprEqn, v: Any, fill: float) -> Any:
 
 # -- the tables: primitive -> rule -----------------------------------------------------------------
 
-# These rules take operands that are not affine too: inside, such an operand may not be needed.
+# These rules take NotAffine operands too: the results may not depend on such an operand.
 _CONTROL: dict[str, Rule] = {
     **dict.fromkeys((*CALLS, "linear_call", "composite", "xla_metadata_call"), _call),
     "custom_linear_solve": _linear_solve,
@@ -361,7 +363,7 @@ _LINEAR: dict[str, Rule] = {
     **{name: Linear(data) for name, data in MOVES.items()},
     "gather": _gather,
     **dict.fromkeys(("stop_gradient", "name", "xla_metadata_value"), _same),
-    # sums
+    # sums (x << k is 2**k * x)
     **dict.fromkeys(("add", "sub"), _sum),
     "add_any": _IN_ALL,
     **dict.fromkeys(("neg", "reduce_sum", "reduce_window_sum", "cumsum", "shift_left"), _IN_FIRST),
@@ -415,7 +417,7 @@ _SWITCHES: dict[str, Rule] = {
     }.items()
 }
 
-# Primitives that may be affine (or piecewise linear) and have no rule here: why.
+# Primitives that may be affine (or piecewise linear), by the reason why they have no rule here.
 _REFUSED: dict[str, str] = {
     name: reason
     for reason, names in {
@@ -435,7 +437,7 @@ _REFUSED: dict[str, str] = {
         "combines values by a function of its own": "reduce reduce_window select_and_scatter",
         "reads or writes a mutable array (jax.new_ref)": f"""
             new_ref get run_state freeze pin unpin {" ".join(WRITES)}""",
-        "cannot be batched in JAX over any axis (matrices as BCOO and BCSR can)": """
+        "cannot be batched by JAX (products with BCOO and BCSR can)": """
             coo_matvec coo_matmat coo_todense csr_matvec csr_matmat csr_todense spsolve
             ragged_dot_general""",
         "is affine in one operand and quadratic in the other": "symmetric_product",

@@ -1,6 +1,7 @@
 """Norms, trace and distance from orthogonality of M, in closed form and exact: M is never built.
 
-The kernel is contracted with the kinds of entries, lines or pairs of lines on every axis (docs/maths.md,
+A *line* is a row or a column. Lines that use the same taps are of one *kind*, and an axis has few kinds. The
+kernel is contracted with the kinds of lines, of entries or of pairs of lines on every axis (docs/maths.md,
 section 10). Taps that meet in an entry of M (boundary modes) are added before absolute values are taken.
 """
 
@@ -23,7 +24,7 @@ from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.kinds import Kinds, line_kinds, pair_kinds
 from jaxconv_fc.spectrum.operands import as_image, as_inexact, as_numbers
 
-# Labels of einsum; the last two have one per axis: TAP + a, OTHER_TAP + a.
+# Labels of einsum. Axis a has the labels TAP + a and OTHER_TAP + a.
 GROUP, LINE, OTHER_LINE, SHARED = range(4)
 TAP, OTHER_TAP = 10, 30
 
@@ -31,9 +32,9 @@ TAP, OTHER_TAP = 10, 30
 def frobenius_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``||M||_F = sqrt(sum of |M[i, j]|**2)``, the root of the sum of all squared singular values.
 
-    In zeros mode ``sqrt(sum over p of count(p) * |kernel[..., p]|**2)``, where tap ``p`` occurs
-    ``count(p)`` times in M; in the other modes sets of taps that meet take the place of taps
-    (docs/maths.md, section 3).
+    In zeros mode ``sqrt(sum over p of count(p) * |kernel[..., p]|**2)``, where every kernel entry of tap
+    ``p`` stands in M ``count(p)`` times. In the other modes the sum is over sets of taps that meet in an
+    entry, with the sum of their kernel entries (docs/maths.md, section 3).
 
     Exact up to rounding, for every geometry; differentiable (with gradient 0 where M = 0).
     Cost: one pass over the kernel.
@@ -58,19 +59,19 @@ def frobenius_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    merged = [line_kinds(axis, True).entries if axis.collides else None for axis in spec.axes]
-    counts = [k.count if k else axis.tap_counts for k, axis in zip(merged, spec.axes, strict=True)]
+    kinds = [line_kinds(axis, True).entries if axis.collides else None for axis in spec.axes]
+    counts = [k.count if k else axis.tap_counts for k, axis in zip(kinds, spec.axes, strict=True)]
 
     def norm(kernel: jax.Array) -> jax.Array:
-        # Once more at the scale of the entries of M: taps that meet may cancel.
-        entries = _contract(by_group(spec, kernel), merged, 3)
+        entries = _contract(by_group(spec, kernel), kinds, 3)  # [g, d, i, taps or kinds of entries...]
+        # Scaled a second time: where taps meet they may cancel, and M is much smaller than the kernel.
         return homogeneous(lambda values: root(_weighted_sum(squares(values), counts)), (1,), entries)
 
     return homogeneous(norm, (1,), kernel)
 
 
 def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
-    """``||M||_1``: the largest column sum of ``|M|``, the gain in the sum of absolute values.
+    """``||M||_1``: the largest column sum of ``|M|``, the operator norm of the 1-norm.
 
     Exact, for every geometry, and differentiable; integers stay integers. Arguments and errors as in
     :func:`frobenius_norm`. Cost: the kernel times the kinds of columns, of which there are a handful.
@@ -84,14 +85,14 @@ def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 
 def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
-    """``||M||_inf``: the largest row sum of ``|M|``, the gain in the largest absolute value.
+    """``||M||_inf``: the largest row sum of ``|M|``, the operator norm of the maximum norm.
 
-    How far an output can move if no input moves by more than 1. Exact, for every geometry, and
+    It is how far an output can move if no input moves by more than 1. Exact, for every geometry, and
     differentiable; integers stay integers. Arguments, errors and cost as in :func:`one_norm`.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (2,), [(1, 1)], padding_mode="edge")
-    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1, -2, 1]]])))  # rows 1-2, 1 and 1, -2, 1
+    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1, -2, 1]]])))  # |1-2| + |1|, |1| + |-2| + |1|
     4
     """
     return _largest_sum(spec, as_numbers(spec, kernel), True)
@@ -99,19 +100,20 @@ def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @partial(program, static_argnums=2)
 def _largest_sum(spec: ConvSpec, kernel: jax.Array, rows: bool) -> jax.Array:
-    return _linear_in_scale(lambda k: largest(_line_sums(spec, k, 1, rows)), kernel)
+    return _at_unit_scale(lambda k: largest(_line_sums(spec, k, 1, rows)), kernel)
 
 
-def _linear_in_scale(of: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
-    """``of`` of degree 1 at unit scale, so that no partial sum overflows; of integers as they are."""
+def _at_unit_scale(of: Callable[[jax.Array], jax.Array], kernel: jax.Array) -> jax.Array:
+    """``of(kernel)``, for ``of`` homogeneous of degree 1. Inexact kernels are scaled, so that no partial sum
+    overflows; integers are not."""
     return homogeneous(of, (1,), kernel) if jnp.issubdtype(kernel.dtype, jnp.inexact) else of(kernel)
 
 
 def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every row of M: ``sqrt(sum over j of |M[i, j]|**2)``, or ``sum over j of |M[i, j]|``.
 
-    ``ord`` is 2 or 1. The norm is the largest value of an output neuron over all inputs of Euclidean norm 1,
-    or over all inputs with entries up to 1. Exact, for every geometry, differentiable. Other arguments and
+    ``ord`` is 2 or 1. The norm of row i is the largest ``|(M x)[i]|`` over all x of Euclidean norm 1, or over
+    all x with entries up to 1 in magnitude. Exact, for every geometry, differentiable. Other arguments and
     errors as in :func:`frobenius_norm`. Cost: the kernel times the kinds of rows, then one lookup per row.
 
     Returns:
@@ -128,8 +130,8 @@ def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
 def column_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every column of M: ``sqrt(sum over i of |M[i, j]|**2)``, or ``sum over i of |M[i, j]|``.
 
-    The norm of the output when one input neuron is 1 and all others are 0. Arguments, errors and cost as in
-    :func:`row_norms`.
+    Each is the norm of the output when one input neuron is 1 and all others are 0. Arguments, errors and
+    cost as in :func:`row_norms`.
 
     Returns:
       Array of shape ``(spec.in_size,)``.
@@ -152,7 +154,7 @@ def _line_norms(spec: ConvSpec, kernel: Array, ord: int, rows: bool) -> jax.Arra
 @partial(program, static_argnums=(2, 3))
 def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.Array:
     if ord == 1:
-        norms = _linear_in_scale(partial(_line_sums, spec, power=1, rows=rows), kernel)
+        norms = _at_unit_scale(partial(_line_sums, spec, power=1, rows=rows), kernel)
     else:
         norms = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
     for a, axis in enumerate(spec.axes):  # [group, channel, kinds...] -> [group, channel, positions...]
@@ -160,6 +162,7 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
         kind = jnp.take(jnp.asarray(line_kinds(axis, rows).lines.kind, sample.dtype), sample, mode="clip")
         norms = jnp.take(norms, kind, axis=2 + a, mode="clip")
+    # [group, channel, positions...] -> [positions..., group, channel] -> out_shape or in_shape
     return as_image(spec, jnp.moveaxis(norms, (0, 1), (-2, -1)), output=rows).ravel()
 
 
@@ -180,7 +183,7 @@ def trace(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return _linear_in_scale(partial(_sum_of_diagonal, spec), kernel)
+    return _at_unit_scale(partial(_sum_of_diagonal, spec), kernel)
 
 
 def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -204,19 +207,19 @@ def orthogonality_residual(spec: ConvSpec, kernel: Array) -> jax.Array:
     It is 0 exactly where the rows, or the columns, of M are orthonormal.
 
     An entry of ``M M^H`` is a sum of ``R[d, d', p, p'] = sum_i K[d, i, p] conj(K[d', i, p'])`` over the
-    pairs of taps that read one input from two outputs. Only a few kinds of pairs of outputs exist on an
-    axis, so R contracted with the kinds of every axis holds all entries. No cancellation: the residual
-    of an orthogonal kernel is of the size of rounding, not of its root.
+    pairs of taps (p, p') through which its two outputs read the same input. Only a few kinds of pairs of
+    outputs exist on an axis, so R contracted with the kinds of every axis holds all entries. I is subtracted
+    from them before they are squared: for an orthogonal M the result is about eps, not sqrt(eps).
 
     Exact for every geometry, boundaries included (the usual regularisers hold for interior rows only);
     differentiable, with gradient 0 where the residual is 0. Arguments, result and errors as in
     :func:`frobenius_norm`.
 
     Source: Wang, Chen, Chakraborty & Yu, Orthogonal Convolutional Neural Networks (2020), made exact at
-    the boundary. Cost: O(channels**2) times the square of the number of taps; none with image size.
+    the boundary. Cost: O(channels**3 * taps**2) operations, whatever the image size.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
-    >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 2), (2,), "VALID")  # M M^T is 4 times the unit matrix
+    >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 2), (2,), "VALID")  # M M^T = 4 I, for the 4 x 4 identity I
     >>> print(fc.spectrum.orthogonality_residual(spec, jnp.array([[[2., 0.]]])))
     6.0
     """
@@ -228,23 +231,24 @@ def _orthogonality_residual(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     rows = spec.out_size <= spec.in_size
     if not min(spec.shape):  # the Gram matrix of the short side is empty
         return jnp.zeros((), kernel.real.dtype)
-    # With K = 2**e U it is 2**2e ||U U^H - 2**-2e I||. A small K needs no scale: its squares may vanish.
+    # For M = 2**e U it is 2**(2e) ||U U^H - 2**(-2e) I||. A kernel below 1 is not scaled up: beside I, the
+    # squares of small entries may underflow.
     exponent = jnp.maximum(unit_scale(kernel)[1], 0)
     kinds = [pair_kinds(axis, rows) for axis in spec.axes]
     gram = _gram_entries(spec, times_power_of_two(kernel, -exponent), kinds, rows)
     # [d = d'] times [o_a = o_a'] of each axis: [d, d', kind_1, kind_2, ...]
     diagonals = (jnp.asarray(kind.diagonal, gram.dtype) for kind in kinds)
-    unit = reduce(jnp.multiply.outer, diagonals, jnp.eye(gram.shape[1], dtype=gram.dtype))
-    error = gram - times_power_of_two(unit, -2 * exponent)[None]
+    identity = reduce(jnp.multiply.outer, diagonals, jnp.eye(gram.shape[1], dtype=gram.dtype))
+    error = gram - times_power_of_two(identity, -2 * exponent)[None]
     counts = [kind.count for kind in kinds]
-    size = homogeneous(lambda values: root(_weighted_sum(squares(values), counts)), (1,), error)
-    return times_power_of_two(size, 2 * exponent)
+    norm = homogeneous(lambda values: root(_weighted_sum(squares(values), counts)), (1,), error)
+    return times_power_of_two(norm, 2 * exponent)
 
 
 def _gram_entries(spec: ConvSpec, kernel: jax.Array, kinds: Sequence[Kinds], rows: bool) -> jax.Array:
-    """Entries of ``M M^H`` (rows) or of ``M^T conj(M)``, one per kind: ``[g, d, d', kind_1, ...]``."""
+    """Entries of ``M M^H`` (rows) or of ``conj(M^H M)``, one per kind: ``[g, d, d', kind_1, ...]``."""
     value = by_group(spec, kernel)  # [g, d, i, p_1, ...]
-    value = value if rows else jnp.swapaxes(value, 1, 2)
+    value = value if rows else jnp.swapaxes(value, 1, 2)  # of columns, i stands for d below, and d for i
     first, second = ([label + a for a in range(len(kinds))] for label in (TAP, OTHER_TAP))
     pairs = [label for both in zip(first, second, strict=True) for label in both]
     # R: [g, d, i, p...] [g, d', i, p'...] -> [g, d, d', p_1, p_1', p_2, p_2', ...]
@@ -253,7 +257,7 @@ def _gram_entries(spec: ConvSpec, kernel: jax.Array, kinds: Sequence[Kinds], row
         [GROUP, LINE, OTHER_LINE, *pairs],
         precision="highest",
     )
-    # [g, d, d', (p_1, p_1'), (p_2, p_2'), ...] with the kinds of pairs on every axis
+    # [g, d, d', (p_1, p_1'), ...] [kind_a, (p_a, p_a')] of each axis -> [g, d, d', kind_1, ...]
     return _contract(gram.reshape(*gram.shape[:3], *(kind.codes for kind in kinds)), kinds, 3)
 
 
@@ -279,7 +283,8 @@ def _contract(value: jax.Array, kinds: Sequence[Kinds | None], first: int) -> ja
 
 
 def _weighted_sum(value: jax.Array, counts: Sequence[np.ndarray]) -> jax.Array:
-    """Sum of all entries; those of a kind, on each of the last axes, count as often as the kind occurs."""
+    """Sum of ``value[..., k_1, k_2, ...] * counts[0][k_1] * counts[1][k_2] * ...``: a kind counts as often as
+    it occurs on its axis."""
     for count in reversed(counts):
         value = jnp.tensordot(value, jnp.asarray(count, value.dtype), 1, precision="highest")
     return value.sum()
