@@ -357,6 +357,20 @@ def test_mutable_arrays_that_do_not_depend_on_x_are_known():
     np.testing.assert_array_equal(fc.matrix_of(fn, jnp.ones(4))[1], jnp.arange(4.0))
 
 
+@pytest.mark.parametrize("constant", [0.0, 2.0])
+def test_a_loop_may_make_constants_beside_what_depends_on_x(constant):
+    """A scalar 0 of every step is a known array of zeros, not a symbolic zero."""
+    x = jnp.arange(3.0)
+
+    def fn(x):
+        total, ys = lax.scan(lambda c, v: (c + v, jnp.full((), constant)), jnp.zeros(()), x)
+        return x * jnp.cos(ys) + total
+
+    matrix, offset = fc.matrix_of(fn, x)
+    np.testing.assert_allclose(matrix, np.eye(3) * np.cos(constant) + 1, rtol=1e-15)
+    assert not offset.any()
+
+
 def test_what_jax_cannot_transpose_is_carried_forward():
     """A scatter that may write a place twice has no transpose in JAX; the output is the smaller side."""
     first, last = normal(RNG, 4, 6), normal(RNG, 2, 4)

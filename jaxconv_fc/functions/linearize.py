@@ -89,10 +89,11 @@ def stacked(values: Sequence[Any], aval: Any) -> Any:
     broken = not_affine(values)
     if broken is not None:
         return broken
-    primal = None if all(map(is_zero, values)) else jnp.stack([at_point(v, aval) for v in values])
+    primal = jnp.stack([jnp.asarray(at_point(v, aval), aval.dtype) for v in values])
     if not any(isinstance(v, Value) for v in values):
         return primal
-    return Value(jnp.stack([tangent_of(v, aval) for v in values]), primal)
+    tangent = jnp.stack([tangent_of(v, aval) for v in values])
+    return Value(tangent, None if all(map(is_zero, values)) else primal)
 
 
 def compute_now(compute: Callable[..., list[Any]], eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
