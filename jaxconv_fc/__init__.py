@@ -1,6 +1,26 @@
-"""The matrix of any convolution in JAX, its transpose and its gradients."""
+"""The matrix of any convolution in JAX, its transpose and its gradients.
+
+M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) for one example.
+
+    the geometry            conv_spec, ConvSpec
+    M, dense                as_matrix, as_affine, matrix_rows, matrix_columns, update_matrix, memory_limit
+    M, sparse               as_bcoo, as_bcsr, as_scipy, diagonals, row_block, row_blocks
+    over devices            shard_matrix, shard_bcoo
+    M x and M^T y, no M     apply, apply_transpose, batched_apply, as_linear_operator
+    the transpose           transpose, testing.assert_transpose
+    gradients               kernel_vjp, kernel_matrix, matrix_vjp
+    from M to a kernel      kernel_from_matrix, conv_distance, detect_conv, nearest_conv
+    two convolutions        compose
+    any JAX function        find_convs, fully_connected, matrix_of, local_affine
+    norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
+    to look at              format_matrix
+    for your own tests      testing.assert_matches_lax, testing.dot_test
+
+Start with ``spec = conv_spec(x.shape, kernel.shape, (1, 1), "SAME")`` and ``as_matrix(spec, kernel)``.
+"""
 
 import importlib as _importlib
+import types as _types
 from typing import Any as _Any
 
 from jaxconv_fc.adjoint import kernel_matrix as kernel_matrix
@@ -39,6 +59,8 @@ from jaxconv_fc.sparse.shards import shard_matrix as shard_matrix
 from jaxconv_fc.spec import ConvSpec as ConvSpec
 from jaxconv_fc.spec import conv_spec as conv_spec
 
+__version__ = "0.1.0"
+
 # Public modules whose names are general words, loaded when first touched.
 _MODULES = ("spectrum", "testing")
 
@@ -47,3 +69,12 @@ def __getattr__(name: str) -> _Any:
     if name in _MODULES:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]
+    name for name, value in globals().items() if name[0] != "_" and not isinstance(value, _types.ModuleType)
+)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_MODULES, "__version__"]

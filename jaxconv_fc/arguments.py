@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,23 @@ def _reject_traced(name: str, value: Any) -> None:
         )
 
 
+def brief(value: Any) -> str:
+    """A value for a message: its repr, or what stands for it where that is long."""
+    if hasattr(value, "shape") and hasattr(value, "dtype") and np.ndim(value):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]} ... ({type(value).__name__}, shortened)"
+
+
 def as_int(name: str, value: Any, least: int | None = None) -> int:
     _reject_traced(name, value)
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}. Write a whole number such as 1.") from None
+        got = brief(value)
+        raise TypeError(f"{name} must be an int, got {got}. Write a whole number such as 1.") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
@@ -44,9 +56,9 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
 
 def as_ints(name: str, values: Any, *, length: int | None = None, least: int = 1) -> tuple[int, ...]:
     _reject_traced(name, values)
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or np.ndim(values) > 1:
         hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
-        raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {values!r}.{hint}")
+        raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {brief(values)}.{hint}")
     numbers = tuple(as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
     if length is not None and len(numbers) != length:
         raise ValueError(
@@ -78,7 +90,7 @@ def resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
     if isinstance(numbers, str) or not isinstance(numbers, tuple | list) or len(numbers) != 3:
         raise (ValueError if isinstance(numbers, str | tuple | list) else TypeError)(
             "dimension_numbers must be None, lax.ConvDimensionNumbers or three layouts such as "
-            f"('NHWC', 'HWIO', 'NHWC'), got {numbers!r}."
+            f"('NHWC', 'HWIO', 'NHWC'), got {brief(numbers)}."
         )
     if all(isinstance(layout, str) for layout in numbers):
         return _resolve_letters(tuple(numbers), rank)
@@ -155,11 +167,11 @@ def check_channels(
 def resolve_mode(mode: Any) -> str:
     _reject_traced("padding_mode", mode)
     if not isinstance(mode, str):
-        raise TypeError(f"padding_mode must be a string, one of {tuple(MODES)}, got {mode!r}.")
+        raise TypeError(f"padding_mode must be a string, one of {tuple(MODES)}, got {brief(mode)}.")
     name = _MODE_OF_ALIAS.get(mode.lower(), mode.lower())
     if name not in MODES:
         known = f"{tuple(MODES)} or {tuple(_MODE_OF_ALIAS)}"
-        raise ValueError(f"padding_mode must be one of {known}, got {mode!r}.")
+        raise ValueError(f"padding_mode must be one of {known}, got {brief(mode)}.")
     return name
 
 
@@ -171,17 +183,17 @@ def resolve_padding(padding: Any, axes: Sequence[Axis]) -> tuple[tuple[int, int]
     example = f"Write [(lo, hi), ...], a pair per spatial axis, such as {[(1, 1)] * len(axes)}, or 'SAME'."
     if not isinstance(padding, Sequence | np.ndarray):
         kind = ValueError if isinstance(padding, int | np.integer) else TypeError
-        raise kind(f"padding must be a string or a list of pairs of ints, got {padding!r}. {example}")
+        raise kind(f"padding must be a string or a list of pairs of ints, got {brief(padding)}. {example}")
     if len(padding) != len(axes):
         raise ValueError(
             f"padding must have {len(axes)} pairs, one per spatial axis, got {len(padding)}: "
-            f"{padding!r}. {example}"
+            f"{brief(padding)}. {example}"
         )
     pads = []
     for i, pair in enumerate(padding):
         _reject_traced(f"padding[{i}]", pair)
         if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
-            raise ValueError(f"padding[{i}] must be a pair (lo, hi), got {pair!r}. {example}")
+            raise ValueError(f"padding[{i}] must be a pair (lo, hi), got {brief(pair)}. {example}")
         lo, hi = (as_int(f"padding[{i}][{j}]", v, least=None) for j, v in enumerate(pair))
         pads.append((lo, hi))
     return tuple(pads)
@@ -190,25 +202,27 @@ def resolve_padding(padding: Any, axes: Sequence[Axis]) -> tuple[tuple[int, int]
 def _named_padding(padding: str, axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
     name = padding.upper()
     full = [(a.dilated_taps - 1, a.dilated_taps - 1) for a in axes]
+    # As flax pads in these modes, whatever the stride. SAME depends on it.
+    centred = [((a.dilated_taps - 1) // 2, a.dilated_taps // 2) for a in axes]
     instead = {
         "FULL": f"padding={full}",
         "CAUSAL": f"padding={[(lo, 0) for lo, _ in full]}",
-        "CIRCULAR": "padding='SAME', padding_mode='circular'",
-        "REFLECT": "padding='SAME', padding_mode='reflect'",
+        **{name: f"padding={centred}, padding_mode={name.lower()!r}" for name in ("CIRCULAR", "REFLECT")},
     }
     if name in instead:
-        raise ValueError(f"padding={padding!r} is not a name that lax knows: write {instead[name]}.")
+        raise ValueError(f"padding={brief(padding)} is not a name that lax knows: write {instead[name]}.")
     if name not in _PADDINGS:
         close = difflib.get_close_matches(name, _PADDINGS, n=1, cutoff=0.4)
         hint = f"Did you mean {close[0]!r}?" if close else "Or write [(lo, hi), ...]."
-        raise ValueError(f"padding must be one of {_PADDINGS} or a list of pairs, got {padding!r}. {hint}")
+        got = brief(padding)
+        raise ValueError(f"padding must be one of {_PADDINGS} or a list of pairs, got {got}. {hint}")
     if name == "VALID":
         return ((0, 0),) * len(axes)
     pads = []
     for axis in axes:
         if not axis.pads_with_zeros and axis.lhs_dilation > 1:
             raise ValueError(
-                f"padding={padding!r} has no meaning with padding_mode={axis.mode!r} and "
+                f"padding={brief(padding)} has no meaning with padding_mode={axis.mode!r} and "
                 f"lhs_dilation={axis.lhs_dilation}, where the input is padded before it is dilated. "
                 "Write [(lo, hi), ...]."
             )
@@ -249,9 +263,14 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
 
 def as_array(name: str, value: Any) -> jax.Array:
     """``value`` as a jax.Array. TypeError if it is not an array: to convert a list would hide a copy."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{name} must be an array, got {value}, which has no entries. Use jax.eval_shape to trace a "
+            "function with shapes alone."
+        )
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise TypeError(
-            f"{name} must be a jax or NumPy array, got {type(value).__name__}: {value!r}. "
+            f"{name} must be a jax or NumPy array, got {type(value).__name__}: {brief(value)}. "
             "Write jnp.asarray(...)."
         )
     if isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm":
@@ -280,3 +299,27 @@ def check_summable(a_name: str, a: jax.Array, b_name: str, b: jax.Array) -> None
         raise TypeError(
             f"{a_name} and {b_name} are bool, which have no sums: cast both with .astype(jnp.int32)."
         )
+
+
+# What other libraries call the arguments of lax.conv_general_dilated.
+_OTHER_NAMES = {
+    "stride": "window_strides", "strides": "window_strides", "pad": "padding", "pads": "padding",
+    "dilation": "rhs_dilation", "dilations": "rhs_dilation", "kernel_dilation": "rhs_dilation",
+    "input_dilation": "lhs_dilation", "groups": "feature_group_count", "mode": "padding_mode",
+    "layout": "dimension_numbers", "input_shape": "lhs_shape", "kernel_shape": "rhs_shape",
+}  # fmt: skip
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def names_of_lax(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``fn``, with a TypeError that says how lax calls an argument passed by another library's name."""
+
+    @functools.wraps(fn)
+    def named(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name in _OTHER_NAMES:
+                raise TypeError(f"{name}= is called {_OTHER_NAMES[name]}= here, and in the arguments of lax.")
+        return fn(*args, **kwargs)
+
+    return named

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array, as_array, check_same_dtype, native
+from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.layout import by_group, grid, in_channel, out_first
 from jaxconv_fc.layout import taps as kernel_taps
-from jaxconv_fc.memory import check_dense, index_dtype
+from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -50,7 +50,8 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
      [0 0 1 2]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_dense("as_matrix", spec, spec.shape, kernel.dtype, "as_bcsr or apply")
+    smaller = "as_bcsr" if fits_in_memory(spec.nbytes(kernel.dtype).bcsr) else "row_blocks"
+    check_dense("as_matrix", spec, spec.shape, kernel.dtype, f"{smaller} or apply")
     return _matrix(spec, kernel)
 
 
@@ -151,14 +152,15 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
-      rows: 1-D integers, static or traced; negative ones count from the end. A traced index out of range
-        gives a row filled as by ``jnp.take``: NaN, the lowest signed or the largest unsigned integer.
+      rows: 1-D integers, or 2-D with one index of an output neuron in ``spec.out_shape`` per row, such as
+        ``[(0, 5, 7)]``. Static or traced; negative ones count from the end. A traced index out of range gives
+        a row filled as by ``jnp.take``: NaN, the lowest signed or the largest unsigned integer.
 
     Returns:
       Array of shape ``(len(rows), spec.in_size)``.
 
     Raises:
-      TypeError: rows are not integers.  ValueError: they are not 1-D.  IndexError: out of range.
+      TypeError: rows are not integers.  ValueError: their shape is another.  IndexError: out of range.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -167,7 +169,7 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
      [1 2 0 0]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    index, inside = _index("rows", rows, spec.out_size, spec)
+    index, inside = _index("rows", rows, spec.out_shape, spec)
     shape = (index.shape[0], spec.in_size)
     check_dense("matrix_rows", spec, shape, kernel.dtype, "fewer rows at a time")
     return _fill(_rows(spec, kernel, index), inside)
@@ -192,7 +194,8 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
-      columns: 1-D integers, as for :func:`matrix_rows`.
+      columns: 1-D integers, or 2-D with one index in ``spec.in_shape`` per column, as for
+        :func:`matrix_rows`.
 
     Returns:
       Array of shape ``(spec.out_size, len(columns))``.
@@ -208,7 +211,7 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
      [0]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    index, inside = _index("columns", columns, spec.in_size, spec)
+    index, inside = _index("columns", columns, spec.in_shape, spec)
     shape = (index.shape[0], spec.out_size)
     check_dense("matrix_columns", spec, shape[::-1], kernel.dtype, "fewer columns at a time")
     return _fill(_transposed_columns(spec, kernel, index), inside).T
@@ -323,17 +326,34 @@ def _copy(axis: Axis, t: Ints, q: Ints) -> tuple[Ints, Ints]:
     return j, (at < axis.padded_size) & (axis.source(j) == t)
 
 
-def _index(name: str, values: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
-    """``(index, inside)``: indices from the front, 0 where out of range."""
+def _index(name: str, values: Any, shape: tuple[int, ...], spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
+    """``(index, inside)``: places in the ravel of ``shape``, 0 where out of range.
+
+    ``values`` are such places, [n], or indices in ``shape``, [n, len(shape)].
+    """
     if is_traced(values):
         index = values
     else:
         index = native(np.asarray(values))
         index = index.astype(np.int64) if index.size == 0 else index  # [] is a float array to NumPy
     if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got {index.dtype}: {values!r}.")
-    if index.ndim != 1:
-        raise ValueError(f"{name} must be 1-D, got shape {index.shape}. Write jnp.atleast_1d({name}).")
+        raise TypeError(f"{name} must be integers, got {index.dtype}: {brief(values)}.")
+    if index.ndim == 1:
+        return _in_range(name, index, math.prod(shape), spec)
+    if index.ndim != 2 or index.shape[1] != len(shape):
+        raise ValueError(
+            f"{name} must be 1-D, or 2-D with an index in {shape} per row, got shape {index.shape}. Write "
+            f"[5] for one of them, or [{(0,) * len(shape)}]."
+        )
+    places, inside = jnp.zeros(index.shape[0], spec.index_dtype), jnp.ones(index.shape[0], bool)
+    for a, size in enumerate(shape):
+        place, within = _in_range(f"{name}[:, {a}]", index[:, a], size, spec)
+        places, inside = places * size + place, inside & within
+    return places, inside
+
+
+def _in_range(name: str, index: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
+    """``(index, inside)``: indices counted from the front, 0 where out of range."""
     if isinstance(index, np.ndarray) and index.size and (index.min() < -size or index.max() >= size):
         raise IndexError(f"{name} must lie in [{-size}, {size}), got {index.min()} to {index.max()}.")
     # The indices are compared in their own dtype, before any cast. It may not hold the bounds: clip them.

@@ -35,6 +35,8 @@ def memory_limit(nbytes: int) -> Iterator[None]:
     ...
     ValueError: as_matrix: 64 x 64 int8 = 4 KiB dense; 484 stored entries: use ...
     """
+    if isinstance(nbytes, str | float):
+        raise TypeError(f"nbytes must be an int, got {nbytes!r}. Write a number of bytes, such as 2 * 2**30.")
     token = _memory_limit.set(as_int("nbytes", nbytes, least=0))
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.adjoint import sums_over_outputs
-from jaxconv_fc.arguments import Array, as_array
+from jaxconv_fc.arguments import Array, as_array, as_ints, resolve_layouts
 from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.dense import matrix_rows
+from jaxconv_fc.layout import inverse
 from jaxconv_fc.lines import gram
 from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
 from jaxconv_fc.sharding import is_traced, program
@@ -147,7 +148,12 @@ def _sum_of_squares(values: jax.Array) -> jax.Array:
 
 
 def detect_conv(
-    matrix: Array, in_shape: Sequence[int], out_shape: Sequence[int], *, tol: float | None = None
+    matrix: Array,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    *,
+    dimension_numbers: Any = None,
+    tol: float | None = None,
 ) -> tuple[ConvSpec, jax.Array] | None:
     """``(spec, kernel)`` of the zero-padded convolution that has this matrix, or None if there is none.
 
@@ -156,7 +162,10 @@ def detect_conv(
 
     Args:
       matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``.
-      in_shape, out_shape: ``(channels, spatial...)`` of an input and an output.
+      in_shape, out_shape: shapes of an input and an output, without a batch: ``(channels, spatial...)``,
+        unless ``dimension_numbers`` says otherwise.
+      dimension_numbers: layouts with a batch, as in ``lax.conv_general_dilated``, such as
+        ``("NHWC", "HWIO", "NHWC")``. The spec and the kernel that are returned have them.
       tol: largest relative distance, and largest relative difference of entries that count as equal;
         by default a small multiple of the rounding of the dtype.
 
@@ -175,7 +184,7 @@ def detect_conv(
     >>> fc.detect_conv(jnp.ones((3, 4)).at[0, 0].set(2.), (1, 4), (1, 3)) is None
     True
     """
-    given = _on_host(matrix, in_shape, out_shape, tol)
+    given = _on_host(matrix, in_shape, out_shape, dimension_numbers, tol)
     axes = _detect_axes(given)
     # A matrix that is no convolution along one axis is none at all: it need not be projected.
     if any(_axis_distance(v, axis) > 2 * given.tol for v, axis in zip(given.views, axes, strict=True)):
@@ -185,7 +194,12 @@ def detect_conv(
 
 
 def nearest_conv(
-    matrix: Array, in_shape: Sequence[int], out_shape: Sequence[int], *, tol: float | None = None
+    matrix: Array,
+    in_shape: Sequence[int],
+    out_shape: Sequence[int],
+    *,
+    dimension_numbers: Any = None,
+    tol: float | None = None,
 ) -> tuple[ConvSpec, jax.Array, float]:
     """``(spec, kernel, distance)``: a geometry read off a matrix, its nearest kernel, and their distance.
 
@@ -207,7 +221,7 @@ def nearest_conv(
     >>> round(distance, 3)
     0.211
     """
-    given = _on_host(matrix, in_shape, out_shape, tol)
+    given = _on_host(matrix, in_shape, out_shape, dimension_numbers, tol)
     return _nearest(given, _detect_axes(given))
 
 
@@ -215,18 +229,21 @@ class _Given(NamedTuple):
     """A matrix whose geometry is asked for, on the host."""
 
     matrix: np.ndarray  # (prod(out_shape), prod(in_shape)), finite
-    in_shape: tuple[int, ...]  # (channels, spatial...)
-    out_shape: tuple[int, ...]  # (channels, spatial...)
+    lhs_shape: tuple[int, ...]  # of a batch of one example
+    numbers: lax.ConvDimensionNumbers  # the layouts
     tol: float  # relative to the largest entry, or to the norm
     views: list[np.ndarray]  # per spatial axis: M as (outputs, inputs, all other dimensions...)
     channels: np.ndarray  # M as (out channels, in channels, all other dimensions...)
 
 
-def _on_host(matrix: Array, in_shape: Sequence[int], out_shape: Sequence[int], tol: float | None) -> _Given:
+def _on_host(
+    matrix: Array, in_shape: Sequence[int], out_shape: Sequence[int], layouts: Any, tol: float | None
+) -> _Given:
+    in_shape, out_shape = as_ints("in_shape", in_shape, least=0), as_ints("out_shape", out_shape, least=0)
     if len(in_shape) != len(out_shape) or not in_shape:
         raise ValueError(
-            f"in_shape and out_shape must be (channels, spatial...) of the same rank, got {tuple(in_shape)} "
-            f"and {tuple(out_shape)}. Write a missing spatial axis as 1."
+            f"in_shape and out_shape must be (channels, spatial...) of the same rank, got {in_shape} "
+            f"and {out_shape}. Write a missing spatial axis as 1."
         )
     if is_traced(matrix):
         raise TypeError(
@@ -247,20 +264,33 @@ def _on_host(matrix: Array, in_shape: Sequence[int], out_shape: Sequence[int], t
     tol = 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
     wide = host_unit_scale(host.astype(np.complex128 if host.dtype.kind == "c" else np.float64))
     tensor, rank = wide.reshape(*out_shape, *in_shape), len(in_shape)
-    views = [np.moveaxis(tensor, (a, rank + a), (0, 1)) for a in range(rank)]
-    return _Given(host, tuple(in_shape), tuple(out_shape), tol, views[1:], views[0])
+    numbers = resolve_layouts(layouts, rank + 1)
+    # Channels first, then each spatial axis: its place among the outputs, and among the inputs.
+    pairs = zip(_unbatched(numbers.out_spec), _unbatched(numbers.lhs_spec), strict=True)
+    views = [np.moveaxis(tensor, (o, rank + t), (0, 1)) for o, t in pairs]
+    batch = numbers.lhs_spec[0]
+    return _Given(host, (*in_shape[:batch], 1, *in_shape[batch:]), numbers, tol, views[1:], views[0])
+
+
+def _unbatched(order: Sequence[int]) -> list[int]:
+    """The places of (channels, spatial...) in an array without the batch."""
+    batch, *others = order
+    return [place - (place > batch) for place in others]
 
 
 def _nearest(given: _Given, axes: Sequence[Axis]) -> tuple[ConvSpec, jax.Array, float]:
     groups = _detect_groups(given.channels, given.tol)
+    outs, ins = given.channels.shape[:2]
+    kernel = outs, ins // groups, *(a.taps for a in axes)
     spec = conv_spec(
-        (1, *given.in_shape),
-        (given.out_shape[0], given.in_shape[0] // groups, *(a.taps for a in axes)),
+        given.lhs_shape,
+        [kernel[i] for i in inverse(given.numbers.rhs_spec)],
         [a.stride for a in axes],
         [(a.lo, a.hi) for a in axes],
         [a.lhs_dilation for a in axes],
         [a.rhs_dilation for a in axes],
-        feature_group_count=groups,
+        given.numbers,
+        groups,
     )
     array = jnp.asarray(given.matrix)
     return spec, kernel_from_matrix(spec, array), float(conv_distance(spec, array))

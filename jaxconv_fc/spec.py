@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from jaxconv_fc.arguments import (
     check_axis,
     check_channels,
     check_ranks,
+    names_of_lax,
     resolve_layouts,
     resolve_mode,
     resolve_padding,
@@ -267,6 +269,7 @@ class ConvSpec:
         return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self)
 
 
+@names_of_lax
 def conv_spec(
     lhs_shape: Sequence[int],
     rhs_shape: Sequence[int],
@@ -348,11 +351,27 @@ def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
     check_spec(spec)
     array, expected = as_array(name, value), getattr(spec, shape)
     if array.shape != expected:
-        raise ValueError(
-            f"{name} must have the spec's shape {expected}, got {array.shape}. Use jax.vmap for a stack, or "
-            "make a spec for this shape."
-        )
+        transposed = _transposition(array.shape, spec) if shape == "rhs_shape" else ""
+        advice = "Use jax.vmap for a stack, or make a spec for this shape."
+        if transposed:
+            advice = f"Transpose it: {name}{transposed}."
+        raise ValueError(f"{name} must have the spec's shape {expected}, got {array.shape}. {advice}")
     return array
+
+
+def _transposition(shape: tuple[int, ...], spec: ConvSpec) -> str:
+    """``.transpose(2, 3, 1, 0)`` if that makes a kernel of this shape the spec's; empty if nothing does.
+
+    A kernel with out channels first, as torch has it, is taken for one.
+    """
+    expected, rank = spec.rhs_shape, len(spec.rhs_shape)
+    if len(shape) != rank or rank > 6:
+        return ""
+    torch = tuple(spec.dimension_numbers.rhs_spec.index(i) for i in range(rank))
+    for order in (torch, *itertools.permutations(range(rank))):
+        if tuple(shape[i] for i in order) == expected:
+            return f".transpose{order}"
+    return ""
 
 
 def _pick(values: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:

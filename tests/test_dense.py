@@ -420,6 +420,25 @@ def test_the_text_does_not_grow_with_the_geometry():
     assert size(48) < size(12) + 2_000
 
 
+@pytest.mark.parametrize("numbers", [None, ("NHWC", "HWIO", "NHWC")])
+def test_rows_and_columns_by_the_indices_of_their_neurons(numbers, rng):
+    shapes = ((1, 3, 4, 5), (2, 3, 2, 2)) if numbers is None else ((1, 4, 5, 3), (2, 2, 3, 2))
+    spec = fc.conv_spec(*shapes, (1, 2), "SAME", dimension_numbers=numbers)
+    kernel = jnp.asarray(integers(rng, spec.rhs_shape))
+    matrix = np.asarray(fc.as_matrix(spec, kernel))
+    for part, shape in ((fc.matrix_rows, spec.out_shape), (fc.matrix_columns, spec.in_shape)):
+        whole = matrix if part is fc.matrix_rows else matrix.T
+        at = [(0, 1, 0), (1, -1, 1), tuple(n - 1 for n in shape)]
+        want = whole[[np.ravel_multi_index(np.mod(index, shape), shape) for index in at]]
+        for got in (part(spec, kernel, at), jax.jit(partial(part, spec, kernel))(jnp.asarray(at))):
+            np.testing.assert_array_equal(got if part is fc.matrix_rows else got.T, want)
+        with pytest.raises(IndexError, match=r"\[:, 1\] must lie in"):
+            part(spec, kernel, [(0, shape[1], 0)])
+        outside = jax.jit(partial(part, spec, kernel.astype(float)))(jnp.array([[0, shape[1], 0]]))
+        assert np.isnan(outside).all()
+        assert part(spec, kernel, np.zeros((0, 3), int)).size == 0
+
+
 @both_parts
 def test_too_many_rows_are_refused(part):
     spec, indices = LAYER.spec(), np.zeros(50_000, int)

@@ -8,6 +8,7 @@ import inspect
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -108,7 +109,7 @@ TABLE = [
         "16: CIRCULAR",
         partial(spec, padding="CIRCULAR"),
         ValueError,
-        ["padding", "CIRCULAR", "padding_mode", "circular"],
+        ["padding", "CIRCULAR", "[(1, 1), (1, 1)], padding_mode='circular'"],  # as flax, whatever the stride
     ),
     ("18: 1", partial(spec, padding=1), ValueError, ["padding", "1", "[(lo, hi), ...]"]),
     ("18: (1, 1)", partial(spec, padding=(1, 1)), ValueError, ["padding", "(1, 1)", "[(lo, hi), ...]"]),
@@ -319,6 +320,50 @@ def test_39_inf_and_nan_leave_structural_zeros_alone():
     matrix = np.asarray(fc.as_matrix(PLAIN.spec(), kernel))
     np.testing.assert_array_equal(np.isnan(matrix), oracle.pattern(PLAIN))
     assert (matrix[~oracle.pattern(PLAIN)] == 0).all()
+
+
+NHWC = fc.conv_spec((1, 8, 9, 3), (3, 3, 3, 5), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+LARGE = fc.conv_spec((1, 64, 224, 224), (64, 64, 3, 3), (1, 1), "SAME")
+# What new users tried, and what the message has to say.
+TRIED = {
+    "a kernel as torch has it": (
+        lambda: fc.as_matrix(NHWC, jnp.ones((5, 3, 3, 3))), ValueError, r"kernel.transpose(2, 3, 1, 0)"),
+    "a kernel as flax has it": (
+        lambda: fc.as_matrix(PLAIN.spec(), KERNEL.transpose(2, 3, 1, 0)), ValueError,
+        "Transpose it: kernel.transpose(3, 2, 0, 1)"),
+    "shapes for a kernel": (
+        lambda: fc.as_matrix(NHWC, jax.ShapeDtypeStruct((3, 3, 3, 5), float)), TypeError, "jax.eval_shape"),
+    "a kernel without a spec": (lambda: fc.as_matrix(KERNEL, KERNEL), TypeError, "conv_spec(lhs_shape"),
+    "an empty kernel": (
+        lambda: fc.as_matrix(NHWC, jnp.array([])), ValueError, "the spec's shape (3, 3, 3, 5), got (0,)"),
+    "strides": (partial(spec, strides=(1, 1)), TypeError, "strides= is called window_strides= here"),
+    "groups": (partial(spec, groups=2), TypeError, "groups= is called feature_group_count= here"),
+    "booleans": (
+        partial(spec, window_strides=(True, 1)), TypeError, "window_strides[0] must be an int, got True"),
+    "an array for its shape": (
+        partial(spec, lhs_shape=np.ones((1, 4, 8, 8))), TypeError, "Pass the array's .shape"),
+    "a list for a shape": (partial(spec, rhs_shape=[[1.0] * 50] * 50), TypeError, "(list, shortened)"),
+    "a list for a kernel": (
+        lambda: fc.as_matrix(NHWC, [[1.0] * 50] * 50), TypeError, "must be a jax or NumPy array, got list"),
+    "units of memory": (lambda: entered(fc.memory_limit("2GB")), TypeError, "such as 2 * 2**30"),
+    "a matrix whose sparse form does not fit either": (
+        lambda: fc.as_matrix(LARGE, jnp.ones(LARGE.rhs_shape)), ValueError, "use row_blocks or apply"),
+    "the operator's matrix": (
+        lambda: fc.as_linear_operator(LARGE, jnp.ones(LARGE.rhs_shape)).as_matrix(), ValueError,
+        "use row_blocks or apply"),
+    "rows of three indices": (
+        lambda: fc.matrix_rows(NHWC, jnp.ones(NHWC.rhs_shape), [[[5]]]), ValueError, "or [(0, 0, 0)]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_what_new_users_tried(name):
+    call, error, says = TRIED[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert says in message
+    assert len(message) < 400
 
 
 def test_every_row_of_the_table_has_a_test():

@@ -228,6 +228,99 @@ def test_keras(rank):
         check(layer, x, by_lax)
 
 
+# how libraries pad, written for conv_spec: the table of the README --------------------------------
+
+PADDED = [(taps, stride, dilation) for taps in (2, 3, 4) for stride in (1, 2, 3) for dilation in (1, 2)]
+
+
+def same_matrix(layer, x, spec, kernel):
+    """``layer`` of one image without a bias, and M of a spec."""
+    matrix, _ = fc.matrix_of(lambda v: layer(v), x)
+    np.testing.assert_allclose(matrix, fc.as_matrix(spec, kernel), atol=1e-6, err_msg=str(spec))
+
+
+def centred(taps, dilation):
+    reach = (taps - 1) * dilation + 1
+    return ((reach - 1) // 2, reach // 2)
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), PADDED)
+def test_how_flax_pads(taps, stride, dilation):
+    nn, nnx = pytest.importorskip("flax.linen"), pytest.importorskip("flax.nnx")
+    x = numbers((1, 9, 2))
+    pads = {
+        "CIRCULAR": ([centred(taps, dilation)], "circular"),
+        "REFLECT": ([centred(taps, dilation)], "reflect"),
+        "CAUSAL": ([((taps - 1) * dilation, 0)], "zeros"),
+        "SAME": ("SAME", "zeros"),
+    }
+    options = {"strides": stride, "kernel_dilation": dilation, "use_bias": False}
+    for name, (padding, mode) in pads.items():
+        linen = nn.Conv(3, (taps,), padding=name, **options)
+        variables = variables_of(linen, x)
+        kernel = variables["params"]["kernel"]
+        layouts = ("NHC", "HIO", "NHC")
+        spec = fc.conv_spec(
+            x.shape, kernel.shape, (stride,), padding, None, (dilation,), layouts, padding_mode=mode
+        )
+        same_matrix(lambda v, m=linen, p=variables: m.apply(p, v), x, spec, kernel)
+        module = nnx.Conv(2, 3, (taps,), padding=name, rngs=nnx.Rngs(0), **options)
+        same_matrix(module, x, spec, module.kernel[...])
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), PADDED)
+def test_how_equinox_pads(taps, stride, dilation):
+    eqx = pytest.importorskip("equinox")
+    x = numbers((2, 9))
+    modes = {"ZEROS": "zeros", "REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "circular"}
+    for name, mode in modes.items():
+        for given, padding in ((2, [(2, 2)]), (((0, 3),), [(0, 3)]), ("SAME", "SAME")):
+            layer = equinox_layer(
+                eqx.nn.Conv, 1, 2, 3, taps, stride, given, dilation, use_bias=False, padding_mode=name
+            )
+            spec = fc.conv_spec(
+                (1, *x.shape), layer.weight.shape, (stride,), padding, None, (dilation,), padding_mode=mode
+            )
+            same_matrix(layer, x, spec, layer.weight)
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), PADDED)
+def test_how_keras_pads(taps, stride, dilation):
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("keras runs on another backend here")
+    if stride > 1 and dilation > 1:
+        return  # refused by keras
+    x = numbers((1, 9, 2))
+    for name, padding in (("same", "SAME"), ("valid", "VALID"), ("causal", [((taps - 1) * dilation, 0)])):
+        layer = keras.layers.Conv1D(
+            3, taps, strides=stride, padding=name, dilation_rate=dilation, use_bias=False, dtype="float32"
+        )
+        layer.build(x.shape)
+        kernel = jnp.asarray(layer.kernel.value)
+        numbers_of = ("NHC", "HIO", "NHC")
+        spec = fc.conv_spec(x.shape, kernel.shape, (stride,), padding, None, (dilation,), numbers_of)
+        same_matrix(layer, x, spec, kernel)
+
+
+@pytest.mark.parametrize(("taps", "stride", "dilation"), PADDED)
+def test_how_torch_pads(taps, stride, dilation):
+    torch = pytest.importorskip("torch")
+    x = np.eye(18, dtype=np.float32).reshape(18, 2, 9)
+    for mode in ("zeros", "reflect", "replicate", "circular"):
+        for given, padding in ((2, [(2, 2)]), ("same", "SAME")):
+            if given == "same" and stride > 1:
+                continue  # refused by torch
+            layer = torch.nn.Conv1d(
+                2, 3, taps, stride, given, dilation, bias=False, padding_mode=mode, dtype=torch.float32
+            )
+            kernel = layer.weight.detach().numpy()
+            shapes = (1, 2, 9), kernel.shape
+            spec = fc.conv_spec(*shapes, (stride,), padding, None, (dilation,), padding_mode=mode)
+            columns = layer(torch.from_numpy(x)).detach().numpy().reshape(18, -1)
+            np.testing.assert_allclose(columns.T, fc.as_matrix(spec, kernel), atol=1e-6, err_msg=str(spec))
+
+
 # a chain of layers is one matrix ------------------------------------------------------------------
 
 

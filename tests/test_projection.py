@@ -127,6 +127,27 @@ def test_detection_recovers_convolutions(chunk, run_seed):
         assert math.prod(found[0].rhs_shape) <= math.prod(spec.rhs_shape), replay
 
 
+def test_detection_in_other_layouts(rng):
+    """The spec and the kernel come back in the layouts that were asked for."""
+    layouts = [("NHWC", "HWIO", "NHWC"), ("NHWC", "OIHW", "NCHW"), ("CWNH", "IWOH", "HNCW")]
+    for i, numbers in enumerate(layouts):
+        lhs = [{"N": 1, "C": 4, "H": 5, "W": 6}[c] for c in numbers[0]]
+        rhs = [{"O": 2, "I": 2, "H": 3, "W": 2}[c] for c in numbers[1]]
+        spec = fc.conv_spec(lhs, rhs, (1, 2), [(1, 0), (0, 1)], None, None, numbers, 2)
+        kernel = jnp.asarray(rng.standard_normal(spec.rhs_shape))
+        matrix = fc.as_matrix(spec, kernel)
+        found = fc.detect_conv(matrix, spec.in_shape, spec.out_shape, dimension_numbers=numbers)
+        assert found is not None, i
+        assert found[0].dimension_numbers == spec.dimension_numbers
+        assert (found[0].lhs_shape, found[0].feature_group_count) == (spec.lhs_shape, 2)
+        np.testing.assert_allclose(fc.as_matrix(*found), matrix, atol=1e-12)
+        if found[0].rhs_shape == spec.rhs_shape:
+            np.testing.assert_allclose(found[1], kernel, atol=1e-12)
+        assert fc.nearest_conv(matrix, spec.in_shape, spec.out_shape, dimension_numbers=numbers)[2] < 1e-12
+    with pytest.raises(ValueError, match="dimension_numbers"):
+        fc.detect_conv(matrix, spec.in_shape, spec.out_shape, dimension_numbers=("NHWC", "HWIO"))
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_detection_says_no_to_other_matrices(chunk, run_seed):
     for i in range(chunk, COUNT // 5, CHUNKS):

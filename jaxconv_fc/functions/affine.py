@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxconv_fc.arguments import brief
 from jaxconv_fc.functions.columns import Selection, propagate
 from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
 from jaxconv_fc.functions.linearize import linearized
@@ -139,7 +140,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
         jaxpr, shape = _single(fn, x, "local_affine")
         if isinstance(x, jax.ShapeDtypeStruct) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(
-                f"local_affine: x must be an array of real floats, got {x!r}. Cast it: x.astype(float)."
+                f"local_affine: x must be an array of real floats, got {brief(x)}. Cast it: x.astype(float)."
             )
         x = replicated(jnp.asarray(x))
         linear = linearized("local_affine", PIECEWISE_LINEAR, jaxpr, shape, x)

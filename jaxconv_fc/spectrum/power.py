@@ -12,7 +12,7 @@ from jaxconv_fc.arguments import Array
 from jaxconv_fc.numerics import nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.spectrum.golub_kahan import normalised
 from jaxconv_fc.spectrum.operands import as_inexact
 
@@ -81,6 +81,7 @@ def start_vector(spec: ConvSpec, dtype: Any, key: Any) -> jax.Array:
     >>> fc.spectrum.start_vector(spec, jnp.float32, jax.random.key(0)).shape
     (3, 8, 8)
     """
+    check_spec(spec)
     kernel = jax.eval_shape(lambda: as_inexact(spec, jnp.zeros(spec.rhs_shape, dtype)))
     return normalised(jax.random.normal(key, spec.in_shape, kernel.dtype))[0]
 

@@ -1,0 +1,225 @@
+"""Train a classifier whose layers cannot amplify: the spectral norm of every layer held at a bound.
+
+Two small networks on scikit-learn's handwritten digits, one written in flax.nnx, one in equinox. Each is
+trained twice with optax: as usual, and with `fc.spectrum.power_step` after every update, which keeps a vector
+per layer from step to step and scales the kernel down where the norm of its matrix exceeds the bound.
+
+The product of the norms bounds how much the scores change per change of the image. So an image whose margin
+is larger than sqrt(2) times bound times eps keeps its class whatever is added to it within eps in the 2-norm:
+that is the certified accuracy. The attained slope is the largest norm of a Jacobian at an image. Between
+accuracy under attack and certified accuracy lies the truth.
+
+    python examples/lipschitz.py [lipschitz.png]
+"""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxconv_fc as fc
+import jaxconv_fc.spectrum as spectrum
+
+try:
+    import equinox as eqx
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to a file; needs no display
+    import matplotlib.pyplot as plt
+    import optax
+    from flax import nnx
+    from sklearn.datasets import load_digits
+except ModuleNotFoundError as missing:
+    sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples,networks]'")
+
+BOUND = 1.0  # of the spectral norm of each layer
+SHARPNESS = 10.0  # of the loss: scores that may not grow would never look certain to it
+HELD_OUT, BATCH_SIZE, STEPS = 360, 64, 600
+EPSILONS = np.linspace(0, 1, 11)
+SHAPES = [(16, 1, 3, 3), (16, 16, 3, 3), (10, 16, 4, 4)]  # out channels, in channels, height, width
+STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
+
+
+# The two libraries: a model, its scores for a batch of images (n, 8, 8), its kernels -----------------------
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([
+            nnx.Conv(i, o, (h, w), s, padding=p, rngs=rngs)
+            for (o, i, h, w), s, p in zip(SHAPES, STRIDES, PADDINGS, strict=True)
+        ])
+
+    def __call__(self, images):
+        x = images[..., None]
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x).reshape(len(images), -1)
+
+
+class EquinoxNetwork(eqx.Module):
+    layers: list
+
+    def __init__(self, key):
+        self.layers = [
+            eqx.nn.Conv2d(i, o, (h, w), s, p, key=k)
+            for (o, i, h, w), s, p, k in zip(SHAPES, STRIDES, PADDINGS, jax.random.split(key, 3), strict=True)
+        ]
+
+    def __call__(self, images):
+        def scores(image):
+            x = image[None]
+            for layer in self.layers[:-1]:
+                x = jax.nn.relu(layer(x))
+            return self.layers[-1](x).ravel()
+
+        return jax.vmap(scores)(images)
+
+
+def nnx_model():
+    """(parameters as a pytree, scores of (parameters, images), kernels of parameters, with other kernels)."""
+    graph, state = nnx.split(NnxNetwork(nnx.Rngs(0)))
+
+    def kernels(state):
+        return [state["layers"][i]["kernel"][...] for i in range(len(SHAPES))]
+
+    def with_kernels(state, new):
+        model = nnx.merge(graph, state)
+        for layer, kernel in zip(model.layers, new, strict=True):
+            layer.kernel[...] = kernel
+        return nnx.split(model)[1]
+
+    return state, lambda state, images: nnx.merge(graph, state)(images), kernels, with_kernels
+
+
+def equinox_model():
+    model = EquinoxNetwork(jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_array)
+
+    def kernels(params):
+        return [layer.weight for layer in params.layers]
+
+    def with_kernels(params, new):
+        return eqx.tree_at(kernels, params, new)
+
+    return params, lambda params, images: eqx.combine(params, static)(images), kernels, with_kernels
+
+
+# Training --------------------------------------------------------------------------------------------------
+
+
+def hold(specs, kernels, vectors):
+    """Kernels whose matrix has a norm of BOUND at most, and the vectors for the next step."""
+    steps = [spectrum.power_step(*layer) for layer in zip(specs, kernels, vectors, strict=True)]
+    scaled = [k * jnp.minimum(1, BOUND / step.sigma) for k, step in zip(kernels, steps, strict=True)]
+    return scaled, [step.v for step in steps]
+
+
+def train(model, images, labels, held):
+    """(trained parameters, seconds per step, specs)."""
+    params, scores, kernels, with_kernels = model
+    specs = [site.spec for site in fc.find_convs(scores, params, images[:1])]
+    keys = jax.random.split(jax.random.key(1), len(specs))
+    vectors = [spectrum.start_vector(spec, jnp.float32, key) for spec, key in zip(specs, keys, strict=True)]
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, vectors, images, labels):
+        def loss(params):
+            sharp = SHARPNESS * scores(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(sharp, labels).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        params = optax.apply_updates(params, updates)
+        if held:
+            scaled, vectors = hold(specs, kernels(params), vectors)
+            params = with_kernels(params, scaled)
+        return params, state, vectors
+
+    rng = np.random.default_rng(0)
+    seconds = []
+    for _ in range(STEPS):
+        batch = rng.permutation(len(images) - HELD_OUT)[:BATCH_SIZE]
+        start = time.perf_counter()
+        params, state, vectors = step(params, state, vectors, images[batch], labels[batch])
+        jax.block_until_ready(params)
+        seconds.append(time.perf_counter() - start)
+    return params, float(np.median(seconds)), specs
+
+
+# What was gained -------------------------------------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnums=0)
+def attacked(scores, params, images, labels, epsilon):
+    """Which images keep their class under 10 steps of gradient ascent within a ball of the 2-norm."""
+
+    def loss(change):
+        sharp = SHARPNESS * scores(params, images + change)
+        return optax.softmax_cross_entropy_with_integer_labels(sharp, labels).sum()
+
+    def ascend(change, _):
+        slope = jax.grad(loss)(change)
+        length = jnp.linalg.norm(slope, axis=(1, 2), keepdims=True)
+        change = change + epsilon / 5 * slope / jnp.maximum(length, 1e-12)
+        length = jnp.linalg.norm(change, axis=(1, 2), keepdims=True)
+        return change * jnp.minimum(1, epsilon / jnp.maximum(length, 1e-12)), None
+
+    change, _ = jax.lax.scan(ascend, jnp.zeros_like(images), None, length=10)
+    return scores(params, images + change).argmax(1) == labels
+
+
+def evaluate(model, params, specs, images, labels):
+    """(norms of the layers, largest slope at an image, certified and attacked accuracy per epsilon)."""
+    _, scores, kernels, _ = model
+    layers = zip(specs, kernels(params), strict=True)
+    norms = [float(spectrum.singular_values(*layer)[0]) for layer in layers]  # exact, and not carried along
+    jacobians = jax.jit(jax.vmap(jax.jacrev(lambda image: scores(params, image[None])[0])))(images)
+    slope = float(jnp.linalg.norm(jacobians.reshape(len(images), 10, -1), 2, axis=(1, 2)).max())
+    top = jax.lax.top_k(scores(params, images), 2)[0]
+    margin = jnp.where(scores(params, images).argmax(1) == labels, top[:, 0] - top[:, 1], 0)
+    certified = [float((margin > np.sqrt(2) * np.prod(norms) * e).mean()) for e in EPSILONS]
+    kept = [float(attacked(scores, params, images, labels, e).mean()) for e in EPSILONS]
+    return norms, slope, certified, kept
+
+
+def main(picture_path="lipschitz.png"):
+    start = time.perf_counter()
+    data = load_digits()
+    images, labels = jnp.asarray(data.images / 16, jnp.float32), jnp.asarray(data.target)
+    test = images[-HELD_OUT:], labels[-HELD_OUT:]
+    fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    fine = True
+    for ax, library, make in zip(axes, ("flax.nnx", "equinox"), (nnx_model, equinox_model), strict=True):
+        print(f"{library}: 3 convolutions, {STEPS} steps, each layer held at a spectral norm of {BOUND}")
+        print(f"{'':9} {'step':>8} {'accuracy':>8} {'norms of the layers':>20} {'product':>8} attained")
+        for held, colour in ((False, "tab:red"), (True, "tab:blue")):
+            model = make()
+            params, seconds, specs = train(model, images, labels, held)
+            norms, slope, certified, kept = evaluate(model, params, specs, *test)
+            name = "held" if held else "as usual"
+            listed = "  ".join(f"{n:.2f}" for n in norms)
+            product = np.prod(norms)
+            figures = f"{1e3 * seconds:5.1f} ms {kept[0]:8.1%} {listed:>20} {product:8.1f} {slope:8.2f}"
+            print(f"{name:9} {figures}", flush=True)
+            fine &= slope <= product and all(c <= k for c, k in zip(certified, kept, strict=True))
+            fine &= not held or max(norms) <= 1.05 * BOUND
+            ax.plot(EPSILONS, kept, color=colour, label=f"{name}: under attack")
+            ax.plot(EPSILONS, certified, color=colour, ls="--", label=f"{name}: certified")
+            ax.fill_between(EPSILONS, certified, kept, color=colour, alpha=0.1)
+        ax.set_title(library)
+        ax.set_xlabel("size of the change, 2-norm of an image with values in [0, 1]")
+    axes[0].set_ylabel("accuracy on held-out images")
+    axes[0].legend(loc="upper right")
+    fig.savefig(picture_path, dpi=110)
+    print(f"\nslope below product, certified below attacked, norms at the bound: {'yes' if fine else 'NO'}")
+    print(f"wrote {picture_path} ({time.perf_counter() - start:.0f} s in all)")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,24 @@
+"""What a user finds without reading: dir(), help() and the version."""
+
+import importlib.metadata
+import pydoc
+
+import jaxconv_fc as fc
+
+
+def test_dir_shows_the_public_names_and_modules_and_nothing_else():
+    shown = set(dir(fc))
+    assert {"as_matrix", "conv_spec", "ConvSpec", "spectrum", "testing", "__version__"} <= shown
+    assert not {"annotations", "axis", "dense", "products", "functions", "sparse"} & shown
+    assert {name for name in shown if name.startswith("_")} == {"__version__"}
+    assert all(hasattr(fc, name) for name in shown)
+
+
+def test_help_begins_with_a_map_that_names_every_function():
+    map_of_functions = pydoc.render_doc(fc, renderer=pydoc.plaintext).split("PACKAGE CONTENTS")[0]
+    missing = [name for name in fc.__all__ if name not in map_of_functions and name != "ConvSite"]
+    assert not missing
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert fc.__version__ == importlib.metadata.version("jaxconv_fc")
