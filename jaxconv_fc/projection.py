@@ -186,7 +186,7 @@ def detect_conv(
     """
     given = _on_host(matrix, in_shape, out_shape, dimension_numbers, tol)
     axes = _detect_axes(given)
-    # A matrix that is no convolution along one axis is none at all: it need not be projected.
+    # Where no convolution fits along one axis, none fits at all: the matrix need not be projected.
     if any(_axis_distance(v, axis) > 2 * given.tol for v, axis in zip(given.views, axes, strict=True)):
         return None
     spec, kernel, distance = _nearest(given, axes)

@@ -157,7 +157,7 @@ def _around(linear: Any, point: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     product = jnp.matmul(matrix, point.ravel().astype(matrix.dtype))
     radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
     radius = least(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
-    # A switch at NaN has no side: its radius is NaN, and the map is none.
+    # A switch at NaN has no side: its radius is NaN, and so is the map.
     unknown = jnp.isnan(radius)
     return nan_unless_finite(
         (matrix, value.ravel() - product, radius), point, jnp.where(unknown, radius, jnp.zeros_like(radius))

@@ -49,7 +49,8 @@ def power_step(spec: ConvSpec, kernel: Array, v: Array) -> PowerStep:
       ValueError: a shape is not the spec's.
 
     Source: Miyato et al., Spectral normalization for generative adversarial networks (2018), with the true M
-    in place of the reshaped kernel. Cost: two products, and one kernel gradient for the derivative.
+    in place of the reshaped kernel; docs/maths.md, section 5. Cost: two products, and one kernel gradient
+    for the derivative.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
