@@ -13,7 +13,17 @@ from jax import lax
 
 from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import by_group, grid, in_channel, out_first
+from jaxconv_fc.layout import (
+    by_group,
+    column_of,
+    grid,
+    in_channel,
+    out_first,
+    row_of,
+    split_column,
+    split_row,
+    tap_of,
+)
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
 from jaxconv_fc.sharding import is_traced, program
@@ -182,7 +192,7 @@ def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
         return jnp.zeros(shape, kernel.dtype)
     dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))  # [n, i, p], n runs over the rows
     n, i, *taps = grid(dims, spec.index_dtype)
-    positions, d = spec.split_row(jnp.expand_dims(index, range(1, len(dims))))
+    positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
     values = out_first(spec, kernel)[d.reshape(-1)]  # [d, i, p] -> [n, i, p]
     places = Entries(dims, n, _columns(spec, d, i, positions, taps)).places(spec, shape)
     return _scatter(spec, shape, places, values)
@@ -227,7 +237,7 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
     dims = (index.shape[0], block, *q, *kernel_taps(spec))  # [n, e, q, p], n over columns, e over a group
     n, e, *rest = grid(dims, spec.index_dtype)
     copies, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
-    positions, c = spec.split_column(jnp.expand_dims(index, range(1, len(dims))))
+    positions, c = split_column(spec, jnp.expand_dims(index, range(1, len(dims))))
     group, i = c // spec.group_channels, c % spec.group_channels
     d = group * block + e
     read, valid = [], True
@@ -236,7 +246,7 @@ def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> 
         o, reads = axis.output_of(j, p)
         read.append(o)
         valid = valid & copied & reads
-    rows = jnp.where(valid, spec.row(read, d), spec.out_size)
+    rows = jnp.where(valid, row_of(spec, read, d), spec.out_size)
     values = by_group(spec, kernel)[group.reshape(-1), :, i.reshape(-1)]  # [g, e, i, p] -> [n, e, p]
     values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))  # [n, e, 1, p]
     return _scatter(spec, shape, Entries(dims, n, rows).places(spec, shape), values)
@@ -273,7 +283,7 @@ def entries(spec: ConvSpec) -> Entries:
     d, i, *rest = grid(dims, spec.index_dtype)
     positions, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
     columns = _columns(spec, d, i, positions, taps)
-    return Entries(dims, spec.row(positions, d), columns, spec.tap(taps, i, d))
+    return Entries(dims, row_of(spec, positions, d), columns, tap_of(spec, taps, i, d))
 
 
 def spread_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -291,7 +301,7 @@ def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: 
         t, reads = axis.input_of(o, p)
         read.append(t)
         valid = valid & reads
-    return jnp.where(valid, spec.column(read, in_channel(spec, d, i)), spec.in_size)
+    return jnp.where(valid, column_of(spec, read, in_channel(spec, d, i)), spec.in_size)
 
 
 def _scatter(spec: ConvSpec, shape: tuple[int, int], places: jax.Array, values: jax.Array) -> jax.Array:

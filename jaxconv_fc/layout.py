@@ -7,6 +7,7 @@ channels), of a kernel (taps..., channels of a group, out channels). ``ConvSpec.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -84,3 +85,53 @@ def group_of(spec: ConvSpec, d: Ints) -> Ints:
 def in_channel(spec: ConvSpec, d: Ints, i: Ints) -> Ints:
     """The number, among all input channels, of channel ``i`` of the group of out channel ``d``."""
     return group_of(spec, d) * spec.group_channels + i
+
+
+# -- neurons and taps by number --------------------------------------------------------------------
+
+
+def row_of(spec: ConvSpec, positions: Sequence[Ints], channel: Ints) -> Ints:
+    """The row of M of these spatial positions of output channel ``channel``."""
+    *spatial, feature = _strides(spec.out_shape, spec.out_order)
+    return sum((o * s for o, s in zip(positions, spatial, strict=True)), channel * feature)
+
+
+def split_row(spec: ConvSpec, row: Ints) -> tuple[list[Ints], Ints]:
+    """``(positions, channel)`` of a row: the inverse of :func:`row_of`."""
+    *spatial, feature = _strides(spec.out_shape, spec.out_order)
+    positions = [row // s % a.out_size for s, a in zip(spatial, spec.axes, strict=True)]
+    return positions, row // feature % spec.out_channels
+
+
+def column_of(spec: ConvSpec, positions: Sequence[Ints], channel: Ints) -> Ints:
+    """The column of M of these spatial positions of input channel ``channel``."""
+    *spatial, batch, feature = _in_strides(spec)
+    channels = spec.in_channels // spec.batch_group_count
+    index = channel // channels * batch + channel % channels * feature
+    return sum((t * s for t, s in zip(positions, spatial, strict=True)), index)
+
+
+def split_column(spec: ConvSpec, column: Ints) -> tuple[list[Ints], Ints]:
+    """``(positions, channel)`` of a column: the inverse of :func:`column_of`."""
+    *spatial, batch, feature = _in_strides(spec)
+    channels = spec.in_channels // spec.batch_group_count
+    positions = [column // s % a.size for s, a in zip(spatial, spec.axes, strict=True)]
+    group = column // batch % spec.batch_group_count if batch else 0
+    return positions, group * channels + column // feature % channels
+
+
+def tap_of(spec: ConvSpec, taps: Sequence[Ints], channel: Ints, out_channel: Ints) -> Ints:
+    """Index in ``kernel.ravel()`` of these taps, for channel ``channel`` of a group."""
+    strides = _strides(spec.rhs_shape, spec.kernel_order)
+    return sum((v * s for v, s in zip((*taps, channel, out_channel), strides, strict=True)), 0)
+
+
+def _in_strides(spec: ConvSpec) -> list[int]:
+    """Strides in columns of M: (spatial..., batch groups, channels), 0 if there are no batch groups."""
+    strides = _strides(spec.in_shape, spec.in_order)
+    return strides if spec.batch_group_count > 1 else [*strides[:-1], 0, strides[-1]]
+
+
+def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Row-major strides, in entries, of the axes in this order."""
+    return [math.prod(shape[i + 1 :]) for i in order]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.layout import in_channel
+from jaxconv_fc.layout import in_channel, split_column, split_row, tap_of
 from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 
@@ -66,8 +66,8 @@ def _separator(spec: ConvSpec, column: int) -> str:
 
 def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
     """``{column: taps}`` of some columns of a row: the flat indices of the kernel entries that meet there."""
-    positions, d = spec.split_row(row)
-    columns = {column: spec.split_column(column) for column in shown}
+    positions, d = split_row(spec, row)
+    columns = {column: split_column(spec, column) for column in shown}
     met = []  # per axis: {input position of a shown column: taps that read it}
     for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
         table = axis.table(np.array([o]))[0]
@@ -80,7 +80,7 @@ def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[i
     for column, (inputs, channel) in columns.items():
         if first <= channel < first + spec.group_channels:
             taps = [v.get(t, []) for v, t in zip(met, inputs, strict=True)]
-            entries[column] = [spec.tap(p, channel - first, d) for p in product(*taps)]
+            entries[column] = [tap_of(spec, p, channel - first, d) for p in product(*taps)]
     return entries
 
 

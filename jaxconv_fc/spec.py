@@ -25,7 +25,7 @@ from jaxconv_fc.arguments import (
     resolve_mode,
     resolve_padding,
 )
-from jaxconv_fc.axis import Axis, Ints
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.memory import index_dtype, readable
 
 
@@ -226,43 +226,6 @@ class ConvSpec:
         feature, channel, *spatial = self.dimension_numbers.rhs_spec
         return (*spatial, channel, feature)
 
-    def column(self, positions: Sequence[Ints], channel: Ints) -> Ints:
-        """The column of M of these spatial positions of input channel ``channel``."""
-        *spatial, batch, feature = self._in_strides
-        channels = self.in_channels // self.batch_group_count
-        index = channel // channels * batch + channel % channels * feature
-        return sum((t * s for t, s in zip(positions, spatial, strict=True)), index)
-
-    def row(self, positions: Sequence[Ints], channel: Ints) -> Ints:
-        """The row of M of these spatial positions of output channel ``channel``."""
-        *spatial, feature = _pick(_strides(self.out_shape), self.out_order)
-        return sum((o * s for o, s in zip(positions, spatial, strict=True)), channel * feature)
-
-    def tap(self, taps: Sequence[Ints], channel: Ints, out_channel: Ints) -> Ints:
-        """Index in ``kernel.ravel()`` of these taps, for channel ``channel`` of a group."""
-        strides = _pick(_strides(self.rhs_shape), self.kernel_order)
-        return sum((v * s for v, s in zip((*taps, channel, out_channel), strides, strict=True)), 0)
-
-    def split_column(self, column: Ints) -> tuple[list[Ints], Ints]:
-        """``(positions, channel)`` of a column: the inverse of :meth:`column`."""
-        *spatial, batch, feature = self._in_strides
-        channels = self.in_channels // self.batch_group_count
-        positions = [column // s % a.size for s, a in zip(spatial, self.axes, strict=True)]
-        group = column // batch % self.batch_group_count if batch else 0
-        return positions, group * channels + column // feature % channels
-
-    def split_row(self, row: Ints) -> tuple[list[Ints], Ints]:
-        """``(positions, channel)`` of a row: the inverse of :meth:`row`."""
-        *spatial, feature = _pick(_strides(self.out_shape), self.out_order)
-        positions = [row // s % a.out_size for s, a in zip(spatial, self.axes, strict=True)]
-        return positions, row // feature % self.out_channels
-
-    @cached_property
-    def _in_strides(self) -> tuple[int, ...]:
-        """Strides in columns of M: (spatial..., batch groups, channels), 0 if there are no batch groups."""
-        strides = _pick(_strides(self.in_shape), self.in_order)
-        return strides if self.batch_group_count > 1 else (*strides[:-1], 0, strides[-1])
-
     @property
     def index_dtype(self) -> Any:
         """The narrowest integer dtype that holds every position; ValueError if JAX has none now."""
@@ -376,11 +339,6 @@ def _transposition(shape: tuple[int, ...], spec: ConvSpec) -> str:
 
 def _pick(values: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
     return tuple(values[i] for i in indices)
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Row-major strides, in entries."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _one_example(shape: Sequence[int], batch: int, entries: int) -> tuple[int, ...]:

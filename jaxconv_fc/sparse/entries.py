@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import grid, group_of, in_channel, inverse, spread
+from jaxconv_fc.layout import column_of, grid, group_of, in_channel, inverse, row_of, spread
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import index_dtype
@@ -143,8 +143,8 @@ def entry_places(spec: ConvSpec, rows: Rows, first: Ints, size: int) -> Places:
     tap = d * spec.group_channels + i
     for axis, p in zip(spec.axes, taps, strict=True):
         tap = tap * axis.taps + p
-    column = spec.column([r.t for r in reads], in_channel(spec, d, i))
-    return Places(dims, size, where, spec.row(o, d), column, tap)
+    column = column_of(spec, [r.t for r in reads], in_channel(spec, d, i))
+    return Places(dims, size, where, row_of(spec, o, d), column, tap)
 
 
 def listed(spec: ConvSpec, places: Places, values: Ints) -> jax.Array:
@@ -172,7 +172,7 @@ def listed_entries(spec: ConvSpec, places: Places, kernel: jax.Array) -> jax.Arr
 def group_column(spec: ConvSpec, d: Ints) -> Ints:
     """What is added to a column that group 0 reads, to get that of the group of out channel ``d``."""
     group = group_of(spec, d)
-    return spec.column([group * 0] * len(spec.axes), group * spec.group_channels)
+    return column_of(spec, [group * 0] * len(spec.axes), group * spec.group_channels)
 
 
 def entry_dtype(spec: ConvSpec) -> Any:

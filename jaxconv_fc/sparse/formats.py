@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 
 from jaxconv_fc.arguments import Array, native
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import grid, out_first, spread
+from jaxconv_fc.layout import column_of, grid, out_first, row_of, spread
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
@@ -175,7 +175,7 @@ def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
     places = entry_places(spec, rows, 0, spec.nse // parts)
     data = listed_entries(spec, places, out_first(spec, kernel).reshape(parts, -1))  # [part, entry]
     part = lax.broadcasted_iota(dtype, (parts, 1), 0)
-    first_row = spec.row([part * 0] * len(spec.axes), part)
+    first_row = row_of(spec, [part * 0] * len(spec.axes), part)
     row = listed(spec, places, places.row)[None] + first_row  # [1, entry] [part, 1] -> [part, entry]
     column = listed(spec, places, places.column)[None] + group_column(spec, part)
     return Stored(data.reshape(-1), row.reshape(-1), column.reshape(-1))
@@ -228,10 +228,10 @@ def _offsets(spec: ConvSpec) -> np.ndarray:
     t = [_inputs_read(a) for a in spec.axes]
     zeros = [0] * len(spec.axes)
     d, i = np.arange(spec.out_channels)[:, None], np.arange(spec.group_channels)
-    sums = np.unique(spec.column(zeros, i) + group_column(spec, d) - spec.row(zeros, d))
+    sums = np.unique(column_of(spec, zeros, i) + group_column(spec, d) - row_of(spec, zeros, d))
     for a in range(len(spec.axes)):
         at, to = ([v[b] if a == b else 0 for b in range(len(v))] for v in (o, t))
-        terms = np.unique(spec.column(to, 0) - spec.row(at, 0))
+        terms = np.unique(column_of(spec, to, 0) - row_of(spec, at, 0))
         sums = np.unique((sums[:, None] + terms) % spec.in_size)
     return np.unique(sums % spec.in_size)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxconv_fc.layout import inverse, spread
+from jaxconv_fc.layout import column_of, inverse, spread
 from jaxconv_fc.lines import Run, output_runs
 from jaxconv_fc.sparse.entries import group_column, part_count, row_starts
 from jaxconv_fc.spec import ConvSpec
@@ -68,10 +68,10 @@ def fill_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
         part = part[:1] if parts > 1 else part
         widths = (*(run.width for run in runs), spec.group_channels)
         reads = [spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
-        inside = np.broadcast_to(spec.column(reads, spread(channels, widths, n)), widths)
+        inside = np.broadcast_to(column_of(spec, reads, spread(channels, widths, n)), widths)
         moved = [np.arange(len(run.outputs), dtype=dtype) * run.advance for run in runs]
         moved = [spread(v, part.shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
-        outside = spec.column(moved, 0)
+        outside = column_of(spec, moved, 0)
         if parts == 1:
             outside = outside + spread(group, part.shape, spec.out_order[-1])
         np.add(outside, inside.transpose(_entry_order(spec)).reshape(-1), out=part)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.dense import matrix_rows
-from jaxconv_fc.layout import out_first
+from jaxconv_fc.layout import out_first, split_row
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
 from jaxconv_fc.sparse.entries import (
@@ -142,7 +142,7 @@ def _sparse_shards(
 
     def build(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         row, inside = _shard_rows(spec, mesh, axis_name)
-        positions, d = spec.split_row(row)
+        positions, d = split_row(spec, row)
         tables = [axis_reads(axis, dtype) for axis in spec.axes]
         reads = [AxisReads(*(v[o] for v in table)) for table, o in zip(tables, positions, strict=True)]
         first, last = (jnp.asarray(b, dtype)[lax.axis_index(axis_name)] for b in (bounds[:-1], bounds[1:]))
@@ -166,7 +166,7 @@ def _shard_starts(spec: ConvSpec, shards: int) -> np.ndarray:
         if row == spec.out_size:
             starts.append(spec.nse)
             continue
-        positions, d = spec.split_row(row)
+        positions, d = split_row(spec, row)
         pairs = [(int(w[o]), int(s[o])) for (w, s), o in zip(tables, positions, strict=True)]
         starts.append(row_starts(spec, [w for w, _ in pairs], [s for _, s in pairs], d)[0])
     return np.asarray(starts)

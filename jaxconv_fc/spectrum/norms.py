@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.layout import by_group, grid, in_channel, out_first, taps
+from jaxconv_fc.layout import by_group, grid, in_channel, out_first, split_column, split_row, taps
 from jaxconv_fc.lines import input_lines, output_lines
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
@@ -191,7 +191,7 @@ def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
         return jnp.zeros((), kernel.dtype)
     # n: [neuron, 1, ...] and, per axis, p: [1, ..., tap, ..., 1]. Everything below broadcasts over both.
     n, *tap = grid((min(spec.shape), *taps(spec)), spec.index_dtype)
-    (outputs, d), (inputs, c) = spec.split_row(n), spec.split_column(n)
+    (outputs, d), (inputs, c) = split_row(spec, n), split_column(spec, n)
     i = c - in_channel(spec, d, 0)  # the input channel within the group of d
     meets = (i >= 0) & (i < spec.group_channels)
     for axis, o, t, p in zip(spec.axes, outputs, inputs, tap, strict=True):
