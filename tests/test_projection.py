@@ -1,6 +1,7 @@
 """The nearest convolution of a known geometry, and detection of an unknown one."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 import oracle
 import pytest
 from environment import count
-from geometries import Geometry, geometries, normals, random_geometry, seeds
+from geometries import Geometry, geometries, normals, random_axis, random_geometry, seeds
 from hypothesis import example, given
 
 import jaxconv_fc as fc
+from jaxconv_fc.axis import Axis
 
 COUNT = count("GEOMETRIES", 20)
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
@@ -208,3 +210,49 @@ def test_bad_inputs_are_named(call, error, message):
     spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
     with pytest.raises(error, match=message):
         call(spec)
+
+
+@pytest.mark.parametrize("kind", ["conv", "noise", "sparse", "whole numbers", "zeros"])
+def test_detection_keeps_the_pair_of_steps_that_a_full_search_keeps(kind, run_seed):
+    """Held against every pair of steps, compared in full, in the order that the docstring gives."""
+    rng = np.random.default_rng([run_seed, len(kind)])
+    for _ in range(5):
+        m, n = (int(v) for v in rng.integers(1, 11, 2))
+        matrix = {
+            "noise": rng.standard_normal((m, n)),
+            "sparse": rng.standard_normal((m, n)) * (rng.random((m, n)) < 0.15),
+            "whole numbers": rng.integers(-1, 2, (m, n)).astype(float),
+            "zeros": np.zeros((m, n)),
+        }.get(kind)
+        if matrix is None:
+            axis = random_axis(rng, "zeros")
+            axis = replace(axis, size=n, lo=axis.lo % 7).ending_at(m)
+            matrix, values = np.zeros((m, n)), rng.standard_normal(axis.taps)
+            for o, t, p in oracle.related(axis):
+                matrix[o, t] = values[p]
+        spec, _, _ = fc.nearest_conv(matrix, (1, n), (1, m), tol=1e-13)
+        assert spec.axes == (full_search(matrix, 1e-13),), (kind, matrix)
+
+
+def test_detection_prefers_the_smaller_sum_of_steps():
+    """(2, 1) and (1, 3) fit one entry alike, and both need one tap."""
+    matrix = np.zeros((4, 3))
+    matrix[2, 1] = 1
+    spec, _, _ = fc.nearest_conv(matrix, (1, 3), (1, 4))
+    assert (spec.window_strides, spec.lhs_dilation, spec.rhs_shape) == ((2,), (1,), (1, 1, 1))
+    assert spec.axes == (full_search(matrix, 1e-13),)
+
+
+def full_search(matrix, tol):
+    """The axis of the steps (s, l) that fit best; of several, of those with the fewest taps."""
+    (m, n), size = matrix.shape, np.abs(matrix).max()
+    used = np.argwhere(np.abs(matrix) > tol * size)
+    found = []
+    for s, l in ((s, l) for s in range(1, n + 1) for l in range(1, m + 1) if math.gcd(s, l) == 1):
+        error = np.abs(matrix[l:, s:] - matrix[: max(m - l, 0), : max(n - s, 0)]).max(initial=0)
+        q = sorted({int(t) * l - int(o) * s for o, t in used}) or [0]
+        r = math.gcd(*(v - q[0] for v in q)) or 1
+        axis = Axis(n, (q[-1] - q[0]) // r + 1, s, -q[0], 0, l, r).ending_at(m)
+        shares = (s < n and l < m) or min(m, n) <= 1 or axis.taps <= len(used) < matrix.size
+        found.append((not shares, max(error - 8 * tol * size, 0), axis.taps, s + l, s, axis))
+    return min(found, key=lambda entry: entry[:-1])[-1]
