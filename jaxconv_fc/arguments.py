@@ -56,7 +56,8 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
 
 def as_ints(name: str, values: Any, *, length: int | None = None, least: int = 1) -> tuple[int, ...]:
     _reject_traced(name, values)
-    if isinstance(values, str) or not isinstance(values, Sequence | np.ndarray) or np.ndim(values) > 1:
+    array = isinstance(values, np.ndarray) and values.ndim > 1
+    if array or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
         raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {brief(values)}.{hint}")
     numbers = tuple(as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))

@@ -230,12 +230,12 @@ def test_keras(rank):
 
 # how libraries pad, written for conv_spec: the table of the README --------------------------------
 
-PADDED = [(taps, stride, dilation) for taps in (2, 3, 4) for stride in (1, 2, 3) for dilation in (1, 2)]
+PADDED = [(2, 2, 1), (2, 3, 2), (3, 1, 2), (3, 2, 1), (4, 1, 1), (4, 3, 2)]  # taps, stride, dilation
 
 
 def same_matrix(layer, x, spec, kernel):
     """``layer`` of one image without a bias, and M of a spec."""
-    matrix, _ = fc.matrix_of(lambda v: layer(v), x)
+    matrix = jit(lambda v: fc.matrix_of(lambda v: layer(v), v)[0])(x)
     np.testing.assert_allclose(matrix, fc.as_matrix(spec, kernel), atol=1e-6, err_msg=str(spec))
 
 
@@ -274,7 +274,8 @@ def test_how_equinox_pads(taps, stride, dilation):
     x = numbers((2, 9))
     modes = {"ZEROS": "zeros", "REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "circular"}
     for name, mode in modes.items():
-        for given, padding in ((2, [(2, 2)]), (((0, 3),), [(0, 3)]), ("SAME", "SAME")):
+        pairs = (((0, 3),), [(0, 3)]) if taps % 2 else (2, [(2, 2)])
+        for given, padding in (pairs, ("SAME", "SAME")):
             layer = equinox_layer(
                 eqx.nn.Conv, 1, 2, 3, taps, stride, given, dilation, use_bias=False, padding_mode=name
             )
