@@ -12,7 +12,7 @@ from jax.experimental import sparse
 
 import jaxconv_fc as fc
 
-PROGRAMS = count("PROGRAMS", 40)
+PROGRAMS = count("PROGRAMS", 24)
 NETWORKS = count("NETWORKS", 8)
 
 
