@@ -12,6 +12,7 @@ from environment import CASES, count
 from geometries import integers, random_geometry
 from handwritten import close, conv, normal
 from jax import lax
+from jax.extend.core import Primitive
 
 import jaxconv_fc as fc
 
@@ -115,6 +116,19 @@ def test_a_builder_may_close_over_traced_arrays(loop):
     two = jnp.asarray(2.0)
     close(jit(scaled)(two), 4 * want)
     close(jit(lambda s: jax.jvp(scaled, (s,), (jnp.ones_like(s),))[1])(two), 4 * want)
+
+
+def test_a_branch_of_another_platform_is_not_compiled_here():
+    nowhere = Primitive("nowhere")  # has no lowering
+    nowhere.def_abstract_eval(lambda x: x)
+
+    def elsewhere(x):
+        branches = {"tpu": lambda x: nowhere.bind(conv(x, K)), "default": lambda x: conv(x, K)}
+        return lax.platform_dependent(x, **branches)
+
+    connected = fc.fully_connected(elsewhere)
+    assert not fc.find_convs(connected, X)
+    close(connected(X), conv(X, K))
 
 
 # functions whose convolutions sit deep inside --------------------------------------------------

@@ -204,6 +204,14 @@ def test_a_layer_is_called_by_the_path_of_its_kernel():
     assert fc.find_convs(lambda x: conv(x, K), X)[0].name.startswith("handwritten.py:")
 
 
+UNSORTED = {1: "keys that have no order", "a": 2}  # JAX cannot flatten it
+
+
+def test_a_closure_that_is_no_pytree_has_no_names():
+    (site,) = fc.find_convs(lambda x: conv(x, K) if UNSORTED else x, X)
+    assert site.name.startswith("handwritten.py:")
+
+
 def test_modules_of_flax_and_equinox_are_called_by_their_attributes():
     nnx, eqx = pytest.importorskip("flax.nnx"), pytest.importorskip("equinox")
 

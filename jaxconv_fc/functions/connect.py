@@ -273,6 +273,8 @@ def _while(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> 
 
 
 def _cond(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    if eqn.params.get("branches_platforms") is not None:  # each platform compiles its own branch alone
+        return _around(evaluator, eqn, values)
     branches = [lambda *a, branch=branch: evaluator(branch, a) for branch in inner_jaxprs(eqn)]
     return lax.switch(values[0], branches, *values[1:])
 

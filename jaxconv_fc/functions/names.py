@@ -25,9 +25,10 @@ class ArrayPaths:
     def __init__(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]):
         self._paths: dict[int, tuple[str, Any]] = {}  # id -> (path, the array, which keeps the id its own)
         for tree in (*_held(fn), *args, *kwargs.values()):
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-                if path:
-                    self._paths.setdefault(id(leaf), (_layer(path), leaf))
+            with contextlib.suppress(Exception):  # a closure may hold what is no pytree: it has no names then
+                for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+                    if path:
+                        self._paths.setdefault(id(leaf), (_layer(path), leaf))
 
     def __getitem__(self, array: Any) -> str:
         """The path, empty where none is known."""
