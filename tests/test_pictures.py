@@ -276,6 +276,10 @@ def test_padding_and_holes_are_dashed_and_copies_name_their_source():
     assert beside(fc.show.receptive_field(holes, (0, 0))) == ["b"]
     assert beside(fc.show.receptive_field(holes, (0, 1))) == ["a", "c"]
 
+    both = fc.conv_spec((1, 1, 3), (1, 1, 3), (1,), [(1, 1)], (2,), padding_mode="circular")
+    ax = fc.show.receptive_field(both, (0, 0))  # padded first, then dilated
+    assert (row_drawn(ax, both), beside(ax)) == ({0: "c", 2: "a"}, ["a\n= 2", "b"])
+
     ax = fc.show.receptive_field(WRAPPED.spec(), (0, 0, 0))
     assert beside(ax) == ["a\n= 3,3", "b\n= 3,0", "c\n= 3,1", "d\n= 0,3", "g\n= 1,3"]
     folded = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME", padding_mode="edge")
