@@ -108,7 +108,7 @@ def test_fields_through_a_chain_are_the_pattern_of_the_product(number, run_seed)
 
 
 def test_an_input_that_nobody_reads_has_no_field_behind_batch_groups():
-    """The second convolution reads channels as batch entries and positions as channels. None is left there."""
+    """Channels become batch entries of the second convolution, and positions its channels."""
     first = fc.conv_spec((1, 1, 6), (4, 1, 1), (2,), "VALID")  # reads every other input
     second = fc.conv_spec((4, 3), (4, 3), (), "VALID", batch_group_count=4)
     assert [neurons.projective_field([first, second], i).size for i in range(6)] == [4, 0] * 3
