@@ -377,7 +377,8 @@ def test_a_large_animation_has_100_frames_at_most():
         (lambda: fc.show.spy(WORKED.spec(), [1]), TypeError, "kernel must be a jax or NumPy array"),
         (lambda: fc.show.receptive_field(WORKED.spec(), (0, 2, 0)), IndexError, r"out_index\[1\]"),
         (lambda: fc.show.receptive_field(WORKED.spec(), 0, kernel=np.ones(3)), ValueError, "kernel must"),
-        (lambda: fc.show.animate(WORKED.spec(), rows=[8]), IndexError, "out_index must lie in"),
+        (lambda: fc.show.animate(WORKED.spec(), rows=[8]), IndexError, r"row must lie in \[-8, 8\), got 8"),
+        (lambda: fc.show.animate(WORKED.spec(), rows=["a"]), TypeError, "row must be an int"),
         (lambda: fc.show.animate(CASES["no rows"].spec()), ValueError, "there are no rows to show"),
     ],
 )
