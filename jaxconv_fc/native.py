@@ -74,13 +74,14 @@ def _without_stride(a: int, axis: Axis, x: jax.Array, y: jax.Array) -> tuple[Axi
 
     The axis correlates ``x`` with ``y``, so its taps are the outputs of the convolution.
     """
-    # v = q*(r/g) + p,  where output o = e + L*q reads input  t = s*v + r*e - lo  (docs/maths.md, section 8)
-    s, r = axis.stride, axis.rhs_dilation
-    g = math.gcd(s, r)
-    residues = min(s // g, axis.taps)
+    # Output o = e + L*q of the convolution reads input  r*v + e*s - lo  through tap p, where v = q*(s/g) + p
+    # (docs/maths.md, section 8). Here its dilation is the stride, and its stride the dilation.
+    r, s = axis.stride, axis.rhs_dilation
+    g = math.gcd(r, s)
+    residues = min(r // g, axis.taps)
     rounds = -(-axis.taps // residues)
-    inner = Axis(axis.out_size + (rounds - 1) * (r // g), rounds, rhs_dilation=r // g)
-    reads = Axis(axis.size, residues, s, axis.lo, rhs_dilation=r).ending_at(inner.size)
+    inner = Axis(axis.out_size + (rounds - 1) * (s // g), rounds, rhs_dilation=s // g)
+    reads = Axis(axis.size, residues, r, axis.lo, rhs_dilation=s).ending_at(inner.size)
     x = _merged(_read(x, 1 + a, reads), 2 + a, 0)  # [n, t, ...] -> [n, v, e, ...] -> [n*e, v, ...]
     spare = rounds * residues - axis.taps  # outputs that do not exist: their cotangents are 0
     y = lax.pad(y, jnp.zeros((), y.dtype), [(0, spare * (i == 1 + a), 0) for i in range(y.ndim)])
