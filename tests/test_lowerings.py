@@ -233,16 +233,15 @@ def program(fn, operands, platforms=("cuda",)):
     return export.export(jax.jit(fn), platforms=platforms)(*operands).mlir_module()
 
 
+def three_products(spec, kernel, x, y):
+    return fc.apply(spec, kernel, x), fc.apply_transpose(spec, kernel, y), fc.kernel_vjp(spec, x, y)
+
+
 @some_cases
 def test_what_the_cpu_executes_above_is_what_cuda_gets(geometry, native_forms, rng):
     """The same program, not only the same numbers."""
-    kernel, x, y = arrays(geometry, rng, np.float32)
-
-    def products_of(kernel, x, y):
-        spec = geometry.spec()
-        return fc.apply(spec, kernel, x), fc.apply_transpose(spec, kernel, y), fc.kernel_vjp(spec, x, y)
-
-    here, cuda = (_without_names(program(products_of, (kernel, x, y), (name,))) for name in ("cpu", "cuda"))
+    fn, operands = partial(three_products, geometry.spec()), arrays(geometry, rng, np.float32)
+    here, cuda = (_without_names(program(fn, operands, (name,))) for name in ("cpu", "cuda"))
     assert here == cuda
 
 
@@ -396,6 +395,15 @@ def faults(text, unique):
         if unique and entries and "unique_indices = true" not in attributes:
             found.append(f"a scatter of entries without unique_indices: {attributes}")
     return found
+
+
+@every_case
+def test_cuda_can_run_the_products(geometry, rng):
+    for dtype in ("complex64", "int32"):
+        operands = arrays(geometry, rng, dtype)
+        assert not faults(
+            program(partial(three_products, geometry.spec()), operands), geometry.spec().pads_with_zeros
+        )
 
 
 @pytest.mark.parametrize("number", range(EXPORTED))
