@@ -1,4 +1,4 @@
-"""How the site is built: python -m sphinx -W --keep-going -b html docs docs/_build/html
+"""How the site is built: python -m sphinx -W --keep-going docs docs/_build
 
 Warnings are errors, so a link or a reference that leads nowhere fails the build, as does a cell that raises.
 """
@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 import jaxconv_fc as fc
+
+logger = logging.getLogger(__name__)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the notebooks inherit it: pages look alike on every machine
 
@@ -28,6 +31,7 @@ html_theme = "furo"
 html_title = f"jaxconv_fc {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 
@@ -73,21 +77,25 @@ def resolve_name(app: Any, env: Any, node: Any, contnode: Any) -> Any:
 
 
 class Gallery(SphinxDirective):
-    """Thumbnails that lead to pages. A line of the directive is ``page``, or ``page number of the picture``."""
+    """Thumbnails that lead to pages. A line is ``page number caption``, with the number of a picture of it."""
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        return [nodes.container(classes=["gallery"], entries=[line.split() for line in self.content])]
+        return [nodes.container(classes=["gallery"], entries=[line.split(maxsplit=2) for line in self.content])]
 
 
 def fill_galleries(app: Any, doctree: Any, docname: str) -> None:
     for gallery in doctree.findall(lambda node: isinstance(node, nodes.container) and "entries" in node):
-        for page, *number in gallery["entries"]:
-            picture = list(app.env.get_doctree(page).findall(nodes.image))[int(number[0]) if number else 0]
-            title = app.env.titles[page].astext()
-            link = nodes.reference("", title, refuri=app.builder.get_relative_uri(docname, page), internal=True)
-            thumbnail = nodes.image(uri=picture["uri"], candidates=picture["candidates"], alt=title)
+        for page, number, caption in gallery["entries"]:
+            pictures = list(app.env.get_doctree(page).findall(nodes.image))[int(number) :]
+            if not pictures:
+                logger.warning("%s has no picture %s", page, number, location=gallery)
+                continue
+            target = app.builder.get_relative_uri(docname, page)
+            link = nodes.reference("", caption, refuri=target, internal=True)
+            copy = {name: pictures[0][name] for name in ("uri", "candidates")}
+            thumbnail = nodes.image(**copy, alt=caption)
             gallery += nodes.container("", thumbnail, nodes.paragraph("", "", link), classes=["thumb"])
 
 
