@@ -13,7 +13,8 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     two convolutions        compose
     any JAX function        find_convs, fully_connected, matrix_of, local_affine
     norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
-    to look at              format_matrix
+    neurons                 neurons.receptive_field, neurons.projective_field, ... (help(jaxconv_fc.neurons))
+    to look at              format_matrix, show.spy, show.receptive_field, show.animate
     for your own tests      testing.assert_matches_lax, testing.dot_test
 
 Start with ``spec = conv_spec(x.shape, kernel.shape, (1, 1), "SAME")`` and ``as_matrix(spec, kernel)``.
@@ -62,7 +63,7 @@ from jaxconv_fc.spec import conv_spec as conv_spec
 __version__ = "0.1.0"
 
 # Public modules whose names are general words, loaded when first touched.
-_MODULES = ("spectrum", "testing")
+_MODULES = ("neurons", "show", "spectrum", "testing")
 
 
 def __getattr__(name: str) -> _Any:

@@ -56,6 +56,14 @@ def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, i
         index_dtype(entries, spec)
 
 
+def check_array(name: str, shape: tuple[int, ...], dtype: Any, instead: str) -> None:
+    """ValueError if an array of this shape is beyond the memory limit."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not fits_in_memory(nbytes):
+        sizes = " x ".join(f"{n:,}" for n in shape)
+        raise _beyond_limit(f"{name}: {sizes} {np.dtype(dtype)} = {readable(nbytes)}", nbytes, instead)
+
+
 def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str = "row_blocks or apply") -> None:
     """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
     if not fits_in_memory(nbytes):

@@ -1,14 +1,12 @@
-"""M as text, the way a textbook prints it."""
+"""M as text, the way a textbook prints it, and the names of kernel entries."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from string import ascii_lowercase
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,11 +36,11 @@ def format_matrix(
     [0 0 0|0 a b|0 c d]
     """
     check_spec(spec)
-    text = _names(spec) if kernel is None else _values(as_operand("kernel", kernel, spec, "rhs_shape"))
+    text = entry_text(spec, None if kernel is None else as_operand("kernel", kernel, spec, "rhs_shape"))
     columns = _ends(spec.in_size, max_columns)
     lines = []
     for row in _ends(spec.out_size, max_rows):
-        entries = _entries(spec, row, [c for c in columns if c is not None]) if row is not None else {}
+        entries = entries_of_row(spec, row, [c for c in columns if c is not None]) if row is not None else {}
         cells = ["..." if c is None else text(entries.get(c, [])) for c in columns]
         lines.append(cells if row is not None else None)
     width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
@@ -59,12 +57,16 @@ def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], w
 
 def _separator(spec: ConvSpec, column: int) -> str:
     """The text before a column: a bar for each inner axis of the input whose index is 0 again there."""
-    shape = [n for n in spec.in_shape if n > 1]
-    bars = sum(column % math.prod(shape[-i:]) == 0 for i in range(1, len(shape)))
-    return "|" * bars or " "
+    return "|" * sum(column % block == 0 for block in blocks(spec.in_shape)) or " "
 
 
-def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
+def blocks(shape: Sequence[int]) -> list[int]:
+    """The sizes of the blocks that delimiters stand between: rows of the image, channels, and so on."""
+    shape = [n for n in shape if n > 1]
+    return [math.prod(shape[-i:]) for i in range(1, len(shape))]
+
+
+def entries_of_row(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
     """``{column: taps}`` of some columns of a row: the flat indices of the kernel entries that meet there."""
     positions, d = split_row(spec, row)
     columns = {column: split_column(spec, column) for column in shown}
@@ -84,12 +86,14 @@ def _entries(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[i
     return entries
 
 
-def _names(spec: ConvSpec) -> Any:
-    few = math.prod(spec.rhs_shape) <= len(ascii_lowercase)
-    return lambda taps: "+".join(ascii_lowercase[t] if few else f"k{t}" for t in taps) or "0"
+def entry_text(spec: ConvSpec, kernel: Array | None) -> Callable[[Sequence[int]], str]:
+    """The function that writes an entry of M, given the flat indices of the kernel entries that meet there.
 
-
-def _values(kernel: jax.Array) -> Any:
+    It writes their names, ``a+c``, or the sum of their values where a kernel is given.
+    """
+    if kernel is None:
+        few = math.prod(spec.rhs_shape) <= len(ascii_lowercase)
+        return lambda taps: "+".join(ascii_lowercase[t] if few else f"k{t}" for t in taps) or "0"
     flat = np.asarray(kernel).ravel()
     code = "g" if jnp.issubdtype(flat.dtype, jnp.inexact) else "d"
     return lambda taps: f"{np.add.reduce(flat[taps], dtype=flat.dtype):{code}}" if taps else "0"

@@ -1,0 +1,353 @@
+"""Neurons by number and by index, and which of them read which: receptive and projective fields.
+
+One neuron reads the Cartesian product of what it reads along each dimension. So does a product of sets of
+neurons. A field is therefore one index array per dimension, and a chain of convolutions takes field to field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from jaxconv_fc.arguments import as_int
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.layout import group_of, inverse
+from jaxconv_fc.memory import check_array
+from jaxconv_fc.spec import ConvSpec, check_spec
+
+# An index in an array, one int per dimension, or its place in the ravel of that array.
+Index = int | Sequence[int]
+Chain = ConvSpec | Sequence[ConvSpec]
+Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the type of a product
+
+_BLOCK = 2**20  # pairs of a position and a tap that are looked at together
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """A set of neurons: the Cartesian product of one set of indices per dimension.
+
+    The entries of an array ``x`` that belong to it are ``x[np.ix_(*field.indices)]``.
+
+    Attributes:
+      shape: the shape of the array that the neurons are entries of.
+      indices: one ascending array of indices per dimension of ``shape``. If one of them is empty, so is the
+        field.
+    """
+
+    shape: tuple[int, ...]
+    indices: tuple[np.ndarray, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of neurons in the field: the product of the lengths of ``indices``."""
+        return math.prod(map(len, self.indices))
+
+    @property
+    def mask(self) -> np.ndarray:
+        """A boolean array of ``shape``, True on the field.
+
+        It is made at each access. ValueError if it is larger than the memory limit.
+        """
+        check_array("mask", self.shape, np.bool_, ".indices")
+        mask = np.zeros(self.shape, bool)
+        mask[np.ix_(*self.indices)] = True
+        return mask
+
+
+def receptive_field(spec: Chain, out_index: Index) -> Field:
+    """The inputs that an output reads: ``{column : M[row(spec, out_index), column] is stored}``.
+
+    Stored are the entries that are not 0 for every kernel. Along each spatial axis the output reads the
+    inputs ``t`` with ``o*stride + p*rhs_dilation - lo == t*lhs_dilation`` for some tap ``p`` (docs/maths.md,
+    section 1). In a boundary mode it also reads the inputs that padding under its window is copied from. Of
+    the channels, it reads those of its group.
+
+    Args:
+      spec: the geometry, or a list of them, the first applied first. The ``out_shape`` of each must be the
+        ``in_shape`` of the next. The field of a chain is that of the product of their matrices.
+      out_index: an index in the ``out_shape`` (of the last spec), or a row number. Negative numbers count
+        from the end.
+
+    Returns:
+      A :class:`Field` in the ``in_shape`` (of the first spec).
+
+    Raises:
+      TypeError: ``spec`` is not a ConvSpec or a list of them, or ``out_index`` not static integers.
+      ValueError: the shapes do not chain, or the index has another length.  IndexError: it is out of range.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 2, 5, 5), (4, 2, 3, 3), (2, 2), "SAME")
+    >>> field = fc.neurons.receptive_field(spec, (3, 0, 1))
+    >>> field.indices
+    (array([0, 1]), array([0, 1]), array([1, 2, 3]))
+    >>> field.mask.shape, field.size
+    ((2, 5, 5), 12)
+    """
+    specs = _chain(spec)
+    index = _index("out_index", out_index, specs[-1].out_shape)
+    sets = reduce(_read_by, reversed(specs), [np.array([i]) for i in index])
+    return Field(specs[0].in_shape, tuple(sets))
+
+
+def projective_field(spec: Chain, in_index: Index) -> Field:
+    """The outputs that read an input: ``{row : M[row, column(spec, in_index)] is stored}``.
+
+    The counterpart of :func:`receptive_field`, and the receptive field of the transpose.
+
+    Args:
+      spec: the geometry, or a list of them, the first applied first.
+      in_index: an index in the ``in_shape`` (of the first spec), or a column number. Negative numbers count
+        from the end.
+
+    Returns:
+      A :class:`Field` in the ``out_shape`` (of the last spec).
+
+    Raises:
+      As :func:`receptive_field`.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 5), (2, 1, 3), (1,), "SAME", padding_mode="circular")
+    >>> fc.neurons.projective_field(spec, (0, 0)).indices
+    (array([0, 1]), array([0, 1, 4]))
+    """
+    specs = _chain(spec)
+    index = _index("in_index", in_index, specs[0].in_shape)
+    sets = reduce(_readers_of, specs, [np.array([i]) for i in index])
+    return Field(specs[-1].out_shape, tuple(sets))
+
+
+def coverage(spec: Chain) -> np.ndarray:
+    """How many outputs read each input: ``coverage[t] = projective_field(spec, t).size``.
+
+    A stride that does not divide the kernel size shows as a checkerboard. An input with 0 is never read.
+
+    Args:
+      spec: the geometry, or a list of them, the first applied first.
+
+    Returns:
+      Integers of the ``in_shape`` (of the first spec).
+
+    Raises:
+      TypeError, ValueError: as :func:`receptive_field`.  ValueError: the counts exceed the memory limit.
+
+    >>> import jaxconv_fc as fc
+    >>> print(fc.neurons.coverage(fc.conv_spec((1, 1, 7), (1, 1, 3), (2,), "VALID")))
+    [[1 1 2 1 2 1 1]]
+    """
+    specs = _chain(spec)
+    check_array("coverage", specs[0].in_shape, np.int64, "projective_field")
+    counts = [np.diff(reached.indptr).astype(np.int64) for reached in _reach(specs)]
+    return reduce(np.multiply, np.ix_(*counts))
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+def row(spec: ConvSpec, out_index: Index) -> int:
+    """The row of M that is an output neuron: ``np.ravel_multi_index(out_index, spec.out_shape)``.
+
+    Args:
+      spec: the geometry.
+      out_index: an index in ``spec.out_shape``, or a row number. Negative numbers count from the end.
+
+    Raises:
+      TypeError: the index is not made of static integers.
+      ValueError: it has another length.  IndexError: it is out of range.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID")
+    >>> fc.neurons.row(spec, (1, 0, 1)), fc.neurons.row(spec, -1)
+    (5, 7)
+    """
+    check_spec(spec)
+    return _place(_index("out_index", out_index, spec.out_shape), spec.out_shape)
+
+
+def position(spec: ConvSpec, row: int) -> tuple[int, ...]:
+    """The output neuron of a row of M: ``np.unravel_index(row, spec.out_shape)``, the inverse of :func:`row`.
+
+    Args:
+      spec: the geometry.
+      row: a row number. Negative ones count from the end.
+
+    Returns:
+      An index in ``spec.out_shape``: channel and position in the caller's layout.
+
+    Raises:
+      As :func:`row`.
+
+    >>> import jaxconv_fc as fc
+    >>> fc.neurons.position(fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID"), 5)
+    (1, 0, 1)
+    """
+    check_spec(spec)
+    return _index("row", as_int("row", row), spec.out_shape)
+
+
+def column(spec: ConvSpec, in_index: Index) -> int:
+    """The column of M that is an input: ``np.ravel_multi_index(in_index, spec.in_shape)``.
+
+    Args:
+      spec: the geometry.
+      in_index: an index in ``spec.in_shape``, or a column number. Negative numbers count from the end.
+
+    Raises:
+      As :func:`row`.
+
+    >>> import jaxconv_fc as fc
+    >>> fc.neurons.column(fc.conv_spec((1, 2, 3, 3), (2, 2, 2, 2), (1, 1), "VALID"), (1, 0, 2))
+    11
+    """
+    check_spec(spec)
+    return _place(_index("in_index", in_index, spec.in_shape), spec.in_shape)
+
+
+def input_position(spec: ConvSpec, column: int) -> tuple[int, ...]:
+    """The input of a column of M: ``np.unravel_index(column, spec.in_shape)``, the inverse of :func:`column`.
+
+    Args:
+      spec: the geometry.
+      column: a column number. Negative ones count from the end.
+
+    Returns:
+      An index in ``spec.in_shape``: batch group (if there are any), channel and position in the caller's
+      layout.
+
+    Raises:
+      As :func:`row`.
+
+    >>> import jaxconv_fc as fc
+    >>> fc.neurons.input_position(fc.conv_spec((1, 2, 3, 3), (2, 2, 2, 2), (1, 1), "VALID"), 11)
+    (1, 0, 2)
+    """
+    check_spec(spec)
+    return _index("column", as_int("column", column), spec.in_shape)
+
+
+def _index(name: str, index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """An index in ``shape`` with no negative numbers, from such an index or from a place in the ravel."""
+    if not isinstance(index, Sequence | np.ndarray) or (isinstance(index, np.ndarray) and not index.ndim):
+        place = _from_front(name, as_int(name, index), math.prod(shape))
+        return tuple(place // math.prod(shape[i + 1 :]) % n for i, n in enumerate(shape))
+    numbers = [as_int(f"{name}[{i}]", v) for i, v in enumerate(index)]
+    if len(numbers) != len(shape):
+        raise ValueError(
+            f"{name} must have one number per dimension of {shape}, got {len(numbers)}: {numbers}. Write an "
+            f"index such as {(0,) * len(shape)}, or its place in the ravel such as 0."
+        )
+    pairs = zip(numbers, shape, strict=True)
+    return tuple(_from_front(f"{name}[{i}]", *pair) for i, pair in enumerate(pairs))
+
+
+def _from_front(name: str, number: int, size: int) -> int:
+    if not -size <= number < size:
+        advice = f"Count from 0, or from {-size} at the end." if size else "There is nothing to count."
+        raise IndexError(f"{name} must lie in [{-size}, {size}), got {number}. {advice}")
+    return number % size
+
+
+def _place(index: Sequence[int], shape: Sequence[int]) -> int:
+    """The place of an index in the ravel of an array of this shape."""
+    return reduce(lambda place, step: place * step[1] + step[0], zip(index, shape, strict=True), 0)
+
+
+# -- sets: one array of indices per dimension, in the caller's layout -------------------------------
+
+
+def _chain(spec: Chain) -> list[ConvSpec]:
+    """The specs of a chain, the first applied first."""
+    specs = [spec] if isinstance(spec, ConvSpec) or not isinstance(spec, Sequence) else list(spec)
+    if not specs:
+        raise ValueError("spec must be a ConvSpec or a list of at least one, got an empty list.")
+    for each in specs:
+        check_spec(each)
+    for i, (first, second) in enumerate(pairwise(specs)):
+        if first.out_shape != second.in_shape:
+            raise ValueError(
+                f"spec[{i}] has out_shape {first.out_shape} and spec[{i + 1}] in_shape {second.in_shape}, "
+                "which must be equal. List the specs in the order in which they are applied."
+            )
+    return specs
+
+
+def _read_by(outputs: Sequence[np.ndarray], spec: ConvSpec) -> list[np.ndarray]:
+    """The inputs that some of the outputs read."""
+    *positions, d = (outputs[i] for i in spec.out_order)
+    reads = [_union(lambda o, a=a: a.reads(o)[1], a, o) for a, o in zip(spec.axes, positions, strict=True)]
+    groups, channels = np.unique(group_of(spec, d)), np.arange(spec.group_channels)
+    if spec.batch_group_count > 1:  # group g reads all channels of batch entry g
+        sets = [*reads, groups, channels]
+    else:  # group g reads the channels g*C/G + i
+        sets = [*reads, (groups[:, None] * spec.group_channels + channels).ravel()]
+    return [sets[i] for i in inverse(spec.in_order)]
+
+
+def _readers_of(inputs: Sequence[np.ndarray], spec: ConvSpec) -> list[np.ndarray]:
+    """The outputs that read some of the inputs."""
+    *positions, c = (inputs[i] for i in spec.in_order)
+    if spec.batch_group_count > 1:
+        *positions, batch = positions
+        groups = batch if len(c) else c
+    else:
+        groups = np.unique(c // max(1, spec.group_channels))
+    reads = [_union(lambda t, a=a: a.readers(t)[1], a, t) for a, t in zip(spec.axes, positions, strict=True)]
+    block = spec.out_channels // spec.groups
+    sets = [*reads, (groups[:, None] * block + np.arange(block)).ravel()]
+    return [sets[i] for i in inverse(spec.out_order)]
+
+
+def _union(related: Callable[[np.ndarray], np.ndarray], axis: Axis, positions: np.ndarray) -> np.ndarray:
+    """All positions that are related with some of the given ones, ascending."""
+    block = max(1, _BLOCK // axis.taps)
+    starts = range(0, max(1, len(positions)), block)
+    return np.unique(np.concatenate([np.unique(related(positions[i : i + block])) for i in starts]))
+
+
+# -- relations: per dimension, which final outputs an index reaches ----------------------------------
+
+
+def _reach(specs: Sequence[ConvSpec]) -> list[Relation]:
+    """Per dimension of the first ``in_shape``, a matrix (indices, final outputs): True where one is reached.
+
+    The numbers of True in the rows, multiplied over the dimensions, are the sizes of projective fields.
+    """
+    reach = [sparse.eye_array(n, dtype=bool, format="csr") for n in specs[-1].out_shape]
+    for spec in reversed(specs):
+        *outputs, d = (reach[i] for i in spec.out_order)
+        spatial = [_product(_readers(a), r) for a, r in zip(spec.axes, outputs, strict=True)]
+        channels = np.arange(spec.in_channels // spec.batch_group_count)
+        groups = np.arange(spec.groups)
+        by_group = _product(_pairs(group_of(spec, np.arange(spec.out_channels)), groups).T.tocsr(), d)
+        if spec.batch_group_count > 1:  # every channel of a batch entry reaches the same outputs
+            sets = [*spatial, by_group, _pairs(0 * channels, np.arange(1))]
+        else:
+            sets = [*spatial, _product(_pairs(channels // max(1, spec.group_channels), groups), by_group)]
+        reach = [sets[i] for i in inverse(spec.in_order)]
+    return reach
+
+
+def _readers(axis: Axis) -> Relation:
+    """(inputs, outputs): True where the output reads the input."""
+    check_array("coverage", (axis.out_size, axis.taps), np.int64, "projective_field")
+    o, t, _ = axis.reads(np.arange(axis.out_size))
+    return sparse.csr_array((np.ones(len(o), bool), (t, o)), shape=(axis.size, axis.out_size))
+
+
+def _pairs(of: np.ndarray, values: np.ndarray) -> Relation:
+    """(indices, values): True where the value of the index is this one."""
+    return sparse.csr_array((np.ones(len(of), bool), (np.arange(len(of)), of)), shape=(len(of), len(values)))
+
+
+def _product(first: Relation, second: Relation) -> Relation:
+    """The boolean product of two relations."""
+    most = min(int(np.diff(second.indptr)[first.indices].sum()), first.shape[0] * second.shape[1])
+    check_array("coverage", (most,), np.int64, "projective_field")
+    return sparse.csr_array(first @ second)

@@ -1,0 +1,4 @@
+"""M and its neurons, to look at: as text, as pictures and as tables of a notebook."""
+
+from jaxconv_fc.show.matrix import spy as spy
+from jaxconv_fc.show.text import format_matrix as format_matrix
