@@ -30,7 +30,7 @@ def batched_apply(
     - ``"sparse"``: ``as_bcsr(spec, kernel)`` times all examples at once;
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
-    By default it takes the convolution on GPU and TPU, and on CPU what :func:`fastest_method` says: M for 16
+    By default it takes the convolution on GPU and TPU. On CPU it takes M for 16
     examples or more, if the kernel is as large as the image, channels are few, or entries have 64 bits.
 
     Args:
