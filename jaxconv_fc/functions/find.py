@@ -31,7 +31,7 @@ from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
 def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
-    """Every convolution that ``fn(*args, **kwargs)`` performs, in order of execution.
+    """Every convolution ``y = M x`` that ``fn(*args, **kwargs)`` performs, in order of execution.
 
     Traces ``fn``, and looks inside jit, custom derivatives, remat, scan, while, cond (all branches),
     vmap and shard_map. Finds lax's convolutions as well as this library's matrix-free products. So
