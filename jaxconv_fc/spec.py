@@ -204,6 +204,11 @@ class ConvSpec:
         lhs[batch], lhs[feature] = lhs[batch] // groups, lhs[feature] * groups
         return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
 
+    def _repr_html_(self) -> str:
+        from jaxconv_fc.show.html import spec_table  # further down the list of files, and for notebooks only
+
+        return spec_table(self)
+
     def having(self, axes: Sequence[Axis]) -> ConvSpec:
         """The same geometry with the sizes, steps and padding of other spatial axes."""
         lhs = list(self.lhs_shape)

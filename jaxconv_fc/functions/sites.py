@@ -11,6 +11,8 @@ import numpy as np
 from jaxconv_fc.memory import readable
 from jaxconv_fc.spec import ConvSpec
 
+_WORDS = 1, 2, 3  # columns of the table that hold words, aligned to the left; the others hold numbers
+
 
 @dataclass(frozen=True, eq=False)
 class ConvSite:
@@ -52,6 +54,9 @@ class ConvSite:
     def __repr__(self) -> str:
         return repr(ConvSites([self]))
 
+    def _repr_html_(self) -> str:
+        return ConvSites([self])._repr_html_()
+
 
 class ConvSites(list[ConvSite]):
     """A list of :class:`ConvSite`, printed as a table."""
@@ -59,6 +64,19 @@ class ConvSites(list[ConvSite]):
     def __repr__(self) -> str:
         if not self:
             return "no convolutions"
+        columns = []
+        for i, column in enumerate(zip(*self._cells(), strict=True)):
+            align = str.ljust if i in _WORDS else str.rjust
+            columns.append([align(cell, max(map(len, column))) for cell in column])
+        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+    def _repr_html_(self) -> str:
+        from jaxconv_fc.show.html import table  # further down the list of files, and for notebooks only
+
+        return table(self._cells(), _WORDS) if self else repr(self)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The table: a head, a row per convolution, and the totals if there are several."""
         head = ("", "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times")
         rows = [head, *(_row(i, site) for i, site in enumerate(self))]
         if len(self) > 1:
@@ -66,11 +84,7 @@ class ConvSites(list[ConvSite]):
             stored = f"{sum(site.spec.nse for site in self):,}"
             totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
             rows.append(("", "total", "", "", "", stored, "", *totals, ""))
-        columns = []
-        for i, column in enumerate(zip(*rows, strict=True)):
-            align = str.ljust if i in (1, 2, 3) else str.rjust  # words to the left, numbers to the right
-            columns.append([align(cell, max(map(len, column))) for cell in column])
-        return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+        return rows
 
 
 def _row(index: int, site: ConvSite) -> tuple[str, ...]:

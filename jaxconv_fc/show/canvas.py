@@ -85,7 +85,7 @@ def text_colour(background: Any) -> str:
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
-def cell_pixels(ax: Axes, across: int, down: int) -> tuple[float, float]:
+def cell_pixels(ax: Axes, across: float, down: float) -> tuple[float, float]:
     """Width and height of a cell of axes that are divided into so many."""
     box = ax.get_window_extent()
     width, height = box.width / max(1, across), box.height / max(1, down)

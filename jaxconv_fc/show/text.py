@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Callable, Sequence
 from itertools import product
 from string import ascii_lowercase
@@ -15,15 +17,23 @@ from jaxconv_fc.layout import in_channel, split_column, split_row, tap_of
 from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 
+class MatrixText(str):
+    """The text of a matrix. A notebook shows it as a table: bars become borders, and zeros are pale."""
+
+    def _repr_html_(self) -> str:
+        return _html(self)
+
+
 def format_matrix(
     spec: ConvSpec, kernel: Array | None = None, *, max_rows: int = 40, max_columns: int = 80
-) -> str:
+) -> MatrixText:
     """M as text, one line per row: kernel entries by name, or by value when a kernel is given.
 
     Names follow the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` for more than 26
     entries. Taps that meet are a sum: ``a+c``. A space separates neighbours along the last axis of
     ``spec.in_shape``, ``|`` separates rows of the image, ``||`` channels, and so on (axes of size 1 do not
-    count). Beyond ``max_rows`` or ``max_columns`` the middle is left out.
+    count). Beyond ``max_rows`` or ``max_columns`` the middle is left out. In a notebook the text, which is a
+    ``str``, shows as a table.
 
     Raises:
       TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.
@@ -44,7 +54,22 @@ def format_matrix(
         cells = ["..." if c is None else text(entries.get(c, [])) for c in columns]
         lines.append(cells if row is not None else None)
     width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
-    return "\n".join("..." if line is None else _line(spec, columns, line, width) for line in lines)
+    return MatrixText("\n".join("..." if v is None else _line(spec, columns, v, width) for v in lines))
+
+
+def _html(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        cells = [_html_cell(*pair) for pair in re.findall(r"([ |\[]*)([^ |\]]+)", line)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<table style="border-collapse:collapse;font-family:monospace">{"".join(lines)}</table>'
+
+
+def _html_cell(separator: str, text: str) -> str:
+    style = "text-align:center;padding:2px 6px"
+    style += f";border-left:{separator.count('|')}px solid" if "|" in separator else ""
+    style += ";opacity:0.3" if text == "0" else ""
+    return f'<td style="{style}">{html.escape(text)}</td>'
 
 
 def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], width: int) -> str:
