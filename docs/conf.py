@@ -1,4 +1,4 @@
-"""How the site is built: python -m sphinx -W --keep-going docs docs/_build
+"""How the site is built: python -m sphinx -W --keep-going docs docs/_build/html
 
 Warnings are errors, so a link or a reference that leads nowhere fails the build, as does a cell that raises.
 """
@@ -40,7 +40,7 @@ nb_execution_mode = "force"
 nb_execution_timeout = 120
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["tasklist"]
 myst_heading_anchors = 3  # the anchors that GitHub gives headings
 
 # Docstrings.
@@ -48,54 +48,58 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 
-_MODULES = ("jaxconv_fc", "jaxconv_fc.spectrum", "jaxconv_fc.neurons", "jaxconv_fc.show", "jaxconv_fc.testing")
+_MODULES = ("", "spectrum.", "neurons.", "show.", "testing.")
 _HEADINGS = re.findall(r"^## (\d+)\. (.*)$", (Path(__file__).parent / "maths.md").read_text(), re.MULTILINE)
-_SECTIONS = {number: nodes.make_id(f"{number}. {title}") for number, title in _HEADINGS}
+_ANCHORS = {number: nodes.make_id(f"{number}. {title}") for number, title in _HEADINGS}
 
 
 def link_sections(app: Any, what: Any, name: Any, obj: Any, options: Any, lines: list[str]) -> None:
-    """``docs/maths.md, section 3`` in a docstring becomes a link to that section."""
-    text = re.sub(
-        r"docs/maths\.md,\s+section\s+(\d+)",
-        lambda match: f"`{match[0]} <../maths.html#{_SECTIONS[match[1]]}>`__",
-        "\n".join(lines),
-    )
-    lines[:] = text.split("\n")
+    """``docs/maths.md, sections 3 and 14`` in a docstring becomes links to these sections."""
+
+    def linked(match: re.Match[str]) -> str:
+        numbers = re.findall(r"\d+", match[0])
+        links = [f"`section {n} <../maths.html#{_ANCHORS[n]}>`__" for n in numbers]
+        return f"docs/maths.md, {' and '.join(links)}"
+
+    source = r"docs/maths\.md,\s+sections?\s+\d+(\s+and\s+\d+)?"
+    lines[:] = re.sub(source, linked, "\n".join(lines)).split("\n")
 
 
 def resolve_name(app: Any, env: Any, node: Any, contnode: Any) -> Any:
-    """:func:`apply` in a docstring means the public function, whichever module the docstring belongs to."""
-    domain = env.get_domain("py")
+    """:func:`apply` in a docstring is the public function, whichever module the docstring belongs to."""
+    domain, document = env.get_domain("py"), node.get("refdoc", "")
     for module in _MODULES:
-        full = f"{module}.{node.get('reftarget')}"
+        full = f"jaxconv_fc.{module}{node.get('reftarget')}"
         if node.get("refdomain") == "py" and full in domain.objects:
-            document = node.get("refdoc", "")
             return domain.resolve_xref(env, document, app.builder, node["reftype"], full, node, contnode)
     return None
 
 
 class Gallery(SphinxDirective):
-    """Thumbnails that lead to pages. A line is ``page number caption``, with the number of a picture of it."""
+    """Thumbnails. A line is ``page#section caption``. It shows the first picture there, and leads there."""
 
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        return [nodes.container(classes=["gallery"], entries=[line.split(maxsplit=2) for line in self.content])]
+        entries = [line.split(maxsplit=1) for line in self.content]
+        return [nodes.container(classes=["gallery"], entries=entries)]
 
 
 def fill_galleries(app: Any, doctree: Any, docname: str) -> None:
     for gallery in doctree.findall(lambda node: isinstance(node, nodes.container) and "entries" in node):
-        for page, number, caption in gallery["entries"]:
-            pictures = list(app.env.get_doctree(page).findall(nodes.image))[int(number) :]
-            if not pictures:
-                logger.warning("%s has no picture %s", page, number, location=gallery)
+        for place, caption in gallery["entries"]:
+            page, section = place.split("#")
+            sections = [v for v in app.env.get_doctree(page).findall(nodes.section) if section in v["ids"]]
+            picture = next((image for v in sections for image in v.findall(nodes.image)), None)
+            if picture is None:
+                logger.warning("%s has no picture", place, location=gallery)
                 continue
-            target = app.builder.get_relative_uri(docname, page)
+            target = f"{app.builder.get_relative_uri(docname, page)}#{section}"
             link = nodes.reference("", caption, refuri=target, internal=True)
-            copy = {name: pictures[0][name] for name in ("uri", "candidates")}
-            thumbnail = nodes.image(**copy, alt=caption)
+            thumbnail = nodes.image(uri=picture["uri"], candidates=picture["candidates"], alt=caption)
             gallery += nodes.container("", thumbnail, nodes.paragraph("", "", link), classes=["thumb"])
 
 

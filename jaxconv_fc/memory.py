@@ -23,7 +23,7 @@ _memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2*
 
 @contextlib.contextmanager
 def memory_limit(nbytes: int) -> Iterator[None]:
-    """A context in which builders make arrays with ``size * itemsize <= nbytes``. Outside, the limit is 8 GiB.
+    """A context in which builders make arrays with ``size * itemsize <= nbytes``. Outside, it is 8 GiB.
 
     Args:
       nbytes: the most bytes that one array may take.

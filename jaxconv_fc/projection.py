@@ -84,9 +84,9 @@ def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
 def conv_distance(spec: ConvSpec, matrix: Array) -> jax.Array:
     """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
 
-    K* is :func:`kernel_from_matrix` (docs/maths.md, sections 3 and 14). The distance is 0 for a convolution (and for A = 0), 1 for a matrix
-    orthogonal to all of them, NaN where A holds NaN or Inf, and independent of the scale of A. The
-    difference is summed by blocks of rows, so no second matrix is made.
+    K* is :func:`kernel_from_matrix` (docs/maths.md, sections 3 and 14). The distance is 0 for a convolution
+    (and for A = 0), 1 for a matrix orthogonal to all of them, NaN where A holds NaN or Inf, and independent
+    of the scale of A. The difference is summed by blocks of rows, so no second matrix is made.
 
     Args:
       spec: the geometry.

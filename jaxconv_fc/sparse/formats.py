@@ -201,10 +201,10 @@ def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
 
 
 def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
-    """The generalized diagonals of M that are not structurally zero: ``diagonals[k][i] = M[i, (i + k) % in_size]``.
+    """The generalized diagonals of M: ``diagonals[k][i] = M[i, (i + k) % in_size]``.
 
-    A dict ``{offset: diagonal}``, with ``0 <= offset < in_size`` ascending and diagonals of length ``out_size``
-    (docs/maths.md, section 9). So::
+    A dict ``{offset: diagonal}`` of those that are not structurally zero, with ``0 <= offset < in_size``
+    ascending and diagonals of length ``out_size`` (docs/maths.md, section 9). So::
 
         (M @ x)[i] = sum over k of diagonals[k][i] * x[(i + k) % in_size]
 

@@ -19,8 +19,9 @@ from jaxconv_fc.spec import ConvSpec, check_spec
 def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[slice, ...], tuple[slice, ...]]:
     """``(block, in_slice, out_slice)`` with ``y[out_slice] = apply(block, kernel, x[in_slice])``.
 
-    The block makes the outputs ``start`` to ``stop`` of the first spatial axis. It is a smaller convolution with
-    the same kernel (docs/maths.md, section 7). With M as an array of shape ``(*out_shape, *in_shape)``::
+    The block makes the outputs ``start`` to ``stop`` of the first spatial axis. It is a smaller convolution
+    with the same kernel (docs/maths.md, section 7). With M as an array of shape
+    ``(*out_shape, *in_shape)``::
 
         as_matrix(block, kernel) == M[out_slice][..., in_slice]      and      M[out_slice] is 0 elsewhere
         y[out_slice] = apply(block, kernel, x[in_slice])

@@ -23,8 +23,9 @@ _matmul = partial(jnp.matmul, precision="highest")
 def solve(spec: ConvSpec, kernel: Array, y: Array) -> jax.Array:
     """``x`` with ``M x = y``, for a square and invertible M: one small system per frequency.
 
-    Linear in ``y`` and differentiable in both (docs/maths.md, sections 5 and 11). Where M is singular the result is not finite or has no digit
-    right: use :func:`pseudo_inverse`, or :func:`lstsq` for large geometries that do not wrap around.
+    Linear in ``y`` and differentiable in both (docs/maths.md, sections 5 and 11). Where M is singular the
+    result is not finite or has no digit right: use :func:`pseudo_inverse`, or :func:`lstsq` for large
+    geometries that do not wrap around.
 
     Args:
       spec: a geometry with ``out_size == in_size``; cost as in :func:`log_abs_det`, and two FFTs.

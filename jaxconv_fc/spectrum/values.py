@@ -41,9 +41,9 @@ def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
       ValueError: it has another shape, or the blocks are beyond the memory limit.
 
     Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
-    (2022) for strides; docs/maths.md, sections 5 and 11, for dilations and several axes. Cost: ``g`` SVDs of blocks, far less than
-    one of M. On CPU the threads of OpenBLAS may slow down blocks of some hundred rows: try
-    OPENBLAS_NUM_THREADS=1.
+    (2022) for strides; docs/maths.md, sections 5 and 11, for dilations and several axes. Cost: ``g`` SVDs of
+    blocks, far less than one of M. On CPU the threads of OpenBLAS may slow down blocks of some hundred rows:
+    try OPENBLAS_NUM_THREADS=1.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
