@@ -25,7 +25,7 @@ from jaxconv_fc.spec import ConvSpec, check_spec
 # An index in an array, one int per dimension, or its place in the ravel of that array.
 Index = int | Sequence[int]
 Chain = ConvSpec | Sequence[ConvSpec]
-Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the type of a product
+_Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the type of a product
 
 _BLOCK = 2**20  # pairs of a position and a tap that are looked at together
 
@@ -328,7 +328,7 @@ def _union(related: Callable[[np.ndarray], np.ndarray], axis: Axis, positions: n
 # -- relations: per dimension, which final outputs an index reaches ----------------------------------
 
 
-def _reach(specs: Sequence[ConvSpec]) -> list[Relation]:
+def _reach(specs: Sequence[ConvSpec]) -> list[_Relation]:
     """Per dimension of the first ``in_shape``, a matrix (indices, final outputs): True where one is reached.
 
     The numbers of True in the rows, multiplied over the dimensions, are the sizes of projective fields.
@@ -348,19 +348,19 @@ def _reach(specs: Sequence[ConvSpec]) -> list[Relation]:
     return reach
 
 
-def _readers(axis: Axis) -> Relation:
+def _readers(axis: Axis) -> _Relation:
     """(inputs, outputs): True where the output reads the input."""
     check_array("coverage", (axis.out_size, axis.taps), np.int64, "projective_field")
     o, t, _ = axis.reads(np.arange(axis.out_size))
     return sparse.csr_array((np.ones(len(o), bool), (t, o)), shape=(axis.size, axis.out_size))
 
 
-def _pairs(of: np.ndarray, values: np.ndarray) -> Relation:
+def _pairs(of: np.ndarray, values: np.ndarray) -> _Relation:
     """(indices, values): True where the value of the index is this one."""
     return sparse.csr_array((np.ones(len(of), bool), (np.arange(len(of)), of)), shape=(len(of), len(values)))
 
 
-def _product(first: Relation, second: Relation) -> Relation:
+def _product(first: _Relation, second: _Relation) -> _Relation:
     """The boolean product of two relations."""
     most = min(int(np.diff(second.indptr)[first.indices].sum()), first.shape[0] * second.shape[1])
     check_array("coverage", (most,), np.int64, "projective_field")

@@ -16,6 +16,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
         ("digits.py", "matplotlib", "examples"),
         ("spectrum.py", "matfree", "examples,spectrum"),
         ("lipschitz.py", "optax", "examples,networks"),
+        ("deblur.py", "lineax", "examples,spectrum"),
     ],
 )
 def test_an_example_names_the_extra_that_it_lacks(example, module, extras, monkeypatch):

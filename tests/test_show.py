@@ -1,12 +1,17 @@
 """The teaching view: names without a kernel, values with one, and never more text than can be read."""
 
+import html
+import pickle
 import re
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 from geometries import Geometry, arrays
+from jax import lax
 
 import jaxconv_fc as fc
 
@@ -173,3 +178,70 @@ def test_empty_matrices_print(shape):
 def test_a_wrong_kernel_is_refused(kernel, error):
     with pytest.raises(error, match="kernel"):
         fc.format_matrix(conv_1d(3, 2), kernel)
+
+
+# tables of notebooks ---------------------------------------------------------------------------------
+
+
+def table_cells(text):
+    """The texts of all cells of the HTML tables, row by row."""
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    return [[html.unescape(c) for c in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_the_text_of_a_matrix_is_a_table_in_a_notebook(geometry, rng):
+    kernel, _, _ = arrays(geometry, rng)
+    for operands in ((), (kernel,)):
+        text = fc.format_matrix(geometry.spec(), *operands)
+        assert table_cells(text._repr_html_()) == [tokens(line) for line in text.splitlines()]
+
+
+def test_bars_of_the_text_are_borders_of_the_table():
+    text = fc.format_matrix(fc.conv_spec((1, 2, 2, 2), (1, 2, 1, 1), (1, 1), "VALID"))
+    first = text._repr_html_().split("</tr>")[0].split("<td")[1:]
+    assert text.splitlines()[0] == "[a 0|0 0||b 0|0 0]"
+    widths = [re.findall(r"border-left:(\d)px", cell) for cell in first]
+    assert widths == [[], [], ["1"], [], ["2"], [], ["1"], []]
+    assert ["opacity" in cell for cell in first] == [entry == "0" for entry in tokens(text.splitlines()[0])]
+
+
+def test_the_text_stays_a_str():
+    text = fc.format_matrix(conv_1d(3, 2))
+    assert text == "[a b 0]\n[0 a b]"
+    assert pickle.loads(pickle.dumps(text)) == text
+    shortened = fc.format_matrix(conv_1d(9, 2), max_rows=2, max_columns=2)._repr_html_()
+    assert table_cells(shortened) == [["a", "...", "0"], ["..."], ["0", "...", "b"]]
+
+
+def test_a_geometry_shows_its_arguments_and_its_matrix_if_small():
+    table = table_cells(conv_1d(4, 2)._repr_html_())
+    assert ["lhs_shape", "(1, 1, 4)"] in table
+    assert ["in_shape → out_shape", "(1, 4) → (1, 3)"] in table
+    assert ["M", "3 × 4, 6 stored (50.00%)"] in table
+    assert table[-3:] == [["a", "b", "0", "0"], ["0", "a", "b", "0"], ["0", "0", "a", "b"]]
+    names = [name for name, *_ in table]
+    assert not {"lhs_dilation", "feature_group_count", "padding_mode", "dimension_numbers"} & set(names)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    large = fc.conv_spec((1, 64, 64, 4), (3, 3, 2, 8), (2, 2), "SAME", None, (2, 2), numbers, 2)
+    rest = dict(table_cells(large._repr_html_()))
+    assert rest["feature_group_count"] == "2"
+    assert rest["rhs_dilation"] == "(2, 2)"
+    assert "lhs_spec=(0, 3, 1, 2)" in rest["dimension_numbers"]
+    assert list(rest)[-1] == "float32"  # and no matrix
+
+
+def test_the_convolutions_of_a_function_are_a_table():
+    def network(x, k):
+        with jax.named_scope("a<b"):
+            x = lax.conv_general_dilated(x, k, (1, 1), "SAME")
+        return lax.conv_general_dilated(x, k, (2, 2), "SAME")
+
+    sites = fc.find_convs(network, np.ones((1, 2, 8, 8), np.float32), np.ones((2, 2, 3, 3), np.float32))
+    rows = table_cells(sites._repr_html_())
+    assert len(rows) == 4
+    assert rows[1][1] == "a<b"  # escaped, so that a name makes no tags
+    printed = repr(sites).splitlines()
+    assert [" ".join(row).split() for row in rows] == [line.split() for line in printed]
+    assert table_cells(sites[0]._repr_html_())[1] == rows[1]
+    assert fc.find_convs(jnp.sin, np.float32(1))._repr_html_() == "no convolutions"

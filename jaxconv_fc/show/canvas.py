@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,8 +95,19 @@ def cell_pixels(ax: Axes, across: float, down: float) -> tuple[float, float]:
     return width, height
 
 
-def text_size(ax: Axes, cell: tuple[float, float], length: int) -> float:
-    """Points of text of so many letters in a cell of this size in pixels; 0 if it would be unreadable."""
+def text_sizes(ax: Axes, cell: tuple[float, float], texts: Sequence[str]) -> list[float]:
+    """Points of each text in a cell of this size in pixels; 0 where it is empty or would be unreadable.
+
+    All are equal, save that sums of names, which are longer, may be smaller.
+    """
+    fitting = [_text_size(ax, cell, text) if text else 0.0 for text in texts]
+    plain = [size for size, text in zip(fitting, texts, strict=True) if text and "+" not in text]
+    sizes = [min(size, *plain) for size in fitting] if plain else fitting
+    return [size if size >= _SMALLEST else 0 for size in sizes]
+
+
+def _text_size(ax: Axes, cell: tuple[float, float], text: str) -> float:
+    """The most points that fit: a letter is about 0.6 as wide as high, and a line 1.2 times as high."""
     width, height = (72 / ax.figure.dpi * pixels for pixels in cell)
-    size = min(_LARGEST, 0.6 * height, 0.85 * width / (0.6 * max(1, length)))
-    return size if size >= _SMALLEST else 0
+    lines = text.split("\n")
+    return min(_LARGEST, 0.75 * height / (1.2 * len(lines)), 0.85 * width / (0.6 * max(map(len, lines))))

@@ -22,7 +22,7 @@ from jaxconv_fc.show.canvas import (
     new_axes,
     pyplot,
     text_colour,
-    text_size,
+    text_sizes,
     value_colours,
     value_norm,
 )
@@ -211,13 +211,12 @@ def _draw_cells(ax: Axes, scene: _Scene, kernel: np.ndarray | None, pixels: floa
 
     text, colour = entry_text(scene.spec, kernel), _colour(scene, kernel)
     written = [(cell, _writing(cell, text)) for panel in scene.panels for cell in _cells(scene, panel)]
-    longest = max((len(line) for _, writing in written for line in writing.split("\n")), default=1)
-    size = text_size(ax, (pixels, pixels), longest)
+    sizes = text_sizes(ax, (pixels, pixels), [writing for _, writing in written])
     squares: dict[bool, list[Rectangle]] = {True: [], False: []}  # inputs, and what stands beside them
-    for cell, writing in written:
+    for (cell, writing), size in zip(written, sizes, strict=True):
         fill = colour(cell.taps) if cell.is_input and cell.taps else "none"
         squares[cell.is_input].append(Rectangle((cell.x - 0.5, cell.y - 0.5), 1, 1, facecolor=fill))
-        if writing and size:
+        if size:
             ink = "0.3" if fill == "none" else text_colour(fill)
             ax.text(cell.x, cell.y, writing, ha="center", va="center", fontsize=size, color=ink)
     for is_input, edge, style in ((True, BORDER, "solid"), (False, "0.4", "dashed")):
@@ -227,9 +226,12 @@ def _draw_cells(ax: Axes, scene: _Scene, kernel: np.ndarray | None, pixels: floa
 
 
 def _writing(cell: _Cell, text: Callable[[Sequence[int]], str]) -> str:
+    """The names in lines of two, or the value, and the source of a copy."""
     if not cell.taps:
         return ""
-    return text(cell.taps) + ("\n= " + ",".join(map(str, cell.source)) if cell.source else "")
+    names = text(cell.taps).replace("+", "\n+").split("\n") if len(cell.taps) > 2 else [text(cell.taps)]
+    lines = ["".join(names[i : i + 2]) for i in range(0, len(names), 2)]
+    return "\n".join(lines + ["= " + ",".join(map(str, cell.source))] * bool(cell.source))
 
 
 def _colour(scene: _Scene, kernel: np.ndarray | None) -> Callable[[Sequence[int]], Any]:
@@ -258,11 +260,11 @@ def _draw_labels(ax: Axes, scene: _Scene, pixels: float) -> None:
     ax.set_xticks(*_ticks(horizontal, lefts, 26 / pixels))
     ax.set_yticks(*_ticks(vertical, tops, 13 / pixels))
     ax.tick_params(length=0, labelsize="small")
-    longest = max(len(panel.title) for panel in scene.panels)
-    size = text_size(ax, (pixels * (len(horizontal.shown) + _GAP), _TITLE), longest)
-    for panel in scene.panels if size and longest else ():
-        middle = panel.left + (len(horizontal.shown) - 1) / 2
-        ax.text(middle, panel.top - 0.7, panel.title, ha="center", va="bottom", fontsize=size)
+    room = pixels * (len(horizontal.shown) + _GAP), _TITLE
+    for panel, size in zip(scene.panels, text_sizes(ax, room, [p.title for p in scene.panels]), strict=True):
+        if size:
+            middle = panel.left + (len(horizontal.shown) - 1) / 2
+            ax.text(middle, panel.top - 0.7, panel.title, ha="center", va="bottom", fontsize=min(9, size))
     shown = {panel.channel for panel in scene.panels}
     some = f" ({len(shown)} of {len(scene.channels)} channels)" if len(shown) < len(scene.channels) else ""
     ax.set_title(f"output {neurons.position(scene.spec, scene.row)}{some}", fontsize="medium")

@@ -18,7 +18,7 @@ from jaxconv_fc.show.canvas import (
     entry_norm,
     new_axes,
     text_colour,
-    text_size,
+    text_sizes,
     value_colours,
     value_norm,
 )
@@ -78,7 +78,7 @@ def spy(spec: ConvSpec, kernel: Array | None = None, ax: Axes | None = None) -> 
         named = _write_entries(ax, spec, values, image)
         if cells.label and not (named and values is None):
             ax.figure.colorbar(image, cax=ax.inset_axes((1.03, 0, 0.04, 1)), label=cells.label)
-    ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    ax.set(xlim=(-0.5, max(1, columns) - 0.5), ylim=(max(1, rows) - 0.5, -0.5))
     ax.locator_params(integer=True)
     ax.set(xlabel=f"inputs, in_shape {spec.in_shape}", ylabel=f"outputs, out_shape {spec.out_shape}")
     _draw_lines(ax, spec)
@@ -197,7 +197,7 @@ def _draw(ax: Axes, spec: ConvSpec, cells: _Cells) -> Any:
 
 
 def _write_entries(ax: Axes, spec: ConvSpec, kernel: np.ndarray | None, image: Any) -> bool:
-    """Write each stored entry into its cell. False if the cells are too many or too small."""
+    """Write each stored entry into its cell. False if the cells are too many or too small for some."""
     rows, columns = spec.shape
     if spec.nse > _MOST_NAMED or image.get_array().shape != spec.shape:
         return False
@@ -208,11 +208,12 @@ def _write_entries(ax: Axes, spec: ConvSpec, kernel: np.ndarray | None, image: A
         for column, taps in entries_of_row(spec, row, range(columns)).items()
         if taps
     }
-    size = text_size(ax, cell_pixels(ax, columns, rows), max(map(len, entries.values())))
-    for (row, column), entry in entries.items() if size else ():
-        colour = text_colour(image.cmap(image.norm(image.get_array()[row, column])))
-        ax.text(column, row, entry, ha="center", va="center", fontsize=size, color=colour)
-    return bool(size)
+    sizes = text_sizes(ax, cell_pixels(ax, columns, rows), [*entries.values()])
+    for ((row, column), entry), size in zip(entries.items(), sizes, strict=True):
+        if size:
+            colour = text_colour(image.cmap(image.norm(image.get_array()[row, column])))
+            ax.text(column, row, entry, ha="center", va="center", fontsize=size, color=colour)
+    return all(sizes)
 
 
 def _draw_lines(ax: Axes, spec: ConvSpec) -> None:
