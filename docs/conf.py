@@ -16,7 +16,9 @@ import jaxconv_fc as fc
 
 logger = logging.getLogger(__name__)
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the notebooks inherit it: pages look alike on every machine
+# The notebooks inherit these: pages look alike on every machine, and programs that run once compile faster.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 project = "jaxconv_fc"
 copyright = "The jaxconv_fc authors"
@@ -48,7 +50,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 
 _MODULES = ("", "spectrum.", "neurons.", "show.", "testing.")

@@ -123,3 +123,15 @@ def test_every_block_of_python_runs(page):
     assert all(block.startswith(">>> ") for block in blocks), blocks
     cells = re.findall(r"^```+\{code-cell\}", text, re.MULTILINE)
     assert bool(cells) == text.startswith("---\nfile_format: mystnb"), "cells are run in notebooks only"
+
+
+def test_imports_point_up_the_table_of_the_house():
+    """Those that run when a module is loaded. One inside a function, or for types alone, may point down."""
+    table = re.findall(r"^\| (`.*`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    row_of = {room: row for row, cell in enumerate(table) for room in re.findall(r"`(\w+)/?`", cell)}
+    source = ROOT / "jaxconv_fc"
+    for file in [f for f in source.rglob("*.py") if f != source / "__init__.py"]:
+        room = file.relative_to(source).parts[0].removesuffix(".py")
+        for found in re.findall(r"^(?:from|import) jaxconv_fc[. ](.*)", file.read_text(), re.MULTILINE):
+            imported = re.findall(r"\w+", found.removeprefix("import "))[0]
+            assert row_of[imported] <= row_of[room], f"{file} imports {imported}"
