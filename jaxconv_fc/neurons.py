@@ -52,7 +52,7 @@ class Field:
 
     @property
     def size(self) -> int:
-        """The number of neurons in the field: the product of the lengths of ``indices``."""
+        """The number of neurons in the field, which is the product of the lengths of ``indices``."""
         return math.prod(map(len, self.indices))
 
     @property

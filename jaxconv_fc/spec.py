@@ -127,13 +127,13 @@ class ConvSpec:
 
     @cached_property
     def in_shape(self) -> tuple[int, ...]:
-        """Shape of one example: ``lhs_shape`` without the batch, or with ``batch_group_count`` in its place
-        if that is > 1."""
+        """The shape of one example. It is ``lhs_shape`` without the batch, or with ``batch_group_count`` in its
+        place if that is > 1."""
         return _one_example(self.lhs_shape, self.dimension_numbers.lhs_spec[0], self.batch_group_count)
 
     @cached_property
     def out_shape(self) -> tuple[int, ...]:
-        """Shape of the output of one example, in the caller's layout."""
+        """The shape of the output of one example, in the caller's layout."""
         batch, feature, *spatial = self.dimension_numbers.out_spec
         shape = {batch: 1, feature: self.out_channels}
         shape |= {i: axis.out_size for i, axis in zip(spatial, self.axes, strict=True)}
@@ -141,20 +141,22 @@ class ConvSpec:
 
     @cached_property
     def in_size(self) -> int:
+        """The number of inputs, which is the number of columns of M."""
         return math.prod(self.in_shape)
 
     @cached_property
     def out_size(self) -> int:
+        """The number of outputs, which is the number of rows of M."""
         return math.prod(self.out_shape)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of M."""
+        """The shape of M, ``(out_size, in_size)``."""
         return self.out_size, self.in_size
 
     @cached_property
     def nse(self) -> int:
-        """Number of entries of M that are not structurally zero: a product over the axes."""
+        """The number of entries of M that are not structurally zero. It is a product over the axes."""
         return self.out_channels * self.group_channels * math.prod(a.pair_count for a in self.axes)
 
     def nbytes(self, dtype: Any = np.float32) -> Nbytes:
