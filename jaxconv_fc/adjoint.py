@@ -92,10 +92,10 @@ def _transposed_kernel(spec: ConvSpec, transposed: ConvSpec, kernel: jax.Array) 
 
 
 def kernel_matrix(spec: ConvSpec, x: Array) -> jax.Array:
-    """The matrix X of the convolution as a function of its kernel (im2col).
+    """The matrix X with ``X @ kernel.ravel() == as_matrix(spec, kernel) @ x.ravel()`` (im2col).
 
-    ``X @ kernel.ravel() == as_matrix(spec, kernel) @ x.ravel()``. X is the Jacobian of the output with
-    respect to the kernel, ``X[(d, o), (d, i, p)] = x[c(d, i), t(o, p)]``. Linear in x.
+    X is the Jacobian of the output with respect to the kernel, ``X[(d, o), (d, i, p)] = x[c(d, i), t(o, p)]``
+    (docs/maths.md, section 6). Linear in x.
 
     Args:
       spec: the geometry.
@@ -106,7 +106,8 @@ def kernel_matrix(spec: ConvSpec, x: Array) -> jax.Array:
       ``spec.rhs_shape``.
 
     Raises:
-      TypeError: x is not an array.  ValueError: another shape, or X is beyond the memory limit.
+      TypeError: x is not an array.
+      ValueError: another shape, or X is beyond the memory limit.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -135,7 +136,8 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Array) -> jax.Array:
     """``L^T``, the transpose of :func:`as_matrix`: a cotangent of M -> the cotangent of the kernel.
 
     ``kernel_bar[d, i, p] = sum_o matrix_bar[(d, o), (c(d, i), t(o, p))]``. Reads the stored entries only,
-    and makes no second matrix. ``matrix_vjp(spec, outer(y_bar, x))`` is :func:`kernel_vjp`.
+    and makes no second matrix. ``matrix_vjp(spec, outer(y_bar, x))`` is :func:`kernel_vjp` (docs/maths.md,
+    section 6).
 
     Args:
       spec: the geometry.
@@ -145,7 +147,8 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Array) -> jax.Array:
       Array of shape ``spec.rhs_shape``.
 
     Raises:
-      TypeError: not an array.  ValueError: another shape.
+      TypeError: not an array.
+      ValueError: another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")

@@ -30,15 +30,15 @@ def batched_apply(
     - ``"sparse"``: ``as_bcsr(spec, kernel)`` times all examples at once;
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
-    By default it takes the convolution on GPU and TPU, and on CPU what :func:`fastest_method` says: M for 16
-    examples or more, if the kernel is as large as the image, channels are few, or entries have 64 bits.
+    By default it takes the convolution on GPU and TPU. On CPU it takes M for 16 examples or more, if the
+    kernel is as large as the image, channels are few, or entries have 64 bits.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
       xs: array of shape ``(count, *spec.in_shape)`` and the kernel's dtype.
       method: one of the three, in place of the default.
-      precision: as in :func:`apply`; for the convolution and the dense product.
+      precision: as in :func:`apply`. The convolution and the dense product use it.
 
     Returns:
       Array of shape ``(count, *spec.out_shape)``.

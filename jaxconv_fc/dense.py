@@ -86,7 +86,8 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
       Array of shape ``spec.shape``.
 
     Raises:
-      TypeError: an operand is not an array, or their dtypes differ.  ValueError: a shape is wrong.
+      TypeError: an operand is not an array, or their dtypes differ.
+      ValueError: a shape is wrong.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> from functools import partial
@@ -170,7 +171,9 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
       Array of shape ``(len(rows), spec.in_size)``.
 
     Raises:
-      TypeError: rows are not integers.  ValueError: their shape is another.  IndexError: out of range.
+      TypeError: rows are not integers.
+      ValueError: their shape is another.
+      IndexError: out of range.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -211,7 +214,9 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
       Array of shape ``(spec.out_size, len(columns))``.
 
     Raises:
-      As :func:`matrix_rows`.
+      TypeError: columns are not integers.
+      ValueError: their shape is another.
+      IndexError: out of range.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")

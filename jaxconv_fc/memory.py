@@ -23,9 +23,18 @@ _memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2*
 
 @contextlib.contextmanager
 def memory_limit(nbytes: int) -> Iterator[None]:
-    """A context in which builders make arrays of up to ``nbytes`` bytes. The default limit is 8 GiB.
+    """A context in which builders make arrays with ``size * itemsize <= nbytes``. Outside, it is 8 GiB.
 
-    A matrix beyond the limit raises a ValueError before anything is allocated.
+    Args:
+      nbytes: the most bytes that one array may take.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      TypeError: nbytes is not an int.
+      ValueError: it is negative. In the context, a builder raises it for an array beyond the limit, before
+        anything is allocated.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 8, 8), (1, 1, 3, 3), (1, 1), "SAME")

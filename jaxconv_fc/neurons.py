@@ -32,14 +32,19 @@ _BLOCK = 2**20  # pairs of a position and a tap that are looked at together
 
 @dataclass(frozen=True, eq=False)
 class Field:
-    """A set of neurons: the Cartesian product of one set of indices per dimension.
+    """A set of neurons: in an array ``x``, ``x[np.ix_(*field.indices)].ravel() == x[field.mask]``.
 
-    The entries of an array ``x`` that belong to it are ``x[np.ix_(*field.indices)]``.
+    It is the Cartesian product of one set of indices per dimension.
 
     Attributes:
       shape: the shape of the array that the neurons are entries of.
       indices: one ascending array of indices per dimension of ``shape``. If one of them is empty, so is the
         field.
+
+    >>> import jaxconv_fc as fc
+    >>> field = fc.neurons.receptive_field(fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID"), (0, 1))
+    >>> field.indices, field.size, field.mask
+    ((array([0]), array([1, 2])), 2, array([[False,  True,  True, False]]))
     """
 
     shape: tuple[int, ...]
@@ -47,7 +52,7 @@ class Field:
 
     @property
     def size(self) -> int:
-        """The number of neurons in the field: the product of the lengths of ``indices``."""
+        """The number of neurons in the field, which is the product of the lengths of ``indices``."""
         return math.prod(map(len, self.indices))
 
     @property
@@ -81,7 +86,8 @@ def receptive_field(spec: Chain, out_index: Index) -> Field:
 
     Raises:
       TypeError: ``spec`` is not a ConvSpec or a list of them, or ``out_index`` not static integers.
-      ValueError: the shapes do not chain, or the index has another length.  IndexError: it is out of range.
+      ValueError: the shapes do not chain, or the index has another length.
+      IndexError: it is out of range.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 2, 5, 5), (4, 2, 3, 3), (2, 2), "SAME")
@@ -111,7 +117,7 @@ def projective_field(spec: Chain, in_index: Index) -> Field:
       A :class:`Field` in the ``out_shape`` (of the last spec).
 
     Raises:
-      As :func:`receptive_field`.
+      TypeError, ValueError, IndexError: as :func:`receptive_field`.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 5), (2, 1, 3), (1,), "SAME", padding_mode="circular")
@@ -136,7 +142,8 @@ def coverage(spec: Chain) -> np.ndarray:
       Integers of the ``in_shape`` (of the first spec).
 
     Raises:
-      TypeError, ValueError: as :func:`receptive_field`.  ValueError: the counts exceed the memory limit.
+      TypeError: ``spec`` is not a ConvSpec or a list of them.
+      ValueError: the shapes do not chain, or the counts exceed the memory limit.
 
     >>> import jaxconv_fc as fc
     >>> print(fc.neurons.coverage(fc.conv_spec((1, 1, 7), (1, 1, 3), (2,), "VALID")))
@@ -158,9 +165,13 @@ def row(spec: ConvSpec, out_index: Index) -> int:
       spec: the geometry.
       out_index: an index in ``spec.out_shape``, or a row number. Negative numbers count from the end.
 
+    Returns:
+      A row number, a Python int.
+
     Raises:
       TypeError: the index is not made of static integers.
-      ValueError: it has another length.  IndexError: it is out of range.
+      ValueError: it has another length.
+      IndexError: it is out of range.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID")
@@ -182,7 +193,7 @@ def position(spec: ConvSpec, row: int) -> tuple[int, ...]:
       An index in ``spec.out_shape``: channel and position in the caller's layout.
 
     Raises:
-      As :func:`row`.
+      TypeError, ValueError, IndexError: as :func:`row`.
 
     >>> import jaxconv_fc as fc
     >>> fc.neurons.position(fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID"), 5)
@@ -199,8 +210,11 @@ def column(spec: ConvSpec, in_index: Index) -> int:
       spec: the geometry.
       in_index: an index in ``spec.in_shape``, or a column number. Negative numbers count from the end.
 
+    Returns:
+      A column number, a Python int.
+
     Raises:
-      As :func:`row`.
+      TypeError, ValueError, IndexError: as :func:`row`.
 
     >>> import jaxconv_fc as fc
     >>> fc.neurons.column(fc.conv_spec((1, 2, 3, 3), (2, 2, 2, 2), (1, 1), "VALID"), (1, 0, 2))
@@ -222,7 +236,7 @@ def input_position(spec: ConvSpec, column: int) -> tuple[int, ...]:
       layout.
 
     Raises:
-      As :func:`row`.
+      TypeError, ValueError, IndexError: as :func:`row`.
 
     >>> import jaxconv_fc as fc
     >>> fc.neurons.input_position(fc.conv_spec((1, 2, 3, 3), (2, 2, 2, 2), (1, 1), "VALID"), 11)

@@ -40,8 +40,8 @@ def apply(spec: ConvSpec, kernel: Array, x: Array, *, precision: Any = None) -> 
 
     Linear in ``kernel`` and in ``x``, and differentiable in both to any order, forward and reverse. Its
     transpose with respect to ``x`` is :func:`apply_transpose`. Values and gradients are also right for the
-    geometries where ``lax.conv_general_dilated`` on CPU is wrong. ``jax.vmap`` over examples makes them the
-    batch of one convolution.
+    geometries where ``lax.conv_general_dilated`` on CPU is wrong (docs/maths.md, section 8). ``jax.vmap``
+    over examples makes them the batch of one convolution.
 
     Args:
       spec: the geometry.
@@ -53,7 +53,8 @@ def apply(spec: ConvSpec, kernel: Array, x: Array, *, precision: Any = None) -> 
       Array of shape ``spec.out_shape``.
 
     Raises:
-      TypeError: dtypes differ, or are bool.  ValueError: a shape is not the spec's.
+      TypeError: dtypes differ, or are bool.
+      ValueError: a shape is not the spec's.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -67,8 +68,9 @@ def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any =
     """``M^T y``: ``as_matrix(spec, kernel).T @ y.ravel()``, reshaped. For M^H conjugate the kernel.
 
     The transpose of the convolution, for every geometry: remainders of strides, negative padding, groups,
-    and boundary modes (each copy in the padding is added to its source). ``jax.linear_transpose`` of
-    :func:`apply` computes the same. Integers work, where JAX's own adjoint is a silent ``float0``.
+    and boundary modes (each copy in the padding is added to its source; docs/maths.md, section 2).
+    ``jax.linear_transpose`` of :func:`apply` computes the same. Integers work, where JAX's own adjoint is a
+    silent ``float0``.
 
     Args:
       spec: the geometry.
@@ -80,7 +82,8 @@ def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any =
       Array of shape ``spec.in_shape``.
 
     Raises:
-      As :func:`apply`.
+      TypeError: dtypes differ, or are bool.
+      ValueError: a shape is not the spec's.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -93,9 +96,9 @@ def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any =
 def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None) -> jax.Array:
     """``X(x)^T y_bar``: the gradient with respect to the kernel, itself a convolution.
 
-    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]``. Complex numbers are not conjugated.
-    Right where ``jax.vjp`` of lax on CPU is wrong, and fast with groups. ``jax.vmap`` gives one gradient
-    per example.
+    ``kernel_bar[d, i, p] = sum_o y_bar[d, o] * x[c(d, i), t(o, p)]`` (docs/maths.md, sections 2 and 6).
+    Complex numbers are not conjugated. Right where ``jax.vjp`` of lax on CPU is wrong, and fast with groups.
+    ``jax.vmap`` gives one gradient per example.
 
     Args:
       spec: the geometry.
@@ -107,7 +110,8 @@ def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None)
       Array of shape ``spec.rhs_shape``.
 
     Raises:
-      TypeError: dtypes differ, or are bool.  ValueError: a shape is not the spec's.
+      TypeError: dtypes differ, or are bool.
+      ValueError: a shape is not the spec's.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")

@@ -39,7 +39,8 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Array) -> jax.Array:
       Array of shape ``spec.rhs_shape``.
 
     Raises:
-      TypeError: not an array.  ValueError: another shape.
+      TypeError: the matrix is not an array.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -83,9 +84,9 @@ def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
 def conv_distance(spec: ConvSpec, matrix: Array) -> jax.Array:
     """``||A - L K*|| / ||A||`` (Frobenius): how far A is from the convolutions of this geometry.
 
-    K* is :func:`kernel_from_matrix`. The distance is 0 for a convolution (and for A = 0), 1 for a matrix
-    orthogonal to all of them, NaN where A holds NaN or Inf, and independent of the scale of A. The
-    difference is summed by blocks of rows, so no second matrix is made.
+    K* is :func:`kernel_from_matrix` (docs/maths.md, sections 3 and 14). The distance is 0 for a convolution
+    (and for A = 0), 1 for a matrix orthogonal to all of them, NaN where A holds NaN or Inf, and independent
+    of the scale of A. The difference is summed by blocks of rows, so no second matrix is made.
 
     Args:
       spec: the geometry.
@@ -95,7 +96,8 @@ def conv_distance(spec: ConvSpec, matrix: Array) -> jax.Array:
       Real scalar.
 
     Raises:
-      TypeError: not an array.  ValueError: another shape.
+      TypeError: the matrix is not an array.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -155,10 +157,10 @@ def detect_conv(
     dimension_numbers: Any = None,
     tol: float | None = None,
 ) -> tuple[ConvSpec, jax.Array] | None:
-    """``(spec, kernel)`` of the zero-padded convolution that has this matrix, or None if there is none.
+    """``(spec, kernel)`` with ``as_matrix(spec, kernel) == matrix``, zero-padded; None if there is none.
 
-    :func:`nearest_conv`, where its distance is at most ``tol``. That function says how far a matrix is from
-    a convolution.
+    It is what :func:`nearest_conv` finds, where the distance is at most ``tol`` (docs/maths.md, sections 3
+    and 14).
 
     Args:
       matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``.
@@ -201,7 +203,7 @@ def nearest_conv(
     dimension_numbers: Any = None,
     tol: float | None = None,
 ) -> tuple[ConvSpec, jax.Array, float]:
-    """``(spec, kernel, distance)``: a geometry read off a matrix, its nearest kernel, and their distance.
+    """``(spec, kernel, distance)`` with ``distance = ||A - as_matrix(spec, kernel)|| / ||A||``, read off A.
 
     In zeros mode the entries of M depend, per axis, on ``q = t*l - o*s`` only (docs/maths.md, section 3). A
     pair (s, l) without common factor fits if that holds. Of those that fit, the one with the fewest taps is
@@ -213,8 +215,19 @@ def nearest_conv(
     the kernel, or that read no input, are left off. A sparse matrix can be a convolution in which no two
     outputs share a tap, such as a diagonal one with stride n. The size of its kernel shows this.
 
-    Args, Raises:
-      As :func:`detect_conv`. The matrix is inspected on the host: it cannot be traced.
+    Args:
+      matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``. It is inspected on the host.
+      in_shape, out_shape: shapes of an input and an output, as in :func:`detect_conv`.
+      dimension_numbers: layouts with a batch, as in :func:`detect_conv`.
+      tol: largest relative difference of entries that count as equal; by default a small multiple of the
+        rounding of the dtype.
+
+    Returns:
+      A :class:`ConvSpec`, a kernel of its ``rhs_shape``, and a Python float.
+
+    Raises:
+      TypeError: the matrix is not an array, or traced.
+      ValueError: it has another shape, or holds NaN or Inf, which say nothing about a geometry.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec, kernel, distance = fc.nearest_conv(jnp.ones((3, 4)).at[0, 0].set(2.), (1, 4), (1, 3))

@@ -46,15 +46,29 @@ class Nbytes(NamedTuple):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class ConvSpec:
-    """The geometry of one convolution: resolved arguments of ``lax.conv_general_dilated``.
+    """The geometry of one convolution, whose matrix M has ``M @ x.ravel() == conv(x, kernel).ravel()``.
 
-    Made by :func:`conv_spec`. Frozen, hashable and static in pytrees, so it passes through
-    ``jax.jit`` without ``static_argnames``. The matrix M that it describes belongs to one example:
-    the batch entry of ``lhs_shape`` plays no part, save where ``batch_group_count`` > 1.
+    Made by :func:`conv_spec`. It holds the arguments of ``lax.conv_general_dilated``, resolved. Frozen,
+    hashable and static in pytrees, so it passes through ``jax.jit`` without ``static_argnames``. The matrix M
+    belongs to one example: the batch entry of ``lhs_shape`` plays no part, save where
+    ``batch_group_count`` > 1.
 
     Vectors are ravels, in row-major order, of arrays of ``in_shape`` and ``out_shape`` in the
     caller's own layout. Row ``i`` of M is output neuron ``i`` of ``out_shape``; column ``j`` is
     entry ``j`` of ``in_shape``.
+
+    Attributes:
+      lhs_shape, rhs_shape: shapes of the input, batch included, and of the kernel.
+      window_strides, lhs_dilation, rhs_dilation: one int per spatial axis.
+      padding: ``(lo, hi)`` per spatial axis; negative amounts crop.
+      dimension_numbers: the layouts, as ``lax.ConvDimensionNumbers``.
+      feature_group_count, batch_group_count: at most one of them is larger than 1.
+      padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"``, ``"symmetric"`` or ``"edge"``.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 3, 8, 8), (4, 3, 3, 3), (2, 2), "SAME")
+    >>> spec.padding, spec.in_shape, spec.out_shape, spec.shape, spec.nse
+    (((0, 1), (0, 1)), (3, 8, 8), (4, 4, 4), (64, 192), 1452)
     """
 
     lhs_shape: tuple[int, ...]
@@ -113,13 +127,13 @@ class ConvSpec:
 
     @cached_property
     def in_shape(self) -> tuple[int, ...]:
-        """Shape of one example: ``lhs_shape`` without the batch, or with ``batch_group_count`` in its place
-        if that is > 1."""
+        """The shape of one example. It is ``lhs_shape`` without the batch, or with ``batch_group_count`` in its
+        place if that is > 1."""
         return _one_example(self.lhs_shape, self.dimension_numbers.lhs_spec[0], self.batch_group_count)
 
     @cached_property
     def out_shape(self) -> tuple[int, ...]:
-        """Shape of the output of one example, in the caller's layout."""
+        """The shape of the output of one example, in the caller's layout."""
         batch, feature, *spatial = self.dimension_numbers.out_spec
         shape = {batch: 1, feature: self.out_channels}
         shape |= {i: axis.out_size for i, axis in zip(spatial, self.axes, strict=True)}
@@ -127,20 +141,22 @@ class ConvSpec:
 
     @cached_property
     def in_size(self) -> int:
+        """The number of inputs, which is the number of columns of M."""
         return math.prod(self.in_shape)
 
     @cached_property
     def out_size(self) -> int:
+        """The number of outputs, which is the number of rows of M."""
         return math.prod(self.out_shape)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of M."""
+        """The shape of M, ``(out_size, in_size)``."""
         return self.out_size, self.in_size
 
     @cached_property
     def nse(self) -> int:
-        """Number of entries of M that are not structurally zero: a product over the axes."""
+        """The number of entries of M that are not structurally zero. It is a product over the axes."""
         return self.out_channels * self.group_channels * math.prod(a.pair_count for a in self.axes)
 
     def nbytes(self, dtype: Any = np.float32) -> Nbytes:
@@ -252,9 +268,11 @@ def conv_spec(
     padding_mode: str = "zeros",
 ) -> ConvSpec:
     """The geometry of ``lax.conv_general_dilated``, with shapes in place of arrays.
-
     Per spatial axis, output ``o`` reads input ``t`` through tap ``p`` when
-    ``o*stride + p*rhs_dilation - lo == t*lhs_dilation``.
+    ``o*stride + p*rhs_dilation - lo == t*lhs_dilation`` (docs/maths.md, section 1).
+
+    A window that does not fit into the padded input gives an output of size 0 and a matrix with no
+    rows, as in lax.
 
     Args:
       lhs_shape: shape of the input, batch included.
@@ -273,11 +291,11 @@ def conv_spec(
         NumPy's ``"constant"``, ``"wrap"``, torch's ``"replicate"``). For all but zeros the input is
         padded first and dilated then.
 
-    A window that does not fit into the padded input gives an output of size 0 and a matrix with no
-    rows, as in lax.
+    Returns:
+      A :class:`ConvSpec`.
 
     Raises:
-      TypeError: an argument is of the wrong kind, or traced: all of them must be static.
+      TypeError: an argument is of the wrong kind, or traced. All of them must be static.
       ValueError: an argument has a wrong value.
 
     >>> import jaxconv_fc as fc

@@ -34,6 +34,10 @@ def dot_test(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> 
     Returns:
       The error, a Python float.
 
+    Raises:
+      TypeError: the kernel is not an array, or is bool.
+      ValueError: it has another shape.
+
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (2,), "VALID")
     >>> fc.testing.dot_test(spec, jnp.array([[[1., 2.]]])) < 1e-6
@@ -54,13 +58,20 @@ def dot_test(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> 
 
 
 def assert_transpose(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> None:
-    """Assert that every way to M^T agrees: the matrix, ``jax.linear_transpose`` and :func:`transpose`.
+    """Assert that every way to M^T agrees with ``as_matrix(spec, kernel).T @ y``.
 
     :func:`apply_transpose` and ``jax.linear_transpose`` of :func:`apply` must equal ``M.T @ y`` within the
     rounding of the dtype. Where M^T is a convolution (not in boundary modes),
     ``as_matrix(*transpose(spec, kernel))`` must equal ``as_matrix(spec, kernel).T`` entry for entry.
 
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      key: a ``jax.random.key`` for y.
+
     Raises:
+      TypeError: the kernel is not an array.
+      ValueError: it has another shape.
       AssertionError: two of them differ; it names the pair and the largest difference.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
@@ -101,6 +112,8 @@ def assert_matches_lax(
       key: a ``jax.random.key`` for x.
 
     Raises:
+      TypeError: kernel or x is not an array, or their dtypes differ.
+      ValueError: a shape is not the spec's.
       AssertionError: two of them differ; it names the pair and the largest difference.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc

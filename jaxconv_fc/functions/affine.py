@@ -44,8 +44,8 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     Convolutions, padding, slicing, reshaping, transposition, concatenation, addition, scaling, sums,
     average pooling, dense layers, normalisation with fixed statistics: whatever is built of these, loops
     of known length and custom derivatives included, is one matrix. A is composed from the equations of
-    the function and never probed, and does not depend on the values of x. Matrix products are done with
-    ``precision="highest"`` unless ``fn`` asks for another.
+    the function (docs/maths.md, section 13) and never probed. It does not depend on the values of x. Matrix
+    products are done with ``precision="highest"`` unless ``fn`` asks for another.
 
     Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
     Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that

@@ -31,7 +31,7 @@ from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
 def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
-    """Every convolution that ``fn(*args, **kwargs)`` performs, in order of execution.
+    """Every convolution ``y = M x`` that ``fn(*args, **kwargs)`` performs, in order of execution.
 
     Traces ``fn``, and looks inside jit, custom derivatives, remat, scan, while, cond (all branches),
     vmap and shard_map. Finds lax's convolutions as well as this library's matrix-free products. So
@@ -39,7 +39,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
 
     Args:
       fn: any function of JAX arrays, such as a flax, equinox or haiku model.
-      *args, **kwargs: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that
+      args, kwargs: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that
         depends on them is computed. From arrays, whatever the convolutions depend on is computed once, so
         that their kernels and inputs are known. Python numbers stay static, as in a plain call.
 

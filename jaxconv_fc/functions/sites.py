@@ -30,6 +30,12 @@ class ConvSite:
       times: how often it is executed, the lengths of the scans around it multiplied; None in a while
         loop, where only the run can tell.
       product: ``"M x"``, ``"M^T y"`` or ``"X^T y"``.
+
+    >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
+    >>> layer = lambda x: jax.lax.conv(x, jnp.ones((4, 3, 3, 3)), (1, 1), "VALID")
+    >>> site = fc.find_convs(layer, jnp.ones((2, 3, 8, 8)))[0]
+    >>> site.spec.shape, site.kernel.shape, site.x.shape, site.times, site.product
+    ((144, 192), (4, 3, 3, 3), (2, 3, 8, 8), 1, 'M x')
     """
 
     spec: ConvSpec

@@ -70,7 +70,7 @@ def _line(axis: Axis, o: int) -> _Line:
 def receptive_field(
     spec: ConvSpec, out_index: neurons.Index, ax: Axes | None = None, *, kernel: Array | None = None
 ) -> Axes:
-    """A picture of the inputs that an output reads, each with the kernel entry that weighs it.
+    """A picture of the inputs that an output reads, with ``M[row, column]`` written at each of them.
 
     Squares are inputs, a panel per channel. Coloured ones are read: together they are the row of M, with the
     names and colours of :func:`spy`. Dashed squares are what the window covers beside the inputs: padding,
@@ -287,7 +287,7 @@ def _ticks(line: _Line, starts: Sequence[float], room: float) -> tuple[list[floa
 def animate(
     spec: ConvSpec, kernel: Array | None = None, *, rows: Sequence[int] | None = None, interval: int = 400
 ) -> FuncAnimation:
-    """An animation: the window slides over the input, and beside it the row of M lights up.
+    """An animation of ``y[i] = M[i] @ x``: the window slides over the input, and row ``i`` of M lights up.
 
     Each frame shows one output: :func:`receptive_field` on the left, its row in :func:`spy` on the right.
     ``animation.save("slide.gif", writer="pillow")`` writes a GIF, ``animation.to_jshtml()`` is for notebooks.
@@ -304,7 +304,8 @@ def animate(
     Raises:
       ImportError: matplotlib is missing (``pip install 'jaxconv_fc[examples]'``).
       TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.
-      IndexError: a row is out of range.  ValueError: there are no rows.
+      IndexError: a row is out of range.
+      ValueError: there are no rows.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID")

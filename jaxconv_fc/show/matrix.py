@@ -38,9 +38,9 @@ _SAMPLE = 2**22  # entries that a picture of values looks at
 
 
 def spy(spec: ConvSpec, kernel: Array | None = None, ax: Axes | None = None) -> Axes:
-    """A picture of M: rows are outputs, columns inputs, as in :func:`format_matrix`.
+    """A picture of M, with ``M[row, column]`` at (column, row), as in :func:`format_matrix`.
 
-    ``M[row, column]`` is drawn in the colour of the kernel entry that stands there, or of its value when a
+    An entry is drawn in the colour of the kernel entry that stands there, or of its value when a
     kernel is given, and named where the cell is large enough. Entries that are not stored are white. Black is
     an entry where several kernel entries meet (boundary modes), or a value that is not finite. Lines stand
     between the rows of an image and, thicker, between channels.

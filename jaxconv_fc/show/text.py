@@ -26,13 +26,21 @@ class MatrixText(str):
 def format_matrix(
     spec: ConvSpec, kernel: Array | None = None, *, max_rows: int = 40, max_columns: int = 80
 ) -> MatrixText:
-    """M as text, one line per row: kernel entries by name, or by value when a kernel is given.
+    """M as text: line ``i`` shows ``M[i, 0]``, ``M[i, 1]``, ..., by name, or by value when a kernel is given.
 
     Names follow the row-major order of the kernel: ``a, b, c, ...``, or ``k0, k1, ...`` for more than 26
     entries. Taps that meet are a sum: ``a+c``. A space separates neighbours along the last axis of
     ``spec.in_shape``, ``|`` separates rows of the image, ``||`` channels, and so on (axes of size 1 do not
     count). Beyond ``max_rows`` or ``max_columns`` the middle is left out. In a notebook the text, which is a
     ``str``, shows as a table.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``.
+      max_rows, max_columns: how many are shown at most.
+
+    Returns:
+      A ``str``.
 
     Raises:
       TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.

@@ -35,7 +35,9 @@ from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
-    """M as a BCOO matrix: ``spec.nse`` entries ``M[row, column]``, sorted by row, then by column.
+    """M as a BCOO matrix, ``as_bcoo(spec, kernel).todense() == as_matrix(spec, kernel)``.
+
+    It holds ``spec.nse`` entries, sorted by row, then by column (docs/maths.md, section 9).
 
     Every entry that is not structurally zero is stored once, with no padding. Taps that meet in one entry
     (boundary modes) are added. A stored entry is 0 where the kernel is. Linear in the kernel, differentiable,
@@ -68,16 +70,22 @@ def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
 
 
 def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
-    """M as a BCSR matrix: the entries of :func:`as_bcoo` with ``indptr`` in place of row numbers.
+    """M as a BCSR matrix, ``as_bcsr(spec, kernel).todense() == as_matrix(spec, kernel)``.
 
+    It has the entries of :func:`as_bcoo`, and ``indptr`` in place of row numbers (docs/maths.md, section 9).
     Row ``i`` has the columns ``indices[indptr[i]:indptr[i + 1]]``, ascending, and the values ``data`` there.
     Two thirds of the bytes of BCOO, and a faster product on CPU. Inside ``jax.shard_map`` gradients through
     the product are wrong, as for :func:`as_bcoo`.
 
-    Args, Raises: as :func:`as_bcoo`.
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``, any dtype.
 
     Returns:
       BCSR of shape ``spec.shape``; ``data`` and ``indices`` (nse,), ``indptr`` (out_size + 1,).
+
+    Raises:
+      TypeError, ValueError: as :func:`as_bcoo`.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), [(1, 0)])
@@ -93,11 +101,19 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
 
 
 def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
-    """M as a SciPy ``csr_array`` in canonical form, built on the host: the entries of :func:`as_bcsr`.
+    """M as a SciPy ``csr_array``, ``as_scipy(spec, kernel).toarray() == as_matrix(spec, kernel)``.
 
+    It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).
     NumPy and JAX kernels keep their dtype, also float64 without ``jax_enable_x64``. The time is about that of
     writing the arrays, and little memory is needed beside them. ``.tocsc()``, ``.tobsr()`` and the like
     convert to other formats.
+
+    Args:
+      spec: the geometry.
+      kernel: concrete array of shape ``spec.rhs_shape``.
+
+    Returns:
+      ``csr_array`` of shape ``spec.shape``.
 
     Raises:
       TypeError: the kernel is not an array, is traced, or has a dtype that SciPy cannot multiply.
@@ -185,9 +201,10 @@ def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
 
 
 def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
-    """The generalized diagonals of M that are not structurally zero: ``{offset: diagonal}``, ascending.
+    """The generalized diagonals of M: ``diagonals[k][i] = M[i, (i + k) % in_size]``.
 
-    ``diagonals[k][i] = M[i, (i + k) % in_size]``, for ``0 <= k < in_size``, of length ``out_size``. So::
+    A dict ``{offset: diagonal}`` of those that are not structurally zero, with ``0 <= offset < in_size``
+    ascending and diagonals of length ``out_size`` (docs/maths.md, section 9). So::
 
         (M @ x)[i] = sum over k of diagonals[k][i] * x[(i + k) % in_size]
 

@@ -17,10 +17,11 @@ from jaxconv_fc.spec import ConvSpec, check_spec
 
 
 def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[slice, ...], tuple[slice, ...]]:
-    """``(block, in_slice, out_slice)``: outputs ``start`` to ``stop`` of the first spatial axis, as a
-    smaller convolution with the same kernel.
+    """``(block, in_slice, out_slice)`` with ``y[out_slice] = apply(block, kernel, x[in_slice])``.
 
-    With M as an array of shape ``(*out_shape, *in_shape)``::
+    The block makes the outputs ``start`` to ``stop`` of the first spatial axis. It is a smaller convolution
+    with the same kernel (docs/maths.md, section 7). With M as an array of shape
+    ``(*out_shape, *in_shape)``::
 
         as_matrix(block, kernel) == M[out_slice][..., in_slice]      and      M[out_slice] is 0 elsewhere
         y[out_slice] = apply(block, kernel, x[in_slice])
@@ -32,7 +33,10 @@ def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[sl
 
     Args:
       spec: the geometry, with at least one spatial axis (the first in ``window_strides``).
-      start, stop: ``0 <= start < stop <= spec.axes[0].out_size``.
+      start, stop: ``0 <= start < stop <= outputs on this axis``.
+
+    Returns:
+      A :class:`ConvSpec`, and a tuple of slices for each of ``spec.in_shape`` and ``spec.out_shape``.
 
     Raises:
       TypeError: start or stop is not an int.
@@ -75,9 +79,10 @@ class RowBlock(NamedTuple):
 def row_blocks(
     spec: ConvSpec, kernel: Array, nbytes: int = 2**28, *, progress: Callable[[int, int], Any] | None = None
 ) -> Iterator[RowBlock]:
-    """M in blocks of rows, each a SciPy CSR matrix of at most ``nbytes`` bytes, for an M larger than memory.
+    """M in blocks of rows, for an M larger than memory: ``y[out_slice] = matrix @ x[in_slice]``, ravelled.
 
-    The blocks are those of :func:`row_block` along the first spatial axis, in order. Their columns stand for
+    Each matrix is a SciPy CSR matrix of at most ``nbytes`` bytes. The blocks are those of :func:`row_block`
+    along the first spatial axis, in order (docs/maths.md, section 7). Their columns stand for
     the inputs that the block reads, ``x[in_slice].ravel()``. A block is made when the loop reaches it, so
     memory holds one at a time unless the caller keeps them.
 
@@ -86,6 +91,10 @@ def row_blocks(
       kernel: array of shape ``spec.rhs_shape``.
       nbytes: the most that the arrays of one block may take.
       progress: called as ``progress(outputs done, outputs in all)`` after every block.
+
+    Returns:
+      An iterator of named tuples ``(spec, in_slice, out_slice, matrix)``: those of :func:`row_block`, and a
+      ``csr_array`` of shape ``spec.shape``.
 
     Raises:
       TypeError, ValueError: as :func:`as_scipy`. Also if one output of the axis needs more than ``nbytes``;

@@ -33,12 +33,12 @@ from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def shard_matrix(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None = None) -> jax.Array:
-    """The dense M with its rows distributed over a mesh: every device builds its own rows only.
+    """M by rows over a mesh: ``shard_matrix(spec, kernel, mesh)[:out_size] == as_matrix(spec, kernel)``.
 
-    Of ``D`` devices along ``axis_name``, device ``n`` holds the rows ``[n*R, (n+1)*R)`` with
-    ``R = ceil(out_size / D)``. JAX needs equal shares, so up to ``D - 1`` rows of zeros stand at the end.
-    One program (``jax.shard_map``) builds M without communication, also over many processes and under jit
-    and grad. The products are JAX's own::
+    Every device builds its own rows only. Of ``D`` devices along ``axis_name``, device ``n`` holds the rows
+    ``[n*R, (n+1)*R)`` with ``R = ceil(out_size / D)``. JAX needs equal shares, so up to ``D - 1`` rows of
+    zeros stand at the end. One program (``jax.shard_map``) builds M without communication, also over many
+    processes and under jit and grad. The products are JAX's own::
 
         y = (M @ x)[:spec.out_size]                    # every device makes its part of y
         x = M.T @ jnp.pad(y, (0, len(M) - len(y)))     # the devices' parts are added
@@ -72,16 +72,27 @@ def shard_matrix(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | Non
 
 
 def shard_bcoo(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None = None) -> BCOO:
-    """M as a BCOO matrix of shape ``spec.shape``, its rows distributed over a mesh like :func:`shard_matrix`.
+    """M as BCOO by rows over a mesh: ``shard_bcoo(spec, kernel, mesh).todense() == as_matrix(spec, kernel)``.
 
-    Every device builds the entries of its own rows only. A share with fewer entries than the largest is
-    padded, as JAX pads its own, with entries of value 0 one past the end, ``indices == spec.shape``. The
-    flags ``indices_sorted`` and ``unique_indices`` are set if no share is padded.
+    The rows are distributed as in :func:`shard_matrix`. Every device builds the entries of its own rows only.
+    A share with fewer entries than the largest is padded, as JAX pads its own, with entries of value 0 one
+    past the end, ``indices == spec.shape``. The flags ``indices_sorted`` and ``unique_indices`` are set if no
+    share is padded.
 
     Under jit, ``M @ x`` and ``M.T @ y`` add up the devices' parts, and M is not moved. Where ``jax.set_mesh``
     has made the axes explicit, JAX refuses these products: put ``jax.sharding.auto_axes`` around them.
 
-    Args, Raises: as :func:`shard_matrix`.
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; every device gets it.
+      mesh: the devices.
+      axis_name: the mesh axis to distribute rows over, the first by default; other axes hold copies.
+
+    Returns:
+      BCOO of shape ``spec.shape``, its entries sharded as ``PartitionSpec(axis_name)``.
+
+    Raises:
+      TypeError, ValueError: as :func:`shard_matrix`.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "SAME")

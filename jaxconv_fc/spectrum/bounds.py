@@ -40,11 +40,19 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.
     bound, per axis, by the root of the number of copies of the most copied position; there it may be far from
     tight on large images.
 
-    The upper bound is differentiable (training may penalise it); the lower one has derivative 0. Arguments
-    and errors as in :func:`spectral_norm`.
+    The upper bound is differentiable (training may penalise it); the lower one has derivative 0.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
 
     Returns:
       Two real scalars.
+
+    Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     Source: Araujo et al., On Lipschitz regularization of convolutional layers (2021); Delattre et al.,
     Efficient bound of Lipschitz constant for convolutional layers by Gram iteration (2023); Ehlich & Zeller

@@ -15,7 +15,19 @@ from jaxconv_fc.spec import ConvSpec
 
 
 class SingularTriplet(NamedTuple):
-    """``M right == value * left``, and ``M^H left == value * right`` up to ``residual``."""
+    """``M right == value * left``, and ``M^H left == value * right`` up to ``residual``.
+
+    Attributes:
+      value: the singular value, a real scalar.
+      left: of ``spec.out_shape`` and norm 1; may be 0 where the value is 0.
+      right: of ``spec.in_shape`` and norm 1; may be 0 where the value is 0.
+      residual: ``||M^H left - value * right||``, a real scalar.
+
+    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 1), (1, 1, 1), (1,), "VALID")
+    >>> print(fc.spectrum.singular_triplet(spec, jnp.array([[[-3.0]]])).value)
+    3.0
+    """
 
     value: jax.Array  # real scalar
     left: jax.Array  # spec.out_shape, of norm 1; may be 0 where value is 0

@@ -66,7 +66,8 @@ def spectral_norm(
 
     Raises:
       ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: the kernel is not an array of numbers.  ValueError: it has another shape.
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     Source: Golub & Kahan (1965), by matfree (Kraemer et al., 2024). Cost: two products per step, 24 to
     some hundred steps, and the memory of 120 images of input and output (fewer where they are large).
@@ -87,16 +88,26 @@ def singular_triplet(
     max_restarts: int = 100,
     start: Array | None = None,
 ) -> SingularTriplet:
-    """The largest singular value with its vectors, as images, and the residual that was reached.
+    """The largest singular value with its vectors, as images: ``M right = value * left``.
 
     ``apply(spec, kernel, right) == value * left`` exactly (up to rounding), and
     ``residual = ||M^H left - value * right||``. The image ``right`` is the input of norm 1 that the
-    convolution amplifies most. Arguments, errors and cost as in :func:`spectral_norm`; not differentiable
-    (the value of :func:`spectral_norm` is).
+    convolution amplifies most. Cost as for :func:`spectral_norm`. Not differentiable (the value of
+    :func:`spectral_norm` is).
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      tolerance, max_restarts, start: as in :func:`spectral_norm`.
 
     Returns:
       ``(value, left, right, residual)``: scalars, and arrays of norm 1, of ``spec.out_shape`` and
       ``spec.in_shape``.
+
+    Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 1), (1, 1, 1), (1,), "VALID")
@@ -125,7 +136,7 @@ def _searched(
 def top_singular_values(
     spec: ConvSpec, kernel: Array, k: int, *, tolerance: float | None = None, max_restarts: int = 100
 ) -> jax.Array:
-    """The ``k`` largest singular values of M, descending, each as often as it occurs.
+    """The ``k`` largest singular values of M, ``sigma_1 >= ... >= sigma_k``, each as often as it occurs.
 
     A Krylov space of one vector holds one copy of each value. So vectors that have converged are deflated and
     the search begins anew from a random vector, until the rest of M has no value above the k-th. Equal values
@@ -142,7 +153,9 @@ def top_singular_values(
       everywhere where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
 
     Raises:
-      As :func:`spectral_norm`; ValueError for a k out of range.
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or k is out of range.
 
     Cost: a Krylov space of ``3k + 48`` vectors per round, fully orthogonalised; the SVD of a dense M that
     is no larger than that.

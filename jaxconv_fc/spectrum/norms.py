@@ -47,7 +47,8 @@ def frobenius_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
       A real scalar.
 
     Raises:
-      TypeError: the kernel is not an array of numbers.  ValueError: it has another shape.
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 2), (1,), "VALID")
@@ -73,8 +74,19 @@ def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``||M||_1``: the largest column sum of ``|M|``, the operator norm of the 1-norm.
 
-    Exact, for every geometry, and differentiable; integers stay integers. Arguments and errors as in
-    :func:`frobenius_norm`. Cost: the kernel times the kinds of columns, of which there are a handful.
+    Exact, for every geometry, and differentiable. Cost: the kernel times the kinds of columns, of which there
+    are a handful (docs/maths.md, section 10).
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
@@ -88,7 +100,18 @@ def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``||M||_inf``: the largest row sum of ``|M|``, the operator norm of the maximum norm.
 
     It is how far an output can move if no input moves by more than 1. Exact, for every geometry, and
-    differentiable; integers stay integers. Arguments, errors and cost as in :func:`one_norm`.
+    differentiable. Cost: the kernel times the kinds of rows (docs/maths.md, section 10).
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (2,), [(1, 1)], padding_mode="edge")
@@ -113,11 +136,20 @@ def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every row of M: ``sqrt(sum over j of |M[i, j]|**2)``, or ``sum over j of |M[i, j]|``.
 
     ``ord`` is 2 or 1. The norm of row i is the largest ``|(M x)[i]|`` over all x of Euclidean norm 1, or over
-    all x with entries up to 1 in magnitude. Exact, for every geometry, differentiable. Other arguments and
-    errors as in :func:`frobenius_norm`. Cost: the kernel times the kinds of rows, then one lookup per row.
+    all x with entries up to 1 in magnitude. Exact, for every geometry, differentiable. Cost: the kernel times
+    the kinds of rows, then one lookup per row (docs/maths.md, section 10).
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      ord: 2 or 1.
 
     Returns:
-      Array of shape ``(spec.out_size,)``.
+      Real array of shape ``(spec.out_size,)``.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or ord is not 1 or 2.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), [(0, 1)])
@@ -130,11 +162,20 @@ def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
 def column_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every column of M: ``sqrt(sum over i of |M[i, j]|**2)``, or ``sum over i of |M[i, j]|``.
 
-    Each is the norm of the output when one input neuron is 1 and all others are 0. Arguments, errors and
-    cost as in :func:`row_norms`.
+    Each is the norm of the output when one input neuron is 1 and all others are 0. Cost: the kernel times the
+    kinds of columns, then one lookup per column.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      ord: 2 or 1.
 
     Returns:
-      Array of shape ``(spec.in_size,)``.
+      Real array of shape ``(spec.in_size,)``.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or ord is not 1 or 2.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), "VALID")
@@ -170,8 +211,18 @@ def trace(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``sum of M[i, i]`` over ``i < min(M.shape)``.
 
     Entry ``(i, i)`` relates output neuron ``i`` with input neuron ``i``, whatever the two layouts are.
-    Exact, linear in the kernel; integers stay integers. Arguments and errors as in
-    :func:`frobenius_norm`. Cost: ``min(M.shape)`` times the number of taps.
+    Exact, linear in the kernel. Cost: ``min(M.shape)`` times the number of taps.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME")
@@ -212,11 +263,22 @@ def orthogonality_residual(spec: ConvSpec, kernel: Array) -> jax.Array:
     from them before they are squared: for an orthogonal M the result is about eps, not sqrt(eps).
 
     Exact for every geometry, boundaries included (the usual regularisers hold for interior rows only);
-    differentiable, with gradient 0 where the residual is 0. Arguments, result and errors as in
-    :func:`frobenius_norm`.
+    differentiable, with gradient 0 where the residual is 0.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape.
 
     Source: Wang, Chen, Chakraborty & Yu, Orthogonal Convolutional Neural Networks (2020), made exact at
-    the boundary. Cost: O(channels**3 * taps**2) operations, whatever the image size.
+    the boundary; docs/maths.md, section 10. Cost: O(channels**3 * taps**2) operations, whatever the image
+    size.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 2), (2,), "VALID")  # M M^T = 4 I, for the 4 x 4 identity I

@@ -18,7 +18,18 @@ from jaxconv_fc.spectrum.operands import as_inexact
 
 
 class PowerStep(NamedTuple):
-    """An estimate of the spectral norm from below, and the vector to go on with."""
+    """``sigma = ||M^H u||`` with ``u = M v / ||M v||``, at most the spectral norm; the vector to go on with.
+
+    Attributes:
+      sigma: a real scalar, differentiable in the kernel.
+      v: of ``spec.in_shape`` and norm 1, without derivative.
+
+    >>> import jax, jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> spec = fc.conv_spec((1, 1, 1), (1, 1, 1), (1,), "VALID")
+    >>> v = fc.spectrum.start_vector(spec, jnp.float32, jax.random.key(0))
+    >>> print(fc.spectrum.power_step(spec, jnp.array([[[-3.0]]], jnp.float32), v).sigma)
+    3.0
+    """
 
     sigma: jax.Array  # real scalar, differentiable in the kernel
     v: jax.Array  # spec.in_shape, of norm 1, without derivative
@@ -70,12 +81,18 @@ def power_step(spec: ConvSpec, kernel: Array, v: Array) -> PowerStep:
 
 
 def start_vector(spec: ConvSpec, dtype: Any, key: Any) -> jax.Array:
-    """A random vector of ``spec.in_shape`` and norm 1, from which :func:`power_step` starts.
+    """A random ``v`` of ``spec.in_shape`` with ``||v|| = 1``, from which :func:`power_step` starts.
 
     Args:
       spec: the geometry.
       dtype: that of the kernel; float32 for halves, the default float for integers.
       key: of ``jax.random``.
+
+    Returns:
+      Array of shape ``spec.in_shape``.
+
+    Raises:
+      TypeError: ``spec`` is not a ConvSpec, or the dtype is bool.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 3, 8, 8), (4, 3, 3, 3), (1, 1), "SAME")

@@ -23,8 +23,9 @@ _matmul = partial(jnp.matmul, precision="highest")
 def solve(spec: ConvSpec, kernel: Array, y: Array) -> jax.Array:
     """``x`` with ``M x = y``, for a square and invertible M: one small system per frequency.
 
-    Linear in ``y`` and differentiable in both. Where M is singular the result is not finite or has no digit
-    right: use :func:`pseudo_inverse`, or :func:`lstsq` for large geometries that do not wrap around.
+    Linear in ``y`` and differentiable in both (docs/maths.md, sections 5 and 11). Where M is singular the
+    result is not finite or has no digit right: use :func:`pseudo_inverse`, or :func:`lstsq` for large
+    geometries that do not wrap around.
 
     Args:
       spec: a geometry with ``out_size == in_size``; cost as in :func:`log_abs_det`, and two FFTs.
@@ -53,8 +54,20 @@ def pseudo_inverse(spec: ConvSpec, kernel: Array, y: Array, *, rtol: float | Non
     """``M^+ y``, the least-squares solution of ``M x = y`` of least norm: per frequency, for any M.
 
     The matrix M^+ itself is ``vmap`` of this over unit vectors. Differentiable in both where the rank does
-    not change. Arguments and errors as in :func:`solve`, for any geometry; ``rtol`` as in :func:`rank`:
-    singular values up to ``rtol * sigma_max`` count as 0. Cost: as :func:`singular_values` with vectors.
+    not change (docs/maths.md, sections 5 and 11). Cost: as :func:`singular_values` with vectors.
+
+    Args:
+      spec: the geometry, any.
+      kernel: array of shape ``spec.rhs_shape``.
+      y: array of shape ``spec.out_shape`` and the kernel's dtype.
+      rtol: singular values up to ``rtol * sigma_1`` count as 0; None as in :func:`rank`.
+
+    Returns:
+      Array of shape ``spec.in_shape``.
+
+    Raises:
+      TypeError: an argument is not an array of numbers, or dtypes differ.
+      ValueError: an array has another shape, or the blocks are beyond the memory limit.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (2,), "VALID")  # means of two
@@ -140,7 +153,8 @@ def lstsq(
 
     Raises:
       ImportError: lineax is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: an argument is not an array, or dtypes differ.  ValueError: an array has another shape.
+      TypeError: an argument is not an array, or dtypes differ.
+      ValueError: an array has another shape.
 
     Source: Fong & Saunders, LSMR (2011).
 

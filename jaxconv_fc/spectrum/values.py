@@ -19,7 +19,7 @@ from jaxconv_fc.spectrum.operands import as_inexact, check_square
 
 
 def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
-    """All ``min(M.shape)`` singular values of M, descending; exact.
+    """All singular values of M, ``sigma_1 >= sigma_2 >= ...``, exact: ``min(M.shape)`` of them.
 
     They are those of ``B_w[i, j] = (s*l)**-0.5 * sum of H(f)`` over ``f == w + g*i (mod m)``,
     ``f == w + g*j (mod n)``, with ``H(f) = sum over p of K[p] exp(2 pi i f (p*r - lo) / N)``, on axes that
@@ -41,9 +41,9 @@ def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
       ValueError: it has another shape, or the blocks are beyond the memory limit.
 
     Source: Sedghi, Gupta & Long, The singular values of convolutional layers (2019); Senderovich et al.
-    (2022) for strides; docs/maths.md, section 5, for dilations. Cost: ``g`` SVDs of blocks, far less than
-    one of M. On CPU the threads of OpenBLAS may slow down blocks of some hundred rows: try
-    OPENBLAS_NUM_THREADS=1.
+    (2022) for strides; docs/maths.md, sections 5 and 11, for dilations and several axes. Cost: ``g`` SVDs of
+    blocks, far less than one of M. On CPU the threads of OpenBLAS may slow down blocks of some hundred rows:
+    try OPENBLAS_NUM_THREADS=1.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(0, 1)], padding_mode="circular")
@@ -86,8 +86,18 @@ def _descending_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
 
-    The zero matrix has condition number inf. Arguments, errors, cost and exactness as in
-    :func:`singular_values`; a matrix without entries has no condition number and gives a ValueError.
+    The zero matrix has condition number inf. Cost and exactness as for :func:`singular_values`.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+
+    Returns:
+      A real scalar.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, M has no entries, or the blocks are beyond the memory limit.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (1,), "VALID")
@@ -113,13 +123,21 @@ def _condition_number(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None) -> jax.Array:
-    """The number of singular values beyond ``rtol * sigma_max``.
+    """The number of singular values ``sigma_i > rtol * sigma_1``.
 
-    ``rtol`` None stands for ``max(M.shape) * eps``, as in ``numpy.linalg.matrix_rank``. Other arguments,
-    errors and cost as in :func:`singular_values`.
+    Cost as for :func:`singular_values`.
+
+    Args:
+      spec: the geometry.
+      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      rtol: None stands for ``max(M.shape) * eps``, as in ``numpy.linalg.matrix_rank``.
 
     Returns:
       An integer scalar; -1, which is the rank of no matrix, where M holds NaN or Inf.
+
+    Raises:
+      TypeError: the kernel is not an array of numbers.
+      ValueError: it has another shape, or the blocks are beyond the memory limit.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 8), (1, 1, 3), (1,), "SAME", padding_mode="circular")
