@@ -95,7 +95,8 @@ def draw_a_neuron(path):
         ax.set_title(f"what neuron {neuron} reads")
     fc.show.spy(spec, ax=matrix)
     for neuron in (0, 5):
-        matrix.axhspan(neuron - 0.5, neuron + 0.5, facecolor="none", edgecolor="tab:red", linewidth=2.5, zorder=5)
+        around = (neuron - 0.5, neuron + 0.5)
+        matrix.axhspan(*around, facecolor="none", edgecolor="tab:red", linewidth=2.5, zorder=5)
     matrix.set_title("their weights: rows of M")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")

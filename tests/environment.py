@@ -17,9 +17,9 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
-# Most of the time would go into optimising thousands of small programs that run once.
+# Most of the time would go into compiling thousands of small programs that run once.
 _FLAGS = ["--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # a third less; later versions abort at a flag that they do not know
+if version("jaxlib").startswith("0.10."):  # others abort at a flag that they do not know
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # Written back, so that the workers of pytest-xdist inherit it and draw the same cases.
