@@ -17,12 +17,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
@@ -168,6 +168,77 @@ def replicated(array: jax.Array) -> jax.Array:
     """The array, replicated if its mesh has explicit axes."""
     mesh = explicit_mesh(array)
     return array if mesh is None else jax.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+# -- one form per kind of platform ---------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """A function in two forms that give equal results. A platform traces only the form that it runs."""
+
+    default: Callable[..., Any]  # for CPU and GPU
+    tpu: Callable[..., Any]
+
+    def each(self, change: Callable[..., Any]) -> Form:
+        return Form(change(self.default), change(self.tpu))
+
+
+def by_platform(form: Form, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
+    """``form(*operands)`` inside a :func:`program`: an array with the shape and dtype of ``result``.
+
+    The function is linear in its first ``linear`` operands together. It has no derivative in the others.
+    """
+    return platform_p.bind(*operands, form=form, shape=result.shape, dtype=result.dtype, linear=linear)
+
+
+platform_p = Primitive("by_platform")
+platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
+platform_p.def_abstract_eval(lambda *_, shape, dtype, **__: ShapedArray(shape, dtype))
+for _name, _of in {None: "default", "tpu": "tpu"}.items():
+    mlir.register_lowering(
+        platform_p,
+        lambda ctx, *operands, form, _of=_of, **_: mlir.lower_fun(
+            getattr(form, _of), multiple_results=False
+        )(ctx, *operands),
+        platform=_name,
+    )
+
+
+def _platform_jvp(primals: Any, tangents: Any, *, linear: int, **params: Any) -> tuple[Any, Any]:
+    value = platform_p.bind(*primals, linear=linear, **params)
+    moving = tangents[:linear]
+    if all(isinstance(t, ad.Zero) for t in moving):
+        return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+    moving = [ad.instantiate_zeros(t) for t in moving]
+    return value, platform_p.bind(*moving, *primals[linear:], linear=linear, **params)
+
+
+def _platform_transpose(ct: Any, *operands: Any, form: Form, linear: int, **_: Any) -> list[Any]:
+    fixed = operands[linear:]
+    avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in operands[:linear]]
+
+    def cotangent(i: int) -> Any:
+        def transposed(fn):
+            def pulled(ct, *fixed):
+                def of_one(v):
+                    return fn(*(v if j == i else jnp.zeros(a.shape, a.dtype) for j, a in enumerate(avals)), *fixed)
+                return jax.linear_transpose(of_one, jax.ShapeDtypeStruct(avals[i].shape, avals[i].dtype))(ct)[0]
+            return pulled
+        return by_platform(form.each(transposed), avals[i], ct, *fixed)
+
+    wanted = [ad.is_undefined_primal(v) and not isinstance(ct, ad.Zero) for v in operands[:linear]]
+    return [cotangent(i) if want else None for i, want in enumerate(wanted)] + [None] * len(fixed)
+
+
+def _platform_batched(args: Any, dims: Any, *, form: Form, shape: Any, **params: Any) -> Any:
+    size = next(v.shape[d] for v, d in zip(args, dims, strict=True) if d is not None)
+    form = form.each(lambda fn: jax.vmap(fn, tuple(dims)))
+    return platform_p.bind(*args, form=form, shape=(size, *shape), **params), 0
+
+
+ad.primitive_jvps[platform_p] = _platform_jvp
+ad.primitive_transposes[platform_p] = _platform_transpose
+batching.primitive_batchers[platform_p] = _platform_batched
 
 
 # -- arrays of a given type ------------------------------------------------------------------------
