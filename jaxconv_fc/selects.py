@@ -68,7 +68,7 @@ class Columns(NamedTuple):
     size: int
     places: Sequence[Ints]  # per spatial axis, (size,): the position of each column
     positions: Sequence[int]  # per spatial axis: how many positions there are
-    group: Ints  # (size,): the channel group of each column
+    group: Ints | None  # (size,): the channel group of each column; None: that of the row
     step: int  # columns from one channel of a group to the next
 
 
@@ -112,13 +112,12 @@ def selected(
     heights = [spec.out_channels if step is None else 1 for step in steps]
     values = _spread_kernel(spec, kernel, columns, order)  # [taps of all axes, d, e]
     values = values.reshape(*taps, *heights, columns.size)  # of two steps: [p_1, p_2, 1, d, 1, e]
-    own = group_of(spec, lax.iota(columns.group.dtype, spec.out_channels))[:, None] == columns.group  # [d, e]
     for at, step in enumerate(steps):
         if step is None:
             continue
         lead = values.ndim - len(steps) - 1  # dimensions of taps: those of this step first
         # The comparison must depend on d. Else XLA stores its results, an array 1/O of the size of M per tap.
-        place = lax.optimization_barrier(jnp.where(own, step.place, jnp.full_like(step.place, -2)))
+        place = lax.optimization_barrier(_of_group(spec, step.place, columns.group))  # [d, e]
         place = spread(place, values.shape, lead + steps.index(None), values.ndim - 1)
         table = spread(step.table.T, values.shape, 0, lead + at)
         values = _chosen(table, place, values, old if lead == 1 else None)
@@ -161,9 +160,17 @@ def _steps(tables: Sequence[jax.Array], columns: Columns, order: Sequence[int]) 
                 relation = last.and_then(relation)
         steps.append(relation)
     if len(steps) == 1:  # no spatial axis: one output reads one position
-        nowhere = jnp.zeros_like(columns.group)
-        steps.append(Relation(jnp.zeros((1, 1), nowhere.dtype), 1, nowhere))
+        steps.append(Relation(jnp.zeros((1, 1), jnp.int32), 1, jnp.zeros(columns.size, jnp.int32)))
     return steps
+
+
+def _of_group(spec: ConvSpec, place: jax.Array, group: Ints | None) -> jax.Array:
+    """``[d, e]``: the place of column e, or -2 if it belongs to another group than row channel d."""
+    place = jnp.broadcast_to(place, (spec.out_channels, *place.shape))
+    if group is None:
+        return place
+    own = group_of(spec, lax.iota(spec.index_dtype, spec.out_channels))[:, None] == group
+    return jnp.where(own, place, jnp.full_like(place, -2))
 
 
 def _spread_kernel(spec: ConvSpec, kernel: jax.Array, columns: Columns, order: Sequence[int]) -> jax.Array:
@@ -187,8 +194,9 @@ def _chosen(table: jax.Array, place: jax.Array, values: jax.Array, old: jax.Arra
     if len(values) > _MOST_TAPS:
         new, written = _chosen(table, place, values), (table == place).any(0)
     else:  # tap by tap: XLA writes a donated M in place only if no reduction is in the way
+        zero = jnp.zeros((), values.dtype)
         hits = [row == place[0] for row in table]
-        chosen = [jnp.where(hit, value, jnp.zeros((), values.dtype)) for hit, value in zip(hits, values, strict=True)]
+        chosen = [jnp.where(hit, value, zero) for hit, value in zip(hits, values, strict=True)]
         add = operator.or_ if values.dtype == jnp.bool_ else operator.add
         new, written = reduce(add, chosen), reduce(operator.or_, hits)
     # The barrier keeps the comparison and the reshaped M in one loop.
@@ -224,7 +232,8 @@ def transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array, read
     n = len(spec.axes)
     first, i = _by_channel(spec, index)
     inner = math.prod(spec.out_shape[spec.out_order[-1] + 1 :])
-    table = reads.transpose(*range(1 + n, 1 + 2 * n), *(1 + a if a < n else 0 for a in inverse(spec.out_order)))
+    rows = [1 + a if a < n else 0 for a in inverse(spec.out_order)]  # [d, o, p] -> [p, o and d as in out_shape]
+    table = reads.transpose(*range(1 + n, 1 + 2 * n), *rows)
     table = table.reshape(-1, 1, spec.out_size // (spec.out_channels * inner), spec.out_channels, inner)
     values = out_first(spec, kernel)[:, i]  # [d, n, p]
     values = values.reshape(*values.shape[:2], -1).transpose(2, 1, 0)[:, :, None, :, None]  # [p, n, 1, d, 1]
@@ -263,6 +272,7 @@ def kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
         source = jnp.where(reads, t, jnp.full_like(t, -1))  # [o, f]
         values = values[..., None, :]  # [t_a, other t, earlier o, 1, f] -> [other t, earlier o, o_a, f]
         values = _chosen(spread(lax.iota(f.dtype, axis.size), values.shape, 0), source, values)
-    values = jnp.expand_dims(values, spec.out_order[-1])  # [o, 1, f]
-    own = spread(lax.iota(f.dtype, spec.out_channels), values.shape, spec.out_order[-1]) == d
-    return jnp.where(own, values, jnp.zeros((), x.dtype)).reshape(spec.out_size, -1)
+    inner = math.prod(spec.out_shape[spec.out_order[-1] + 1 :])
+    values = values.reshape(-1, 1, inner, len(f))  # [outer, 1, inner, f], the rows of M around their channel
+    own = lax.iota(f.dtype, spec.out_channels)[:, None, None] == d  # [d, 1, f]
+    return jnp.where(own, values, jnp.zeros((), x.dtype)).reshape(spec.out_size, len(f))
