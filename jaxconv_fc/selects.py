@@ -120,7 +120,9 @@ def selected(
         place = lax.optimization_barrier(_of_group(spec, step.place, columns.group))  # [d, e]
         place = spread(place, values.shape, lead + steps.index(None), values.ndim - 1)
         table = spread(step.table.T, values.shape, 0, lead + at)
-        values = _chosen(table, place, values, old if lead == 1 else None)
+        values = _chosen(table, place, values) if old is None or lead > 1 else _written(
+            table, place, values, old, _read_before(steps, at)
+        )
     counts = [*(len(table) for table in tables), spec.out_channels]
     return values.reshape(*(counts[a] for a in order), columns.size)
 
@@ -169,7 +171,7 @@ def _of_group(spec: ConvSpec, place: jax.Array, group: Ints | None) -> jax.Array
     place = jnp.broadcast_to(place, (spec.out_channels, *place.shape))
     if group is None:
         return place
-    own = group_of(spec, lax.iota(spec.index_dtype, spec.out_channels))[:, None] == group
+    own = group_of(spec, lax.iota(spec.index_dtype, spec.out_channels))[:, None] == group[None]
     return jnp.where(own, place, jnp.full_like(place, -2))
 
 
@@ -184,13 +186,15 @@ def _spread_kernel(spec: ConvSpec, kernel: jax.Array, columns: Columns, order: S
     return values.reshape(*values.shape[:-3], columns.size)
 
 
-def _chosen(table: jax.Array, place: jax.Array, values: jax.Array, old: jax.Array | None = None) -> jax.Array:
-    """The sum over the first dimension, the taps, of the values where ``table == place``.
+def _chosen(table: jax.Array, place: jax.Array, values: jax.Array) -> jax.Array:
+    """The sum over the first dimension, the taps, of the values where ``table == place``."""
+    return _total(jnp.where(table == place, values, jnp.zeros((), values.dtype)))
 
-    Where that is nowhere, the result is ``old``, or 0 without it.
-    """
-    if old is None:
-        return _total(jnp.where(table == place, values, jnp.zeros((), values.dtype)))
+
+def _written(
+    table: jax.Array, place: jax.Array, values: jax.Array, old: jax.Array, inside: jax.Array
+) -> jax.Array:
+    """:func:`_chosen`, the last step, with ``old`` where no tap is. ``inside``: some tap is in every other step."""
     if len(values) > _MOST_TAPS:
         new, written = _chosen(table, place, values), (table == place).any(0)
     else:  # tap by tap: XLA writes a donated M in place only if no reduction is in the way
@@ -200,7 +204,18 @@ def _chosen(table: jax.Array, place: jax.Array, values: jax.Array, old: jax.Arra
         add = operator.or_ if values.dtype == jnp.bool_ else operator.add
         new, written = reduce(add, chosen), reduce(operator.or_, hits)
     # The barrier keeps the comparison and the reshaped M in one loop.
-    return jnp.where(written, new, lax.optimization_barrier(old.reshape(new.shape)))
+    return jnp.where(written & inside, new, lax.optimization_barrier(old.reshape(new.shape)))
+
+
+def _read_before(steps: Sequence[Relation | None], last: int) -> jax.Array:
+    """[outputs of each step or 1, e]: whether all steps before the last one have a tap there."""
+    dims = (1,) * (len(steps) + 1)
+    inside = jnp.ones(dims, bool)
+    for at, step in enumerate(steps[:last]):
+        if step is not None:
+            hit = (step.table[..., None] == step.place[None, None]).any(1)  # [o, e]
+            inside = inside & spread(hit, dims, at, len(steps))
+    return inside
 
 
 def _total(terms: jax.Array) -> jax.Array:
@@ -217,7 +232,7 @@ def rows(spec: ConvSpec, kernel: jax.Array, d: jax.Array, reads: jax.Array) -> j
     ``reads`` [n, p] holds the column of channel 0 that it reads through each tap, ``in_size`` for padding.
     """
     first, _ = _by_channel(spec, lax.iota(reads.dtype, spec.in_size))
-    first = first.reshape(-1, spec.group_channels, channel_step(spec))  # [outer, i, inner], as columns are
+    first = first.reshape(1, 1, -1, spec.group_channels, channel_step(spec))  # [1, 1, outer, i, inner]
     values = out_first(spec, kernel)[d]  # [n, i, p]
     values = values.reshape(*values.shape[:2], -1).transpose(2, 0, 1)[:, :, None, :, None]  # [p, n, 1, i, 1]
     table = reads.reshape(len(d), -1).T[:, :, None, None, None]  # [p, n, 1, 1, 1]
@@ -232,12 +247,12 @@ def transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array, read
     n = len(spec.axes)
     first, i = _by_channel(spec, index)
     inner = math.prod(spec.out_shape[spec.out_order[-1] + 1 :])
-    rows = [1 + a if a < n else 0 for a in inverse(spec.out_order)]  # [d, o, p] -> [p, o and d as in out_shape]
-    table = reads.transpose(*range(1 + n, 1 + 2 * n), *rows)
+    heights = [1 + a if a < n else 0 for a in inverse(spec.out_order)]
+    table = reads.transpose(*range(1 + n, 1 + 2 * n), *heights)  # [p, o and d as in out_shape]
     table = table.reshape(-1, 1, spec.out_size // (spec.out_channels * inner), spec.out_channels, inner)
     values = out_first(spec, kernel)[:, i]  # [d, n, p]
     values = values.reshape(*values.shape[:2], -1).transpose(2, 1, 0)[:, :, None, :, None]  # [p, n, 1, d, 1]
-    return _chosen(table, first[:, None, None, None], values).reshape(len(index), spec.out_size)
+    return _chosen(table, first[None, :, None, None, None], values).reshape(len(index), spec.out_size)
 
 
 def _by_channel(spec: ConvSpec, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -262,17 +277,19 @@ def kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     channels = channels.reshape(*channels.shape[: len(spec.axes)], spec.in_channels)  # [t, c]
     values = jnp.moveaxis(channels, -1, 0)[..., None]  # [c, t, 1]
     c = spread(lax.iota(f.dtype, spec.in_channels), values.shape, 0)
-    values = _chosen(c, in_channel(spec, d, i), values)  # [t, f]
+    source = spread(in_channel(spec, d, i), values.shape, values.ndim - 1)
+    values = _chosen(c, source, values)  # [t, f]
     values = values.transpose(*(a for a in inverse(spec.out_order) if a < len(spec.axes)), -1)
     for a in inverse(spec.out_order):
         if a == len(spec.axes):
             continue
         axis = spec.axes[a]
-        t, reads = axis.input_of(lax.iota(f.dtype, axis.out_size)[:, None], taps[a])
+        t, reads = axis.input_of(lax.iota(f.dtype, axis.out_size)[:, None], taps[a][None])
         source = jnp.where(reads, t, jnp.full_like(t, -1))  # [o, f]
         values = values[..., None, :]  # [t_a, other t, earlier o, 1, f] -> [other t, earlier o, o_a, f]
+        source = spread(source, values.shape, values.ndim - 2, values.ndim - 1)
         values = _chosen(spread(lax.iota(f.dtype, axis.size), values.shape, 0), source, values)
     inner = math.prod(spec.out_shape[spec.out_order[-1] + 1 :])
     values = values.reshape(-1, 1, inner, len(f))  # [outer, 1, inner, f], the rows of M around their channel
-    own = lax.iota(f.dtype, spec.out_channels)[:, None, None] == d  # [d, 1, f]
+    own = lax.iota(f.dtype, spec.out_channels)[None, :, None, None] == d[None, None, None]  # [1, d, 1, f]
     return jnp.where(own, values, jnp.zeros((), x.dtype)).reshape(spec.out_size, len(f))

@@ -196,13 +196,13 @@ def _scattered_data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 def _scattered_rows(spec: ConvSpec) -> jax.Array:
     places, part = _places(spec), _parts(spec)
-    first = row_of(spec, [part * 0] * len(spec.axes), part)
-    return (listed(spec, places, places.row) + first).reshape(-1)  # [entry] [part, 1] -> [part, entry]
+    first = row_of(spec, [part * 0] * len(spec.axes), part)  # [part, 1]
+    return (listed(spec, places, places.row)[None] + first).reshape(-1)
 
 
 def _scattered_columns(spec: ConvSpec) -> jax.Array:
     places = _places(spec)
-    return (listed(spec, places, places.column) + group_column(spec, _parts(spec))).reshape(-1)
+    return (listed(spec, places, places.column)[None] + group_column(spec, _parts(spec))).reshape(-1)
 
 
 def _parts(spec: ConvSpec) -> jax.Array:

@@ -72,9 +72,11 @@ def columns(spec: ConvSpec) -> jax.Array:
         sources = []
         for a, (t, valid, rank, _, _) in enumerate(reads):
             t, valid, rank = (v[_slice(outputs[a])][..., None] for v in (t, valid, rank))  # [o, p, 1]
-            source = jnp.where(valid & (rank == row.places[a]), t, jnp.full_like(t, -1)).max(1)  # [o, e]
+            here = valid & (rank == row.places[a][None, None])  # [o, p, e]
+            source = jnp.where(here, t, jnp.full_like(t, -1)).max(1)  # [o, e]
             sources.append(spread(source, (*dims, row.size), spec.out_order[a], len(dims)))
         i = lax.iota(dtype, row.size) // row.step % spec.group_channels
+        i = spread(i, (*dims, row.size), len(dims))
         return jnp.broadcast_to(column_of(spec, sources, in_channel(spec, d, i)), (*dims, row.size))
 
     return _in_order(spec, piece)
