@@ -120,9 +120,10 @@ def selected(
         place = lax.optimization_barrier(_of_group(spec, step.place, columns.group))  # [d, e]
         place = spread(place, values.shape, lead + steps.index(None), values.ndim - 1)
         table = spread(step.table.T, values.shape, 0, lead + at)
-        values = _chosen(table, place, values) if old is None or lead > 1 else _written(
-            table, place, values, old, _read_before(steps, at)
-        )
+        if old is None or lead > 1:
+            values = _chosen(table, place, values)
+        else:
+            values = _written(table, place, values, old, _read_before(steps, at))
     counts = [*(len(table) for table in tables), spec.out_channels]
     return values.reshape(*(counts[a] for a in order), columns.size)
 
@@ -194,7 +195,7 @@ def _chosen(table: jax.Array, place: jax.Array, values: jax.Array) -> jax.Array:
 def _written(
     table: jax.Array, place: jax.Array, values: jax.Array, old: jax.Array, inside: jax.Array
 ) -> jax.Array:
-    """:func:`_chosen`, the last step, with ``old`` where no tap is. ``inside``: some tap is in every other step."""
+    """The last step, with ``old`` where no tap is. ``inside``: every step before has a tap there."""
     if len(values) > _MOST_TAPS:
         new, written = _chosen(table, place, values), (table == place).any(0)
     else:  # tap by tap: XLA writes a donated M in place only if no reduction is in the way

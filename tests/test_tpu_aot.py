@@ -9,6 +9,7 @@ test_selects.py does. The bounds are of XLA's own counts of bytes.
 import importlib.util
 import math
 import os
+import re
 from functools import partial
 
 import jax
@@ -27,10 +28,8 @@ SETTINGS = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-pytestmark = [
-    pytest.mark.tpu_aot,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install jax[tpu]"),
-]
+ABSENT = importlib.util.find_spec("libtpu") is None
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.skipif(ABSENT, reason="needs libtpu: pip install jax[tpu]")]
 
 SPECS = {
     "plain": fc.conv_spec((1, 16, 32, 32), (16, 16, 3, 3), (1, 1), "SAME"),
@@ -109,14 +108,17 @@ def convolution(spec, precision, kernel, x):
     pads = spec.padding
     if spec.padding_mode != "zeros":
         x, pads = jnp.pad(x, [(0, 0), *pads], mode="wrap"), "VALID"
-    return lax.conv_general_dilated(
-        x[None], kernel, spec.window_strides, pads, feature_group_count=spec.feature_group_count, precision=precision
-    )[0]
+    convolve = partial(lax.conv_general_dilated, feature_group_count=spec.groups, precision=precision)
+    return convolve(x[None], kernel, spec.window_strides, pads)[0]
 
 
 PRODUCTS = {  # ours, the roles of its operands, and lax's own
     "apply": (fc.apply, "kx", lambda conv, k, x, y: conv(k, x)),
-    "apply_transpose": (fc.apply_transpose, "ky", lambda conv, k, x, y: jax.vjp(partial(conv, k), x)[1](y)[0]),
+    "apply_transpose": (
+        fc.apply_transpose,
+        "ky",
+        lambda conv, k, x, y: jax.vjp(lambda x: conv(k, x), x)[1](y)[0],
+    ),
     "kernel_vjp": (fc.kernel_vjp, "xy", lambda conv, k, x, y: jax.vjp(lambda k: conv(k, x), k)[1](y)[0]),
 }
 
@@ -130,7 +132,13 @@ def test_products_access_no_more_than_laxs_and_keep_their_precision(spec, produc
 
     def reference(a, b):
         zeros = {role: jnp.zeros(shape) for role, shape in shapes.items()}
-        return theirs(partial(convolution, spec, "highest"), **(zeros | dict(zip(roles, (a, b), strict=True))))
+        conv = partial(convolution, spec, "highest")
+        return theirs(conv, **(zeros | dict(zip(roles, (a, b), strict=True))))
 
     program = compiled(partial(ours, spec, precision="highest"), *given)
     assert accessed(program) <= 1.2 * accessed(compiled(reference, *given))
+    # What "highest" asks for: every convolution computes float32, and none has an operand in bfloat16.
+    convolutions = re.findall(r"^.* convolution\(.*$", program.as_text(), re.MULTILINE)
+    assert convolutions
+    assert all("operand_precision={highest,highest}" in line for line in convolutions)
+    assert "bf16" not in program.as_text()
