@@ -113,15 +113,16 @@ def assert_matches_lax(
     if x is None:
         x = _random(jax.random.key(0) if key is None else key, spec.in_shape, kernel.dtype)
     x = as_operand("x", x, spec, "in_shape")
-    with jax.default_device(jax.devices("cpu")[0]):  # NumPy arrays are not committed to another device
-        expected = _wide(_lax(spec, np.asarray(kernel), np.asarray(x))).ravel()
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = (jnp.asarray(np.asarray(array)) for array in (kernel, x))
+        expected = _wide(_lax(spec, *on_cpu)).ravel()
     bound = 2 * _gamma(kernel.dtype, _terms(spec)) * _magnitude(spec, kernel, x).ravel()
     product = _wide(as_matrix(spec, kernel)) @ _wide(x).ravel()
     _close(spec, "M @ x and lax", product, expected, bound)
     _close(spec, "apply and lax", apply(spec, kernel, x, precision="highest"), expected, bound)
 
 
-def _lax(spec: ConvSpec, kernel: np.ndarray, x: np.ndarray) -> jax.Array:
+def _lax(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> jax.Array:
     """lax's convolution of one example that has been dilated and padded before."""
     batch, _, *spatial = spec.dimension_numbers.lhs_spec
     lhs = x if spec.batch_group_count > 1 else jnp.expand_dims(x, batch)

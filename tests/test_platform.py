@@ -222,9 +222,10 @@ class OnEveryDevice(chex.TestCase):
         oracle.assert_transpose_product(back, kernel, y, geometry)
 
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
-    @on_every_device(verb=dict(zip(VERBS, VERBS, strict=True)), geometry={"plain": EXPORTED["plain"], "reflect": EXPORTED["reflect"]})
-    def test_every_verb(self, device, verb, geometry):
+    @on_every_device(verb={name: name for name in VERBS}, layer={name: name for name in ("plain", "reflect")})
+    def test_every_verb(self, device, verb, layer):
         """Whole numbers: values must be those of the oracle's matrix."""
+        geometry = EXPORTED[layer]
         kernel, x, y = arrays(geometry, self.rng, np.float32)
         matrix = oracle.matrix(kernel, geometry)
         want = {
