@@ -107,6 +107,14 @@ def test_fields_through_a_chain_are_the_pattern_of_the_product(number, run_seed)
     assert_fields([geometry.spec() for geometry in geometries], pattern, name)
 
 
+def test_an_input_that_nobody_reads_has_no_field_behind_batch_groups():
+    """Channels become batch entries of the second convolution, and positions its channels."""
+    first = fc.conv_spec((1, 1, 6), (4, 1, 1), (2,), "VALID")  # reads every other input
+    second = fc.conv_spec((4, 3), (4, 3), (), "VALID", batch_group_count=4)
+    assert [neurons.projective_field([first, second], i).size for i in range(6)] == [4, 0] * 3
+    np.testing.assert_array_equal(neurons.coverage([first, second]), [[4, 0] * 3])
+
+
 def test_the_window_of_a_network_grows_as_the_textbook_says():
     """Three layers of 3x3, strides 2, 1, 2: 3 + 2*2 + 2*2 = 11 positions, at a distance of 4."""
     sites = fc.find_convs(network, jnp.zeros((1, 3, 64, 64)), [jnp.zeros((3, 3, 3, 3))] * 3)

@@ -276,6 +276,10 @@ def test_padding_and_holes_are_dashed_and_copies_name_their_source():
     assert beside(fc.show.receptive_field(holes, (0, 0))) == ["b"]
     assert beside(fc.show.receptive_field(holes, (0, 1))) == ["a", "c"]
 
+    both = fc.conv_spec((1, 1, 3), (1, 1, 3), (1,), [(1, 1)], (2,), padding_mode="circular")
+    ax = fc.show.receptive_field(both, (0, 0))  # padded first, then dilated
+    assert (row_drawn(ax, both), beside(ax)) == ({0: "c", 2: "a"}, ["a\n= 2", "b"])
+
     ax = fc.show.receptive_field(WRAPPED.spec(), (0, 0, 0))
     assert beside(ax) == ["a\n= 3,3", "b\n= 3,0", "c\n= 3,1", "d\n= 0,3", "g\n= 1,3"]
     folded = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME", padding_mode="edge")
@@ -373,7 +377,8 @@ def test_a_large_animation_has_100_frames_at_most():
         (lambda: fc.show.spy(WORKED.spec(), [1]), TypeError, "kernel must be a jax or NumPy array"),
         (lambda: fc.show.receptive_field(WORKED.spec(), (0, 2, 0)), IndexError, r"out_index\[1\]"),
         (lambda: fc.show.receptive_field(WORKED.spec(), 0, kernel=np.ones(3)), ValueError, "kernel must"),
-        (lambda: fc.show.animate(WORKED.spec(), rows=[8]), IndexError, "out_index must lie in"),
+        (lambda: fc.show.animate(WORKED.spec(), rows=[8]), IndexError, r"row must lie in \[-8, 8\), got 8"),
+        (lambda: fc.show.animate(WORKED.spec(), rows=["a"]), TypeError, "row must be an int"),
         (lambda: fc.show.animate(CASES["no rows"].spec()), ValueError, "there are no rows to show"),
     ],
 )

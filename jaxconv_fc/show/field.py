@@ -318,7 +318,8 @@ def animate(
     from matplotlib.animation import FuncAnimation
 
     step = max(1, -(-spec.out_size // _MOST_FRAMES))
-    frames = [neurons.row(spec, r) for r in (range(0, spec.out_size, step) if rows is None else rows)]
+    given = range(0, spec.out_size, step) if rows is None else rows
+    frames = [neurons.row(spec, neurons.position(spec, row)) for row in given]
     if not frames:
         raise ValueError(f"there are no rows to show: M is {spec.out_size} x {spec.in_size}, rows={rows}.")
     figure, (window, matrix) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")

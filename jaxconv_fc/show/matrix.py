@@ -87,10 +87,10 @@ def spy(spec: ConvSpec, kernel: Array | None = None, ax: Axes | None = None) -> 
 
 def _figure_size(spec: ConvSpec) -> tuple[float, float]:
     """Inches: 0.45 per entry, within sensible bounds, and room for labels."""
-    rows, columns = (max(1, n) for n in spec.shape)
-    inch = min(0.45, 8 / max(rows, columns))
     if not _has_square_entries(spec):
         return 6.5, 6.0
+    rows, columns = (max(1, n) for n in spec.shape)
+    inch = min(0.45, 8 / max(rows, columns))
     return max(3.0, columns * inch) + 1, max(2.5, rows * inch) + 0.8
 
 

@@ -10,7 +10,7 @@ from jaxconv_fc.layout import column_of, in_channel, split_row, tap_of
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.spec import ConvSpec
 
-_BLOCK = 2**20  # entries that are listed together
+_BLOCK = 2**18  # entries that are listed together
 
 
 def stored_entries(spec: ConvSpec, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -77,7 +76,7 @@ def _html_cell(separator: str, text: str) -> str:
     style = "text-align:center;padding:2px 6px"
     style += f";border-left:{separator.count('|')}px solid" if "|" in separator else ""
     style += ";opacity:0.3" if text == "0" else ""
-    return f'<td style="{style}">{html.escape(text)}</td>'
+    return f'<td style="{style}">{text}</td>'
 
 
 def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], width: int) -> str:
