@@ -1,7 +1,11 @@
 """The matrix of a convolution, small enough to check by eye.
 
-python examples/worked_example.py
+    python examples/worked_example.py [worked_example.png]
+
+With a file name it also draws one neuron: its window on the image, and its row of M.
 """
+
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,12 +77,39 @@ def one_filter_on_rgb():
     print(fc.format_matrix(spec))
 
 
+def draw_a_neuron(path):
+    """Neuron 5 of the first example: channel 1, position (0, 1)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # draws to a file; needs no display
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as missing:
+        sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples]'")
+    spec = fc.conv_spec((1, 1, 3, 3), (2, 1, 2, 2), (1, 1), "VALID")
+    figure, (image, window, matrix) = plt.subplots(
+        1, 3, figsize=(11, 4.2), layout="constrained", width_ratios=[1, 1, 2]
+    )
+    for ax, neuron in ((image, 0), (window, 5)):
+        fc.show.receptive_field(spec, neuron, ax=ax)
+        ax.set_title(f"what neuron {neuron} reads")
+    fc.show.spy(spec, ax=matrix)
+    for neuron in (0, 5):
+        around = (neuron - 0.5, neuron + 0.5)
+        matrix.axhspan(*around, facecolor="none", edgecolor="tab:red", linewidth=2.5, zorder=5)
+    matrix.set_title("their weights: rows of M")
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
 def main():
     examples = [two_filters_on_one_channel, entries_by_formula, three_sharpening_filters, one_filter_on_rgb]
     for example in examples:
         print(f"=== {example.__name__.replace('_', ' ')} ===\n")
         example()
         print()
+    if len(sys.argv) > 1:
+        draw_a_neuron(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""From axes to calls of lax: correlation of any geometry, reduced to what lax does well.
+"""From axes to calls of lax on the CPU: correlation of any geometry, reduced to what lax does well there.
 
-``lax.conv_general_dilated`` is called in the one form that is safe and fast everywhere: channels last,
-without input dilation (the outputs are split by residue) and without negative padding (the input is cropped).
+``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
+channels last, without input dilation (the outputs are split by residue) and without negative padding (the
+input is cropped). Integers take this way on every platform: it multiplies them by ``dot_general``.
+:mod:`jaxconv_fc.native` has the forms for GPU and TPU.
 """
 
 from __future__ import annotations
@@ -20,29 +22,54 @@ from jaxconv_fc.axis import Axis, Phase
 
 
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
-    """Zeros-mode correlation of any geometry: [n, in..., c] x [taps..., c/groups, d] -> [n, out..., d].
-
-    Outputs of one residue per axis form an ordinary convolution (docs/maths.md, section 8). Residues with the
-    same relation differ only in their taps, so they are computed as more output channels.
-    """
-    dims, features = len(axes), rhs.shape[-1]
-    shape = (lhs.shape[0], *(a.out_size for a in axes), features)
+    """Zeros-mode correlation of any geometry: [n, in..., c] x [taps..., c/groups, d] -> [n, out..., d]."""
+    shape = (lhs.shape[0], *(a.out_size for a in axes), rhs.shape[-1])
     if not lhs.size or not rhs.size or 0 in shape:
         return jnp.zeros(shape, lhs.dtype)
+    window = partial(_window, lhs=lhs, groups=groups, precision=precision)
+    return by_residues(axes, lhs.shape[0], rhs, window)
+
+
+def kernel_gradient(
+    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, precision: Any
+) -> jax.Array:
+    """Correlation of inputs with cotangents, groups as channels: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
+
+    The channels ``i`` of a group take the place of the batch, and the examples ``n`` that of the channels.
+    """
+    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)  # [n, t, g, i]
+    x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
+    x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
+    y = jnp.moveaxis(y, 0, -2)  # [n, o, g*e] -> [o, n, g*e]
+    kernel = correlate(axes, x, y, groups, precision)  # [i, t, g*n] [o, n, g*e] -> [i, p, g*e]
+    return jnp.moveaxis(kernel, 0, -2)
+
+
+def by_residues(
+    axes: Sequence[Axis], batch: int, rhs: jax.Array, window: Callable[[Sequence[Axis], jax.Array], jax.Array]
+) -> jax.Array:
+    """[n, out..., d] of a batch of this size, by correlations without input dilation.
+
+    ``window(inner, kernel)`` is such a correlation: it makes [n, q..., d*residues] with a kernel
+    [fewer taps..., c, d*residues]. Outputs of one residue per axis form an ordinary convolution
+    (docs/maths.md, section 8). Residues with the same relation differ only in their taps, so they are
+    computed as more output channels.
+    """
+    dims, features = len(axes), rhs.shape[-1]
     phases = [axis.polyphase() for axis in axes]
     families = [_families(p) for p in phases]
 
     def block(choice: Sequence[list[int]]) -> jax.Array:
         """[n, q..., d, residues...] of one family of residues per axis: output ``c + L*q`` for residue c."""
         inner = [phases[i][family[0]].axis for i, family in enumerate(choice)]
-        result = (shape[0], *(a.out_size for a in inner), features, *map(len, choice))
+        result = (batch, *(a.out_size for a in inner), features, *map(len, choice))
         if not all(a.taps for a in inner):  # outputs that fall between all inputs
-            return jnp.zeros(result, lhs.dtype)
+            return jnp.zeros(result, rhs.dtype)
         kernel = rhs
         for i, family in enumerate(choice):  # [taps..., c, d] -> [fewer taps..., c, d, residues...]
             kernel = jnp.stack([_every(kernel, i, phases[i][c].taps) for c in family], axis=-1)
         kernel = kernel.reshape(*kernel.shape[: dims + 1], -1)  # [taps..., c, d * residues]
-        return _window(inner, lhs, kernel, groups, precision).reshape(result)
+        return window(inner, kernel).reshape(result)
 
     def assemble(choice: tuple[list[int], ...]) -> jax.Array:
         """[n, q..., d, residues...]: those of ``choice`` on the first axes, all in order on the others."""
@@ -59,7 +86,7 @@ def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int,
     y = assemble(())
     beside = [axis for i in range(dims) for axis in (1 + i, 2 + dims + i)]
     y = jnp.transpose(y, (0, *beside, 1 + dims))
-    y = y.reshape(shape[0], *(p[0].axis.out_size * len(p) for p in phases), features)
+    y = y.reshape(batch, *(p[0].axis.out_size * len(p) for p in phases), features)
     return y[(slice(None), *(slice(a.out_size) for a in axes))]  # without the spare outputs
 
 
@@ -75,7 +102,9 @@ def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
     return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
 
 
-def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
+def _window(
+    axes: Sequence[Axis], rhs: jax.Array, *, lhs: jax.Array, groups: int, precision: Any
+) -> jax.Array:
     """Correlation without input dilation, of any dtype: [n, in..., c] x [taps..., c, d] -> [n, out..., d]."""
     pads = [(a.lo, a.hi) for a in axes]
     integer = jnp.issubdtype(lhs.dtype, jnp.integer)
@@ -95,7 +124,7 @@ def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, p
         feature_group_count=groups,
         precision=precision,
     )
-    return _complex(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+    return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
 
 
 def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
@@ -113,7 +142,7 @@ def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups
     return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
 
 
-def _complex(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+def complex_product(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """A complex convolution as three real ones (Gauss): GPUs have real convolutions only."""
     both = convolve(lhs.real + lhs.imag, rhs.real)
     real = both - convolve(lhs.imag, rhs.real + rhs.imag)

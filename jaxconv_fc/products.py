@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 
+from jaxconv_fc import correlation, native
 from jaxconv_fc.arguments import Array, check_summable
 from jaxconv_fc.axis import Ints
-from jaxconv_fc.correlation import correlate
 from jaxconv_fc.layout import from_canonical, to_canonical
 from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -224,9 +224,9 @@ def _batched(
     return _bind(*fronted, out=out, batches=(label, *batches), sharding=sharding, **params), 0
 
 
-def _lowered(a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
+def _lowered(forms: Forms, a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
     """The product inside a program. Explicit mesh axes are made automatic around it."""
-    evaluate = partial(_evaluate, **params)
+    evaluate = partial(_evaluate, forms, **params)
     if explicit_mesh((a, b)) is None:
         return evaluate(a, b)
     result = _abstract(jax.typeof(a), jax.typeof(b), sharding=sharding, **params)
@@ -234,9 +234,18 @@ def _lowered(a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax
 
 
 def _evaluate(
-    a: jax.Array, b: jax.Array, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any
+    forms: Forms,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    out: str,
+    spec: ConvSpec,
+    batches: tuple[str, ...],
+    precision: Any,
 ) -> jax.Array:
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        forms = PORTABLE
     for axis in spec.axes:
         if not axis.pads_with_zeros:  # the padded input is read through indices of 32 bits
             axis.check_held_by(np.int32)
@@ -257,7 +266,7 @@ def _evaluate(
         kept = [sizes[i] for i in order(role) if i in stacked]
         return value.reshape(*kept, *[examples] * (role != "k"), *getattr(spec, _SHAPES[role]))
 
-    compute = partial(_PRODUCTS[out], spec, precision)
+    compute = partial(_PRODUCTS[out], forms, spec, precision)
     for i in reversed(stacked):
         in_axes = [0 if role in batches[i] else None for role in roles]
         compute = vmap_or_sum(compute, in_axes, out in batches[i])
@@ -283,9 +292,32 @@ def _compiled(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
 
 product_p.def_impl(_compiled)
 product_p.def_abstract_eval(_abstract)
-mlir.register_lowering(product_p, mlir.lower_fun(_lowered, multiple_results=False))
 ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
 batching.primitive_batchers[product_p] = _batched
+
+
+# -- one lowering per kind of platform ----------------------------------------------------------
+
+
+class Forms(NamedTuple):
+    """How one kind of platform correlates. Both functions take ``(axes, a, b, groups, precision)``."""
+
+    correlate: Callable[..., jax.Array]  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
+    kernel_gradient: Callable[..., jax.Array]  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+
+
+PORTABLE = Forms(correlation.correlate, correlation.kernel_gradient)
+NATIVE = Forms(native.correlate, native.kernel_gradient)
+
+
+def lowering(forms: Forms) -> Any:
+    """The rule by which JAX lowers the primitive in these forms."""
+    return mlir.lower_fun(partial(_lowered, forms), multiple_results=False)
+
+
+mlir.register_lowering(product_p, lowering(PORTABLE))
+for _platform in ("cuda", "rocm", "tpu"):
+    mlir.register_lowering(product_p, lowering(NATIVE), platform=_platform)
 
 
 # -- the three products, on a batch ------------------------------------------------------------
@@ -295,18 +327,18 @@ batching.primitive_batchers[product_p] = _batched
 # batch group is a feature group whose channels lie in another batch entry, so there is one kind of group.
 
 
-def _forward(spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
+def _forward(forms: Forms, spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.on_padded for a in spec.axes]
     x, kernel = _padded(spec, x), to_canonical(kernel, spec.kernel_order)
-    y = correlate(axes, x, kernel, spec.groups, precision)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
+    y = forms.correlate(axes, x, kernel, spec.groups, precision)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
     return from_canonical(y, spec.out_order)
 
 
-def _transposed(spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
+def _transposed(forms: Forms, spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
     """Correlation with the flipped kernel; then every copy in the padding is added to its source."""
     axes = [a.on_padded.transpose() for a in spec.axes]
     y, kernel = to_canonical(y, spec.out_order), flipped_kernel(spec, kernel)
-    x = correlate(axes, y, kernel, spec.groups, precision)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
+    x = forms.correlate(axes, y, kernel, spec.groups, precision)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
     return _folded(spec, x)
 
 
@@ -319,21 +351,15 @@ def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     return kernel.reshape(*taps, outputs // spec.groups, spec.groups * inputs)  # [p, e, g*i]
 
 
-def _kernel_gradient(spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2).
-
-    The channels ``i`` of a group take the place of the batch, and the examples ``n`` that of the channels.
-    """
+def _kernel_gradient(forms: Forms, spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2)."""
     if not x.size or not y.size:
         return jnp.zeros(spec.rhs_shape, x.dtype)
     axes = [a.on_padded.kernel_gradient() for a in spec.axes]
-    x = _padded(spec, x)  # [n, t, g*i]
-    x = x.reshape(*x.shape[:-1], spec.groups, spec.group_channels)  # [n, t, g, i]
-    x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
-    x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
-    y = jnp.moveaxis(to_canonical(y, spec.out_order), 0, -2)  # [n, o, g*e] -> [o, n, g*e]
-    kernel = correlate(axes, x, y, spec.groups, precision)  # [i, t, g*n] [o, n, g*e] -> [i, p, g*e]
-    return from_canonical(jnp.moveaxis(kernel, 0, -2), spec.kernel_order)
+    x, y = _padded(spec, x), to_canonical(y, spec.out_order)
+    # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+    kernel = forms.kernel_gradient(axes, x, y, spec.groups, precision)
+    return from_canonical(kernel, spec.kernel_order)
 
 
 _PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}

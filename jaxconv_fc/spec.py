@@ -127,8 +127,10 @@ class ConvSpec:
 
     @cached_property
     def in_shape(self) -> tuple[int, ...]:
-        """The shape of one example. It is ``lhs_shape`` without the batch, or with ``batch_group_count`` in
-        its place if that is > 1."""
+        """The shape of one example, which is ``lhs_shape`` without the batch.
+
+        If ``batch_group_count`` > 1, it stands in the place of the batch.
+        """
         return _one_example(self.lhs_shape, self.dimension_numbers.lhs_spec[0], self.batch_group_count)
 
     @cached_property

@@ -14,10 +14,14 @@ XLA_FLAGS=                   programs optimised as users run them, which takes l
 
 import os
 import secrets
+from importlib.metadata import version
 from pathlib import Path
 
-# Most of the time would go into optimising thousands of small programs that run once.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the time would go into compiling thousands of small programs that run once.
+_FLAGS = ["--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):  # others abort at a flag that they do not know
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # Written back, so that the workers of pytest-xdist inherit it and draw the same cases.
 SEED = int(os.environ.setdefault("JAXCONV_FC_SEED", str(secrets.randbits(32))))
 HYPOTHESIS_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")

@@ -1,0 +1,180 @@
+"""From axes to calls of lax on GPU and TPU: the convolutions that lax itself derives for each product.
+
+These platforms have input dilation, window dilation and groups of their own, so the products leave them to
+``lax.conv_general_dilated``. Four things are done before it is called. Negative padding is cropped. Axes
+beyond the third are unfolded into channels: cuDNN knows three. The kernel gradient of an input-dilated
+convolution is split by the residues of the taps, and that of a dilated one by the residues of the outputs
+(docs/maths.md, section 8): lax is slow at both on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.correlation import by_residues, complex_product
+
+MOST_AXES = 3  # spatial axes of one convolution on a GPU
+
+
+class Form(NamedTuple):
+    """Where the dimensions of a correlation stand. All that are not named are spatial, in order.
+
+    With groups, one dimension of ``lhs`` is a product whose first factor is the group.
+    """
+
+    lhs: tuple[int, int]  # batch, contracted
+    rhs: tuple[int, int]  # features, contracted
+    out: tuple[int, int]  # batch, features
+
+
+IMAGES = Form((0, -1), (-1, -2), (0, -1))  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
+KERNELS = Form((-1, 0), (-1, 0), (-2, -1))  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+
+
+def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
+    """Zeros-mode correlation of any geometry: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
+    shape = (lhs.shape[0], *(a.out_size for a in axes), rhs.shape[-1])
+    if not lhs.size or not rhs.size or 0 in shape:
+        return jnp.zeros(shape, lhs.dtype)
+    return _correlate(IMAGES, axes, lhs, rhs, groups, precision)
+
+
+def kernel_gradient(
+    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, precision: Any
+) -> jax.Array:
+    """Correlation of inputs with cotangents: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
+
+    Input dilation is split by the residues of the taps, strides by those of the outputs.
+    """
+
+    def window(inner: Sequence[Axis], y: jax.Array) -> jax.Array:
+        """[fewer outputs..., n, g*e] -> [i, q..., g*e] with tap ``p = c + L*q``."""
+        y = jnp.moveaxis(y, -2, 0)  # [n, o, g*e]
+        lhs, unstrided = x, list(inner)
+        for a, axis in enumerate(inner):
+            if axis.stride > 1:
+                unstrided[a], lhs, y = _without_stride(a, axis, lhs, y)
+        kernel = _correlate(KERNELS, unstrided, lhs, y, groups, precision)  # [q, i, g*e]
+        return jnp.moveaxis(kernel, -2, 0)
+
+    kernel = by_residues(axes, x.shape[-1] // groups, jnp.moveaxis(y, 0, -2), window)  # [i, p, g*e]
+    return jnp.moveaxis(kernel, 0, -2)
+
+
+def _without_stride(a: int, axis: Axis, x: jax.Array, y: jax.Array) -> tuple[Axis, jax.Array, jax.Array]:
+    """The same kernel gradient with stride 1 on axis ``a``: the residues of its outputs become examples.
+
+    The axis correlates ``x`` with ``y``, so its taps are the outputs of the convolution.
+    """
+    # Output o = e + L*q of the convolution reads input  r*v + e*s - lo  through tap p, where v = q*(s/g) + p
+    # (docs/maths.md, section 8). Here its dilation is the stride, and its stride the dilation.
+    r, s = axis.stride, axis.rhs_dilation
+    g = math.gcd(r, s)
+    residues = min(r // g, axis.taps)
+    rounds = -(-axis.taps // residues)
+    inner = Axis(axis.out_size + (rounds - 1) * (s // g), rounds, rhs_dilation=s // g)
+    reads = Axis(axis.size, residues, r, axis.lo, rhs_dilation=s).ending_at(inner.size)
+    x = _merged(_read(x, 1 + a, reads), 2 + a, 0)  # [n, t, ...] -> [n, v, e, ...] -> [n*e, v, ...]
+    spare = rounds * residues - axis.taps  # outputs that do not exist: their cotangents are 0
+    y = lax.pad(y, jnp.zeros((), y.dtype), [(0, spare * (i == 1 + a), 0) for i in range(y.ndim)])
+    y = y.reshape(*y.shape[: 1 + a], rounds, residues, *y.shape[2 + a :])  # [n, o, ...] -> [n, q, e, ...]
+    return inner, x, _merged(y, 2 + a, 0)  # [n*e, q, ...]
+
+
+# -- one convolution of at most three axes --------------------------------------------------------
+
+
+def _correlate(
+    form: Form, axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
+) -> jax.Array:
+    """Correlation in one of the two forms. No array is empty."""
+    cropped = [axis.rows(0, axis.out_size) for axis in axes]
+    unread = [a for a, (_, inputs) in enumerate(cropped) if not inputs]
+    if unread or len(axes) > MOST_AXES:
+        a = unread[0] if unread else min(range(len(axes)), key=lambda a: _growth(axes[a]))
+        return _unfolded(a, form, axes, lhs, rhs, groups, precision)
+    inner = list(axes)
+    for a, (axis, inputs) in enumerate(cropped):
+        if min(axes[a].lo, axes[a].hi) < 0:
+            inner[a] = axis
+            lhs = lax.slice_in_dim(lhs, inputs.start, inputs.stop, axis=_places(form.lhs, lhs.ndim)[2 + a])
+    convolve = partial(_convolution if axes else _matrix_product, form, inner, groups, precision)
+    return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _convolution(
+    form: Form, axes: Sequence[Axis], groups: int, precision: Any, lhs: jax.Array, rhs: jax.Array
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides=[a.stride for a in axes],
+        padding=[(a.lo, a.hi) for a in axes],
+        lhs_dilation=[a.lhs_dilation for a in axes],
+        rhs_dilation=[a.rhs_dilation for a in axes],
+        dimension_numbers=lax.ConvDimensionNumbers(*(_places(two, lhs.ndim) for two in form)),
+        feature_group_count=groups if form is IMAGES else 1,
+        batch_group_count=groups if form is KERNELS else 1,
+        precision=precision,
+    )
+
+
+def _matrix_product(
+    form: Form, _: Sequence[Axis], groups: int, precision: Any, lhs: jax.Array, rhs: jax.Array
+) -> jax.Array:
+    """Without spatial axes: [n, g*i] [i, g*e] -> [n, g*e], or [n, g*i] [n, g*e] -> [i, g*e]."""
+    lhs, rhs = (v.reshape(v.shape[0], groups, v.shape[1] // groups) for v in (lhs, rhs))
+    contracting = ([2 if form is IMAGES else 0], [0])
+    y = lax.dot_general(lhs, rhs, (contracting, ([1], [1])), precision)  # [g, n, e] or [g, i, e]
+    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], groups * y.shape[2])
+
+
+def _unfolded(
+    a: int, form: Form, axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
+) -> jax.Array:
+    """The same correlation without axis ``a``: its taps become channels, its outputs become examples."""
+    axis, others = axes[a], [*axes[:a], *axes[a + 1 :]]
+    place = _places(form.lhs, lhs.ndim)[2 + a]
+    lhs = _merged(_read(lhs, place, axis), place + 1, form.lhs[1])  # the taps
+    lhs = _merged(lhs, place, form.lhs[0])  # the outputs
+    rhs = _merged(rhs, _places(form.rhs, rhs.ndim)[2 + a], form.rhs[1])
+    y = _correlate(form, others, lhs, rhs, groups, precision)
+    batch = form.out[0] % y.ndim  # [..., n*o, ...] -> [..., n, o, ...]
+    y = y.reshape(*y.shape[:batch], -1, axis.out_size, *y.shape[batch + 1 :])
+    return jnp.moveaxis(y, batch + 1, _places(form.out, y.ndim)[2 + a])
+
+
+def _growth(axis: Axis) -> float:
+    """How many times as large an array becomes when this axis is unfolded."""
+    return axis.out_size * axis.taps / axis.size
+
+
+# -- dimensions -----------------------------------------------------------------------------------
+
+
+def _places(two: tuple[int, int], rank: int) -> tuple[int, ...]:
+    """The two named dimensions of an array, then the spatial ones."""
+    named = [i % rank for i in two]
+    return (*named, *(i for i in range(rank) if i not in named))
+
+
+def _read(x: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """[..., t, ...] -> [..., o, p, ...]: the input that output o reads through tap p, or 0."""
+    o, p = lax.iota(jnp.int32, axis.out_size), lax.iota(jnp.int32, axis.taps)
+    t, valid = axis.input_of(o[:, None], p[None])
+    return jnp.take(x, jnp.where(valid, t, axis.size), axis=dim, mode="fill", fill_value=0)
+
+
+def _merged(x: jax.Array, dim: int, into: int) -> jax.Array:
+    """Dimension ``dim`` as the faster factor of dimension ``into``."""
+    first = into % x.ndim - (dim < into % x.ndim)
+    x = jnp.moveaxis(x, dim, first + 1)
+    return x.reshape(*x.shape[:first], x.shape[first] * x.shape[first + 1], *x.shape[first + 2 :])
