@@ -1,4 +1,4 @@
-"""How the site is built: python -m sphinx -W --keep-going docs docs/_build/html
+"""How the site is built: python -m sphinx -W --keep-going -j auto docs docs/_build/html
 
 Warnings are errors, so a link or a reference that leads nowhere fails the build, as does a cell that raises.
 """

@@ -127,7 +127,7 @@ class ConvSpec:
 
     @cached_property
     def in_shape(self) -> tuple[int, ...]:
-        """The shape of one example: ``lhs_shape`` without the batch.
+        """The shape of one example, which is ``lhs_shape`` without the batch.
 
         If ``batch_group_count`` > 1, it stands in the place of the batch.
         """
