@@ -42,8 +42,9 @@ except ModuleNotFoundError as missing:
 
 BOUND = 1.0  # of the spectral norm of each layer
 SHARPNESS = 10.0  # of the loss: scores that may not grow would never look certain to it
-HELD_OUT, BATCH_SIZE, STEPS = 360, 64, 600
-BLOCK, WARM_UP, CHECKED = 16, 200, 200  # vectors per layer; steps of warm-up; steps whose norms are checked
+HELD_OUT, BATCH_SIZE, STEPS = 360, 128, 600
+WARM_UP, CHECKED = 200, 200  # steps in which the learning rate grows; first steps whose estimates are checked
+BLOCK, POWER_STEPS = 12, 2  # vectors per layer; how often they are multiplied with M^T M in a training step
 EPSILONS = np.linspace(0, 1, 11)
 SHAPES = [(16, 1, 3, 3), (16, 16, 3, 3), (10, 16, 4, 4)]  # out channels, in channels, height, width
 STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
@@ -118,15 +119,16 @@ def equinox_model():
 
 
 def follow(spec, kernel, block):
-    """The norm of M estimated by a power step of every vector of a block, and the block for the next step.
+    """The norm of M, estimated by power steps of every vector of a block, and the block for the next time.
 
-    The vectors are made orthonormal after the step, the most amplified first, so that each follows a singular
+    The vectors are made orthonormal after a step, the most amplified first, so that each follows a singular
     vector of its own.
     """
-    steps = jax.vmap(partial(spectrum.power_step, spec, kernel))(block)
-    columns = steps.v[jnp.argsort(-steps.sigma)].reshape(BLOCK, -1).T
-    orthonormal = jnp.linalg.qr(columns)[0].T
-    return steps.sigma.max(), orthonormal.reshape(block.shape)
+    for _ in range(POWER_STEPS):
+        sigmas, vectors = jax.vmap(partial(spectrum.power_step, spec, kernel))(block)
+        columns = vectors[jnp.argsort(-sigmas)].reshape(BLOCK, -1).T
+        block = jnp.linalg.qr(columns)[0].T.reshape(block.shape)
+    return sigmas.max(), block
 
 
 @partial(jax.jit, static_argnums=0)
@@ -134,7 +136,7 @@ def first_block(spec, kernel):
     """Vectors that have followed the initial kernel for a while."""
     keys = jax.random.split(jax.random.key(1), BLOCK)
     block = jax.vmap(lambda key: spectrum.start_vector(spec, jnp.float32, key))(keys)
-    return jax.lax.fori_loop(0, 30, lambda _, block: follow(spec, kernel, block)[1], block)
+    return jax.lax.fori_loop(0, 15, lambda _, block: follow(spec, kernel, block)[1], block)
 
 
 def hold(specs, kernels, blocks):
@@ -149,7 +151,7 @@ def train(model, images, labels, held):
     params, scores, kernels, with_kernels = model
     specs = [site.spec for site in fc.find_convs(scores, params, images[:1])]
     blocks = tuple(map(first_block, specs, kernels(params))) if held else ()
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 1e-3, WARM_UP, STEPS))
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 2e-3, WARM_UP, STEPS))
     state = optimizer.init(params)
 
     @jax.jit
