@@ -21,7 +21,7 @@ def as_linear_operator(spec: ConvSpec, kernel: Array) -> Any:
     Inputs have ``spec.in_shape`` and outputs ``spec.out_shape``. ``operator.T.mv`` is
     :func:`apply_transpose`, and ``operator.as_matrix()`` is :func:`as_matrix`, with its memory limit. The
     operator is a pytree whose only leaf is the kernel, so it passes through jit. Solutions are
-    differentiable in the kernel. A product costs one convolution.
+    differentiable in the kernel.
 
     Args:
       spec: the geometry.
@@ -34,6 +34,8 @@ def as_linear_operator(spec: ConvSpec, kernel: Array) -> Any:
       ImportError: lineax is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array, or not of a floating or complex dtype.
       ValueError: the kernel has another shape.
+
+    A product costs one convolution.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> from jaxconv_fc.linear_operator import as_linear_operator
