@@ -1,8 +1,13 @@
 """Train a classifier whose layers cannot amplify: the spectral norm of every layer held at a bound.
 
 Two small networks on scikit-learn's handwritten digits, one written in flax.nnx, one in equinox. Each is
-trained twice with optax: as usual, and with `fc.spectrum.power_step` after every update, which keeps a vector
-per layer from step to step and scales the kernel down where the norm of its matrix exceeds the bound.
+trained twice with optax: as usual, and with `fc.spectrum.power_step` after every update. The second keeps
+some vectors per layer from step to step, which estimate the norm of its matrix, and scales the kernel down
+where that exceeds the bound.
+
+One vector is not enough: where the two largest singular values of a layer change places, it follows the old
+one for a while. A block of orthonormal vectors has the new one in it. New directions also grow slowly if the
+learning rate does, so it is warmed up. The largest error of an estimate is printed.
 
 The product of the norms bounds how much the scores change per change of the image. So an image whose margin
 is larger than sqrt(2) times bound times eps keeps its class whatever is added to it within eps in the 2-norm:
@@ -38,6 +43,7 @@ except ModuleNotFoundError as missing:
 BOUND = 1.0  # of the spectral norm of each layer
 SHARPNESS = 10.0  # of the loss: scores that may not grow would never look certain to it
 HELD_OUT, BATCH_SIZE, STEPS = 360, 64, 600
+BLOCK, WARM_UP, CHECKED = 16, 200, 200  # vectors per layer; steps of warm-up; steps whose norms are checked
 EPSILONS = np.linspace(0, 1, 11)
 SHAPES = [(16, 1, 3, 3), (16, 16, 3, 3), (10, 16, 4, 4)]  # out channels, in channels, height, width
 STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
@@ -111,44 +117,81 @@ def equinox_model():
 # Training --------------------------------------------------------------------------------------------------
 
 
-def hold(specs, kernels, vectors):
-    """Kernels whose matrix has a norm of BOUND at most, and the vectors for the next step."""
-    steps = [spectrum.power_step(*layer) for layer in zip(specs, kernels, vectors, strict=True)]
-    scaled = [k * jnp.minimum(1, BOUND / step.sigma) for k, step in zip(kernels, steps, strict=True)]
-    return scaled, [step.v for step in steps]
+def follow(spec, kernel, block):
+    """The norm of M estimated by a power step of every vector of a block, and the block for the next step.
+
+    The vectors are made orthonormal after the step, the most amplified first, so that each follows a singular
+    vector of its own.
+    """
+    steps = jax.vmap(partial(spectrum.power_step, spec, kernel))(block)
+    columns = steps.v[jnp.argsort(-steps.sigma)].reshape(BLOCK, -1).T
+    orthonormal = jnp.linalg.qr(columns)[0].T
+    return steps.sigma.max(), orthonormal.reshape(block.shape)
+
+
+@partial(jax.jit, static_argnums=0)
+def first_block(spec, kernel):
+    """Vectors that have followed the initial kernel for a while."""
+    keys = jax.random.split(jax.random.key(1), BLOCK)
+    block = jax.vmap(lambda key: spectrum.start_vector(spec, jnp.float32, key))(keys)
+    return jax.lax.fori_loop(0, 30, lambda _, block: follow(spec, kernel, block)[1], block)
+
+
+def hold(specs, kernels, blocks):
+    """Kernels whose matrix has a norm of BOUND at most, the blocks for the next step, and the estimates."""
+    sigmas, blocks = zip(*map(follow, specs, kernels, blocks), strict=True)
+    scaled = [k * jnp.minimum(1, BOUND / sigma) for k, sigma in zip(kernels, sigmas, strict=True)]
+    return scaled, blocks, jnp.stack(sigmas)
 
 
 def train(model, images, labels, held):
-    """(trained parameters, seconds per step, specs)."""
+    """(trained parameters, seconds per step, specs, largest relative error of an estimate)."""
     params, scores, kernels, with_kernels = model
     specs = [site.spec for site in fc.find_convs(scores, params, images[:1])]
-    keys = jax.random.split(jax.random.key(1), len(specs))
-    vectors = [spectrum.start_vector(spec, jnp.float32, key) for spec, key in zip(specs, keys, strict=True)]
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, STEPS))
+    blocks = tuple(map(first_block, specs, kernels(params))) if held else ()
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 1e-3, WARM_UP, STEPS))
     state = optimizer.init(params)
 
     @jax.jit
-    def step(params, state, vectors, images, labels):
+    def step(params, state, blocks, images, labels):
         def loss(params):
             sharp = SHARPNESS * scores(params, images)
             return optax.softmax_cross_entropy_with_integer_labels(sharp, labels).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         params = optax.apply_updates(params, updates)
-        if held:
-            scaled, vectors = hold(specs, kernels(params), vectors)
-            params = with_kernels(params, scaled)
-        return params, state, vectors
+        if not held:
+            return params, state, blocks, None
+        updated = kernels(params)
+        scaled, blocks, sigmas = hold(specs, updated, blocks)
+        return with_kernels(params, scaled), state, blocks, (updated, sigmas)
 
     rng = np.random.default_rng(0)
-    seconds = []
+    seconds, estimates = [], []
     for _ in range(STEPS):
         batch = rng.permutation(len(images) - HELD_OUT)[:BATCH_SIZE]
         start = time.perf_counter()
-        params, state, vectors = step(params, state, vectors, images[batch], labels[batch])
+        params, state, blocks, estimate = step(params, state, blocks, images[batch], labels[batch])
         jax.block_until_ready(params)
         seconds.append(time.perf_counter() - start)
-    return params, float(np.median(seconds)), specs
+        estimates.append(estimate)
+    error = max(largest_error(specs, *e) for e in estimates[:CHECKED]) if held else None
+    return params, float(np.median(seconds)), specs, error
+
+
+def largest_error(specs, kernels, sigmas):
+    """Of the estimates of all layers at one step, relative to the norms of the dense matrices."""
+    norms = np.array([matrix_norm(*layer) for layer in zip(specs, kernels, strict=True)])
+    return float(np.abs(sigmas / norms - 1).max())
+
+
+@partial(jax.jit, static_argnums=0)
+def matrix_norm(spec, kernel):
+    """The norm of M, from its dense Gram matrix of the shorter side: exact, and not carried along."""
+    matrix = fc.as_matrix(spec, kernel)
+    matrix = matrix if spec.out_size <= spec.in_size else matrix.T
+    gram = jnp.matmul(matrix, matrix.T, precision="highest")
+    return jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
 
 
 # What was gained -------------------------------------------------------------------------------------------
@@ -176,8 +219,7 @@ def attacked(scores, params, images, labels, epsilon):
 def evaluate(model, params, specs, images, labels):
     """(norms of the layers, largest slope at an image, certified and attacked accuracy per epsilon)."""
     _, scores, kernels, _ = model
-    layers = zip(specs, kernels(params), strict=True)
-    norms = [float(spectrum.singular_values(*layer)[0]) for layer in layers]  # exact, and not carried along
+    norms = [float(matrix_norm(*layer)) for layer in zip(specs, kernels(params), strict=True)]
     jacobians = jax.jit(jax.vmap(jax.jacrev(lambda image: scores(params, image[None])[0])))(images)
     slope = float(jnp.linalg.norm(jacobians.reshape(len(images), 10, -1), 2, axis=(1, 2)).max())
     top = jax.lax.top_k(scores(params, images), 2)[0]
@@ -199,7 +241,7 @@ def main(picture_path="lipschitz.png"):
         print(f"{'':9} {'step':>8} {'accuracy':>8} {'norms of the layers':>20} {'product':>8} attained")
         for held, colour in ((False, "tab:red"), (True, "tab:blue")):
             model = make()
-            params, seconds, specs = train(model, images, labels, held)
+            params, seconds, specs, error = train(model, images, labels, held)
             norms, slope, certified, kept = evaluate(model, params, specs, *test)
             name = "held" if held else "as usual"
             listed = "  ".join(f"{n:.2f}" for n in norms)
@@ -207,7 +249,9 @@ def main(picture_path="lipschitz.png"):
             figures = f"{1e3 * seconds:5.1f} ms {kept[0]:8.1%} {listed:>20} {product:8.1f} {slope:8.2f}"
             print(f"{name:9} {figures}", flush=True)
             fine &= slope <= product and all(c <= k for c, k in zip(certified, kept, strict=True))
-            fine &= not held or max(norms) <= 1.05 * BOUND
+            if held:
+                print(f"{'':9} largest error of an estimate in the first {CHECKED} steps: {error:.1%}")
+                fine &= error <= 0.02 and max(norms) <= 1.02 * BOUND
             ax.plot(EPSILONS, kept, color=colour, label=f"{name}: under attack")
             ax.plot(EPSILONS, certified, color=colour, ls="--", label=f"{name}: certified")
             ax.fill_between(EPSILONS, certified, kept, color=colour, alpha=0.1)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxconv_fc import selects
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import entries
 from jaxconv_fc.layout import from_canonical, from_out_first
 from jaxconv_fc.memory import check_dense
 from jaxconv_fc.products import flipped_kernel
-from jaxconv_fc.sharding import program
+from jaxconv_fc.sharding import Form, by_platform, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -123,10 +125,16 @@ def kernel_matrix(spec: ConvSpec, x: Array) -> jax.Array:
 
 @program
 def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    shape = (spec.out_size, math.prod(spec.rhs_shape))
+    if not spec.nse:
+        return jnp.zeros(shape, x.dtype)
+    form = Form(partial(_gathered_kernel_matrix, spec), partial(selects.kernel_matrix, spec))
+    return by_platform(form, jax.ShapeDtypeStruct(shape, x.dtype), x)
+
+
+def _gathered_kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     at = entries(spec)  # [d, i, o, p]
     matrix = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
-    if not matrix.size or not x.size:
-        return matrix
     values = x.ravel().at[at.columns].get(mode="fill", fill_value=0)
     rows, taps, values = (jnp.broadcast_to(v, at.dims) for v in (at.rows, at.taps, values))
     return matrix.at[rows, taps].set(values, unique_indices=True)  # X[(d, o), (d, i, p)]
@@ -164,12 +172,26 @@ def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
 
 
 def sums_over_outputs(
-    spec: ConvSpec, matrix: jax.Array, of: Callable[[jax.Array], jax.Array] = lambda entry: entry
+    spec: ConvSpec,
+    matrix: jax.Array,
+    of: Callable[..., jax.Array] = lambda entry: entry,
+    *constants: jax.Array,
 ) -> jax.Array:
-    """For every kernel entry, the sum of ``of(entry)`` over the entries of the matrix that it fills."""
-    places = entries(spec).places(spec)
-    if not matrix.size or not places.size:
+    """For every kernel entry, the sum of ``of(entry, *constants)`` over the entries of M that it fills.
+
+    ``of`` is linear in the entry.
+    """
+    if not spec.nse:
         return jnp.zeros(spec.rhs_shape, matrix.dtype)
-    read = of(matrix.ravel().at[places].get(mode="fill", fill_value=0))
+    form = Form(partial(_gathered_sums, spec, of), lambda m, *c: selects.sums(spec, of(m, *c)))
+    result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
+    return by_platform(form, result, matrix, *constants)
+
+
+def _gathered_sums(
+    spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
+) -> jax.Array:
+    places = entries(spec).places(spec)
+    read = of(matrix.ravel().at[places].get(mode="fill", fill_value=0), *constants)
     positions = tuple(range(2, 2 + len(spec.axes)))
     return from_out_first(spec, read.sum(positions, dtype=matrix.dtype))  # [d, i, o, p] -> [d, i, p]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxconv_fc import selects
 from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.layout import (
@@ -26,7 +28,7 @@ from jaxconv_fc.layout import (
 )
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
-from jaxconv_fc.sharding import is_traced, program
+from jaxconv_fc.sharding import Form, by_platform, is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -67,7 +69,21 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    form = Form(partial(_scattered, spec), partial(selects.matrix, spec))
+    return _zeros_or(spec, form, spec.shape, kernel)
+
+
+def _scattered(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     return _scatter(spec, spec.shape, entries(spec).places(spec), spread_kernel(spec, kernel))
+
+
+def _zeros_or(
+    spec: ConvSpec, form: Form, shape: tuple[int, int], kernel: jax.Array, *fixed: jax.Array
+) -> jax.Array:
+    """The form of a matrix that is linear in the kernel; zeros if it has no entries."""
+    if not spec.nse or not math.prod(shape):
+        return jnp.zeros(shape, kernel.dtype)
+    return by_platform(form, jax.ShapeDtypeStruct(shape, kernel.dtype), kernel, *fixed)
 
 
 def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
@@ -107,9 +123,14 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
 
 @program
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
-    places, values = entries(spec).places(spec), spread_kernel(spec, kernel)
-    if not matrix.size or not places.size:
+    if not spec.nse:
         return matrix
+    form = Form(partial(_rewritten, spec), partial(selects.updated, spec))
+    return by_platform(form, matrix, matrix, kernel, linear=2)
+
+
+def _rewritten(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
+    places, values = entries(spec).places(spec), spread_kernel(spec, kernel)
     flat, values = matrix.ravel(), jnp.broadcast_to(values, places.shape)
     if not spec.collides:
         return flat.at[places].set(values, mode="drop", unique_indices=True).reshape(spec.shape)
@@ -190,15 +211,25 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
 
 @program
 def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    form = Form(partial(_scattered_rows, spec), partial(_selected_rows, spec))
+    return _zeros_or(spec, form, (index.shape[0], spec.in_size), kernel, index)
+
+
+def _scattered_rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.in_size)
-    if not spec.out_size:
-        return jnp.zeros(shape, kernel.dtype)
     dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))  # [n, i, p], n runs over the rows
     n, i, *taps = grid(dims, spec.index_dtype)
     positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
     values = out_first(spec, kernel)[d.reshape(-1)]  # [d, i, p] -> [n, i, p]
     places = Entries(dims, n, _columns(spec, d, i, positions, taps)).places(spec, shape)
     return _scatter(spec, shape, places, values)
+
+
+def _selected_rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    dims = (index.shape[0], *kernel_taps(spec))  # [n, p]
+    positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
+    reads = _columns(spec, d, d * 0, positions, grid(dims, spec.index_dtype)[1:])
+    return selects.rows(spec, kernel, d.reshape(-1), jnp.broadcast_to(reads, dims))
 
 
 def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
@@ -234,9 +265,18 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
 
 @program
 def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    form = Form(partial(_scattered_columns, spec), partial(_selected_columns, spec))
+    return _zeros_or(spec, form, (index.shape[0], spec.out_size), kernel, index)
+
+
+def _selected_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    at = entries(spec)  # [d, i, o, p]
+    reads = jnp.broadcast_to(at.columns, at.dims)[:, 0]  # [d, o, p]
+    return selects.transposed_columns(spec, kernel, index, reads)
+
+
+def _scattered_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     shape = (index.shape[0], spec.out_size)
-    if not spec.in_size:
-        return jnp.zeros(shape, kernel.dtype)
     # An input position may be copied into the padding several times: `q` runs over its copies.
     block, q = spec.out_channels // spec.groups, [a.copies for a in spec.axes]
     dims = (index.shape[0], block, *q, *kernel_taps(spec))  # [n, e, q, p], n over columns, e over a group
@@ -312,8 +352,6 @@ def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: 
 def _scatter(spec: ConvSpec, shape: tuple[int, int], places: jax.Array, values: jax.Array) -> jax.Array:
     """A matrix of zeros to which every value is added at its place."""
     zeros = jnp.zeros(math.prod(shape), values.dtype)
-    if not zeros.size or not places.size:
-        return zeros.reshape(shape)
     return _put(spec, zeros, places, jnp.broadcast_to(values, places.shape)).reshape(shape)
 
 

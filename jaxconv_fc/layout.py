@@ -126,6 +126,14 @@ def tap_of(spec: ConvSpec, taps: Sequence[Ints], channel: Ints, out_channel: Int
     return sum((v * s for v, s in zip((*taps, channel, out_channel), strides, strict=True)), 0)
 
 
+def split_tap(spec: ConvSpec, tap: Ints) -> tuple[list[Ints], Ints, Ints]:
+    """``(taps, channel, out_channel)`` of an index in ``kernel.ravel()``: the inverse of :func:`tap_of`."""
+    sizes = [spec.rhs_shape[i] for i in spec.kernel_order]
+    strides = _strides(spec.rhs_shape, spec.kernel_order)
+    *taps, channel, out_channel = (tap // s % n for s, n in zip(strides, sizes, strict=True))
+    return taps, channel, out_channel
+
+
 def _in_strides(spec: ConvSpec) -> list[int]:
     """Strides in columns of M: (spatial..., batch groups, channels), 0 if there are no batch groups."""
     strides = _strides(spec.in_shape, spec.in_order)

@@ -7,9 +7,12 @@ A convolution is a trilinear form in kernel, input and output cotangent. Two of 
     k = X(x)^T y      "k" from (x, y)
 
 The derivative or transpose of one product is another one. One JAX primitive holds all three, so
-derivatives of any order run through this file. None runs through the convolutions that JAX would derive.
-Those read out of bounds or abort on CPU when a padding turns negative, and are slow where a stride becomes
-an input dilation.
+derivatives of any order run through this file, and none through JAX's own rules for convolutions.
+
+The primitive has one lowering per kind of platform. On the CPU, the convolutions that JAX derives read out
+of bounds or abort when a padding turns negative, and are slow where a stride becomes an input dilation. So
+:mod:`jaxconv_fc.correlation` makes others there. On GPU and TPU they are what the hardware does best, once
+negative padding is cropped: :mod:`jaxconv_fc.native` makes them.
 """
 
 from __future__ import annotations

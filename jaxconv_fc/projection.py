@@ -128,7 +128,7 @@ def _conv_distance(spec: ConvSpec, matrix: jax.Array) -> jax.Array:
     # At unit scale, so that no square of a difference vanishes (docs/maths.md, section 14).
     exponent = scale_exponent(lax.map(lambda first: largest_part(block(first)[1]), firsts))
     unit = partial(to_unit_scale, exponent=exponent)
-    kernel = _divided_by_gram(spec, sums_over_outputs(spec, matrix, unit))
+    kernel = _divided_by_gram(spec, sums_over_outputs(spec, matrix, to_unit_scale, exponent))
 
     def sums(first: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, entries = block(first)

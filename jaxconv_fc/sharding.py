@@ -14,15 +14,15 @@ device. So its loops and reshapes, and the libraries that it calls, work unchang
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from functools import partial, wraps
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
@@ -130,8 +130,8 @@ def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ())
     """
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
 
-    @functools.partial(jax.jit, static_argnums=static)
-    @functools.wraps(fn)
+    @partial(jax.jit, static_argnums=static)
+    @wraps(fn)
     def run(*args: Any) -> Any:
         arrays = [i for i in range(len(args)) if i not in static]
 
@@ -150,7 +150,7 @@ def as_on_one_device(fn: Callable[..., Any], result: Any = None) -> Callable[...
     On explicit axes the result is partitioned as the type ``result`` is, or replicated without one.
     """
 
-    @functools.wraps(fn)
+    @wraps(fn)
     def run(*args: Any) -> Any:
         axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(args)))
         if axes:
@@ -168,6 +168,86 @@ def replicated(array: jax.Array) -> jax.Array:
     """The array, replicated if its mesh has explicit axes."""
     mesh = explicit_mesh(array)
     return array if mesh is None else jax.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+# -- one form per kind of platform ---------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """A function in two forms that give equal results. A platform traces only the form that it runs."""
+
+    default: Callable[..., Any]  # for CPU and GPU
+    tpu: Callable[..., Any]
+
+    def each(self, change: Callable[..., Any]) -> Form:
+        return Form(change(self.default), change(self.tpu))
+
+
+def by_platform(form: Form, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
+    """``form(*operands)`` inside a :func:`program`: an array with the shape and dtype of ``result``.
+
+    The function is linear in its first ``linear`` operands together. It has no derivative in the others.
+    """
+    return platform_p.bind(*operands, form=form, shape=result.shape, dtype=result.dtype, linear=linear)
+
+
+platform_p = Primitive("by_platform")
+platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
+platform_p.def_abstract_eval(lambda *_, shape, dtype, **__: ShapedArray(shape, dtype))
+
+
+def _lowered(of: str, ctx: Any, *operands: Any, form: Form, **_: Any) -> Any:
+    return mlir.lower_fun(getattr(form, of), multiple_results=False)(ctx, *operands)
+
+
+mlir.register_lowering(platform_p, partial(_lowered, "default"))
+mlir.register_lowering(platform_p, partial(_lowered, "tpu"), platform="tpu")
+
+
+def _platform_jvp(primals: Any, tangents: Any, *, linear: int, **params: Any) -> tuple[Any, Any]:
+    value = platform_p.bind(*primals, linear=linear, **params)
+    if all(isinstance(tangent, ad.Zero) for tangent in tangents[:linear]):
+        return value, ad.Zero(jax.typeof(value).to_tangent_aval())
+    moving = map(ad.instantiate_zeros, tangents[:linear])
+    return value, platform_p.bind(*moving, *primals[linear:], linear=linear, **params)
+
+
+def _platform_transpose(ct: Any, *operands: Any, form: Form, linear: int, **_: Any) -> list[Any]:
+    """The cotangent of every linear operand that is asked for, by the transpose of each form."""
+    avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in operands[:linear]]
+    cotangents: list[Any] = [None] * len(operands)
+    for i, aval in enumerate(avals):
+        if ad.is_undefined_primal(operands[i]) and not isinstance(ct, ad.Zero):
+            pulled = form.each(partial(_pulled, avals=avals, i=i))
+            cotangents[i] = by_platform(pulled, aval, ct, *operands[linear:])
+    return cotangents
+
+
+def _pulled(fn: Callable[..., Any], avals: Sequence[Any], i: int) -> Callable[..., Any]:
+    """The transpose of ``fn`` with respect to operand ``i``, the other linear ones being 0."""
+
+    def transpose(ct: jax.Array, *constants: jax.Array) -> jax.Array:
+        zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+
+        def of_one(value: jax.Array) -> jax.Array:
+            return fn(*zeros[:i], value, *zeros[i + 1 :], *constants)
+
+        if jnp.issubdtype(ct.dtype, jnp.inexact):
+            return jax.vjp(of_one, zeros[i])[1](ct)[0]
+        return jax.linear_transpose(of_one, zeros[i])(ct)[0]  # integers have no derivative
+
+    return transpose
+
+
+def _platform_batched(args: Any, dims: Any, *, form: Form, shape: Any, **params: Any) -> Any:
+    size = next(v.shape[d] for v, d in zip(args, dims, strict=True) if d is not None)
+    form = form.each(lambda fn: jax.vmap(fn, tuple(dims)))
+    return platform_p.bind(*args, form=form, shape=(size, *shape), **params), 0
+
+
+ad.primitive_jvps[platform_p] = _platform_jvp
+ad.primitive_transposes[platform_p] = _platform_transpose
+batching.primitive_batchers[platform_p] = _platform_batched
 
 
 # -- arrays of a given type ------------------------------------------------------------------------

@@ -102,8 +102,9 @@ def assert_matches_lax(
     """Assert that ``M @ x`` and :func:`apply` equal ``lax.conv_general_dilated`` on one example.
 
     lax gets the input already dilated and padded (by ``lax.pad``, or ``jnp.pad`` for a boundary mode). By
-    definition that is the same convolution, and lax computes it right on every backend. Exact for integers,
-    otherwise within ``2 gamma_n |M| |x|``.
+    definition that is the same convolution. lax computes it on the CPU: a GPU refuses integers, complex
+    numbers and more than 3 spatial dimensions. M and :func:`apply` are those of the default device. Exact for
+    integers, otherwise within ``2 gamma_n |M| |x|``.
 
     Args:
       spec: the geometry.
@@ -115,6 +116,7 @@ def assert_matches_lax(
       TypeError: kernel or x is not an array, or their dtypes differ.
       ValueError: a shape is not the spec's.
       AssertionError: two of them differ; it names the pair and the largest difference.
+      RuntimeError: JAX may not use the CPU; write ``JAX_PLATFORMS=cuda,cpu`` in place of ``cuda``.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 2, 6), (4, 1, 3), (2,), "SAME", feature_group_count=2)
@@ -124,7 +126,9 @@ def assert_matches_lax(
     if x is None:
         x = _random(jax.random.key(0) if key is None else key, spec.in_shape, kernel.dtype)
     x = as_operand("x", x, spec, "in_shape")
-    expected = _wide(_lax(spec, kernel, x)).ravel()
+    with jax.default_device(jax.devices("cpu")[0]):
+        on_cpu = (jnp.asarray(np.asarray(array)) for array in (kernel, x))
+        expected = _wide(_lax(spec, *on_cpu)).ravel()
     bound = 2 * _gamma(kernel.dtype, _terms(spec)) * _magnitude(spec, kernel, x).ravel()
     product = _wide(as_matrix(spec, kernel)) @ _wide(x).ravel()
     _close(spec, "M @ x and lax", product, expected, bound)

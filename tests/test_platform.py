@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from absl.testing import parameterized
 from geometries import MODES, Geometry, arrays, integers, normals
 from jax import export, lax
 
@@ -25,8 +26,6 @@ def devices():
     found = {device.platform: device for device in (jax.devices("cpu")[0], jax.devices()[0])}
     return found.values()
 
-
-every_device = pytest.mark.parametrize("device", devices(), ids=lambda device: device.platform)
 
 # 2-D: every combination of these, with the channels and layouts below in turn
 STRIDES = [(1, 1), (2, 1), (3, 2)]
@@ -75,10 +74,16 @@ PADDED = [  # the boundary modes, which lax does not have: compared with the ora
     for mode in MODES
 ]
 number = itertools.count()
+DTYPES = {"float32": np.float32, "int32": np.int32}
+FLOATS = {"float32": "float32", "bfloat16": "bfloat16"}
 
 
 def identity(geometry):
     return f"{next(number)}-{geometry.padding if isinstance(geometry.padding, str) else 'pairs'}"
+
+
+def named(geometries):
+    return {identity(geometry): geometry for geometry in geometries}
 
 
 def products(geometry, kernel, xs, ys):
@@ -115,84 +120,6 @@ def gradient_bounds(geometry, kernel, xs, ys, axis):
     return factor * np.max(kernel_sum, initial=0), factor * np.max(back, initial=0)
 
 
-@pytest.mark.platform
-@every_device
-@pytest.mark.parametrize("geometry", GRID, ids=identity)
-def test_apply_and_its_gradients_are_laxs(geometry, device, rng):
-    """float32 at precision 'highest': values and both gradients, a whole batch at once."""
-    axis = oracle.layouts(geometry)[2][0]
-    kernel = normals(rng, geometry.rhs_shape, np.float32)
-    batch = normals(rng, geometry.lhs_shape, np.float32)
-    ys = normals(rng, oracle.batched_out_shape(geometry), np.float32)
-    xs = np.stack(oracle.examples(batch, geometry))
-    with jax.default_device(device):
-        ahead, (of_kernel, of_xs) = jax.jit(partial(products, geometry))(kernel, xs, ys)
-        want, (want_kernel, want_batch) = jax.jit(partial(reference, geometry))(kernel, batch, ys)
-    want_xs = np.stack(oracle.examples(np.asarray(want_batch), geometry))
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        (ahead, of_kernel, of_xs), (want, want_kernel, jnp.asarray(want_xs))
-    )
-    for x, y in zip(xs, np.moveaxis(np.asarray(ahead), axis, 0), strict=True):
-        oracle.assert_product(y, kernel, x, geometry)
-    kernel_bound, x_bound = gradient_bounds(geometry, kernel, xs, ys, axis)
-    chex.assert_trees_all_close(of_kernel, want_kernel, rtol=0, atol=kernel_bound)
-    chex.assert_trees_all_close(of_xs, jnp.asarray(want_xs), rtol=0, atol=x_bound)
-
-
-@pytest.mark.platform
-@every_device
-@pytest.mark.parametrize("geometry", [*GRID[::4], *PADDED], ids=identity)
-def test_the_matrix_and_its_parts(geometry, device, rng):
-    """Scatters must give the same entries everywhere, float and integer."""
-    spec = geometry.spec()
-
-    @jax.jit
-    def build(kernel):
-        rows, columns = (part(spec, kernel, [1, -1]) for part in (fc.matrix_rows, fc.matrix_columns))
-        return fc.as_matrix(spec, kernel), rows, columns
-
-    for dtype in (np.float32, np.int32):
-        kernel = integers(rng, geometry.rhs_shape, dtype)
-        want = oracle.matrix(kernel, geometry)
-        with jax.default_device(device):
-            chex.assert_trees_all_equal(build(kernel), (want, want[[1, -1]], want[:, [1, -1]]))
-
-
-@pytest.mark.platform
-@every_device
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("geometry", [*GRID[::6], *PADDED], ids=identity)
-def test_products_against_the_oracle(geometry, dtype, device, rng):
-    spec = geometry.spec()
-    kernel, x, y = arrays(geometry, rng, dtype, normals)
-    with jax.default_device(device):
-        ahead = fc.apply(spec, kernel, x, precision="highest")
-        back = fc.apply_transpose(spec, kernel, y, precision="highest")
-    chex.assert_shape((ahead, back), (spec.out_shape, spec.in_shape))
-    oracle.assert_product(ahead, kernel, x, geometry)
-    oracle.assert_transpose_product(back, kernel, y, geometry)
-
-
-@pytest.mark.platform
-@pytest.mark.parametrize("geometry", GRID[::3], ids=identity)
-def test_the_oracle_itself_against_lax(geometry, rng):
-    """float64 on CPU, whole numbers: the yardstick of all other tests is lax's own convolution."""
-    kernel = integers(rng, geometry.rhs_shape, np.float64)
-    batch = integers(rng, geometry.lhs_shape, np.float64)
-    arguments = list(geometry.arguments())
-    arguments[1] = oracle.pads(geometry)
-    with jax.default_device(jax.devices("cpu")[0]):
-        want = lax.conv_general_dilated(batch, kernel, *arguments)
-    chex.assert_trees_all_equal(np.asarray(want), oracle.conv(batch, kernel, geometry))
-
-
-def test_no_geometry_here_is_empty():
-    """Strides and dilations can agree in such a way that every tap falls between the inputs."""
-    assert all(geometry.spec().nse for geometry in (*GRID, *PADDED, *EXPORTED.values()))
-
-
-# programs for platforms that are not here ------------------------------------------------------------
-
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 EXPORTED = {
     "plain": Geometry((1, 2, 5, 4), (4, 2, 3, 2), (1, 1), "SAME"),
@@ -210,6 +137,129 @@ VERBS = {
     "apply_transpose": lambda spec, kernel, x, y: fc.apply_transpose(spec, kernel, y),
 }
 
+
+def on_every_device(**parts):
+    """Decorator: the test once for each device and each choice of the parts, which have names."""
+    cases = []
+    for device, *choice in itertools.product(devices(), *(part.items() for part in parts.values())):
+        names, values = zip(*choice, strict=True)
+        cases.append(("_".join(("", device.platform, *names)), device, *values))
+    return parameterized.named_parameters(cases)
+
+
+@pytest.mark.platform
+class OnEveryDevice(chex.TestCase):
+    """Functions as they are called: jitted or not, with arrays on the device or of NumPy."""
+
+    def setUp(self):
+        super().setUp()
+        self.rng = np.random.default_rng(0)
+
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named(GRID))
+    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
+        self.check_gradients(device, geometry)
+
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
+    @on_every_device(geometry=named(GRID[::13]))
+    def test_apply_and_its_gradients_are_laxs_without_jit(self, device, geometry):
+        self.check_gradients(device, geometry)
+
+    def check_gradients(self, device, geometry):
+        """float32 at precision 'highest': values and both gradients, a whole batch at once."""
+        axis = oracle.layouts(geometry)[2][0]
+        kernel = normals(self.rng, geometry.rhs_shape, np.float32)
+        batch = normals(self.rng, geometry.lhs_shape, np.float32)
+        ys = normals(self.rng, oracle.batched_out_shape(geometry), np.float32)
+        xs = np.stack(oracle.examples(batch, geometry))
+        with jax.default_device(device):
+            ahead, (of_kernel, of_xs) = self.variant(partial(products, geometry))(kernel, xs, ys)
+            want, (want_kernel, want_batch) = jax.jit(partial(reference, geometry))(kernel, batch, ys)
+        want_xs = np.stack(oracle.examples(np.asarray(want_batch), geometry))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            (ahead, of_kernel, of_xs), (want, want_kernel, jnp.asarray(want_xs))
+        )
+        for x, y in zip(xs, np.moveaxis(np.asarray(ahead), axis, 0), strict=True):
+            oracle.assert_product(y, kernel, x, geometry)
+        kernel_bound, x_bound = gradient_bounds(geometry, kernel, xs, ys, axis)
+        chex.assert_trees_all_close(of_kernel, want_kernel, rtol=0, atol=kernel_bound)
+        chex.assert_trees_all_close(of_xs, jnp.asarray(want_xs), rtol=0, atol=x_bound)
+
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named([*GRID[::4], *PADDED]), dtype=DTYPES)
+    def test_the_matrix_and_its_parts(self, device, geometry, dtype):
+        """Scatters must give the same entries everywhere, float and integer."""
+        self.check_matrix(device, geometry, dtype)
+
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
+    @on_every_device(geometry=named(GRID[::19]), dtype=DTYPES)
+    def test_the_matrix_and_its_parts_without_jit(self, device, geometry, dtype):
+        self.check_matrix(device, geometry, dtype)
+
+    def check_matrix(self, device, geometry, dtype):
+        spec = geometry.spec()
+
+        def build(kernel):
+            rows, columns = (part(spec, kernel, [1, -1]) for part in (fc.matrix_rows, fc.matrix_columns))
+            return fc.as_matrix(spec, kernel), rows, columns
+
+        kernel = integers(self.rng, geometry.rhs_shape, dtype)
+        want = oracle.matrix(kernel, geometry)
+        with jax.default_device(device):
+            got = self.variant(build)(kernel)
+        chex.assert_trees_all_close(got, (want, want[[1, -1]], want[:, [1, -1]]), rtol=0, atol=0)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @on_every_device(geometry=named([*GRID[::9], *PADDED]), dtype=FLOATS)
+    def test_products_against_the_oracle(self, device, geometry, dtype):
+        spec = geometry.spec()
+        kernel, x, y = arrays(geometry, self.rng, dtype, normals)
+        with jax.default_device(device):
+            ahead = self.variant(partial(fc.apply, spec, precision="highest"))(kernel, x)
+            back = self.variant(partial(fc.apply_transpose, spec, precision="highest"))(kernel, y)
+        chex.assert_shape((ahead, back), (spec.out_shape, spec.in_shape))
+        oracle.assert_product(ahead, kernel, x, geometry)
+        oracle.assert_transpose_product(back, kernel, y, geometry)
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @on_every_device(verb={name: name for name in VERBS}, layer={name: name for name in ("plain", "reflect")})
+    def test_every_verb(self, device, verb, layer):
+        """Whole numbers: values must be those of the oracle's matrix."""
+        geometry = EXPORTED[layer]
+        kernel, x, y = arrays(geometry, self.rng, np.float32)
+        matrix = oracle.matrix(kernel, geometry)
+        want = {
+            "as_matrix": matrix,
+            "as_affine": (matrix, y.ravel()),
+            "matrix_rows": matrix[ROWS],
+            "matrix_columns": matrix[:, ROWS],
+            "apply": (matrix @ x.ravel()).reshape(y.shape),
+            "apply_transpose": (matrix.T @ y.ravel()).reshape(x.shape),
+        }
+        with jax.default_device(device):
+            got = self.variant(partial(VERBS[verb], geometry.spec()))(kernel, x, y)
+        chex.assert_trees_all_close(got, want[verb], rtol=0, atol=0)
+
+
+@pytest.mark.platform
+@pytest.mark.parametrize("geometry", GRID[::3], ids=identity)
+def test_the_oracle_itself_against_lax(geometry, rng):
+    """float64 on CPU, whole numbers: the yardstick of all other tests is lax's own convolution."""
+    kernel = integers(rng, geometry.rhs_shape, np.float64)
+    batch = integers(rng, geometry.lhs_shape, np.float64)
+    arguments = list(geometry.arguments())
+    arguments[1] = oracle.pads(geometry)
+    with jax.default_device(jax.devices("cpu")[0]):
+        want = lax.conv_general_dilated(batch, kernel, *arguments)
+    chex.assert_trees_all_close(np.asarray(want), oracle.conv(batch, kernel, geometry), rtol=0, atol=0)
+
+
+def test_no_geometry_here_is_empty():
+    """Strides and dilations can agree in such a way that every tap falls between the inputs."""
+    assert all(geometry.spec().nse for geometry in (*GRID, *PADDED, *EXPORTED.values()))
+
+
+# programs for platforms that are not here ------------------------------------------------------------
 
 def gradients(verb):
     """The vjp of a verb with respect to the kernel, cotangent all ones."""
@@ -236,7 +286,7 @@ def test_every_verb_exports_for_all_platforms(verb, geometry, dtype, rng):
     program = exported(verb, geometry, inputs)
     if dtype is np.float32:
         here = jax.jit(verb)(geometry.spec(), *inputs)
-        chex.assert_trees_all_equal(program.call(*inputs), here)
+        chex.assert_trees_all_close(program.call(*inputs), here, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
@@ -245,4 +295,4 @@ def test_gradients_export_for_all_platforms(verb, geometry, rng):
     inputs = arrays(geometry, rng, np.float32)
     pulled = gradients(verb)
     here = jax.jit(pulled)(geometry.spec(), *inputs)
-    chex.assert_trees_all_equal(exported(pulled, geometry, inputs).call(*inputs), here)
+    chex.assert_trees_all_close(exported(pulled, geometry, inputs).call(*inputs), here, rtol=0, atol=0)

@@ -107,6 +107,10 @@ def _paired(
     return pairs if results is None else [*pairs[:results], *primals[results:]]
 
 
+def _by_platform(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    return Linear(slice(eqn.params["linear"]))(linearizer, eqn, values)
+
+
 _IN_ALL = Linear(slice(None))
 _IN_FIRST = Linear((0,))
 
@@ -388,6 +392,7 @@ _LINEAR: dict[str, Rule] = {
     "dot_general": Bilinear(),
     "conv_general_dilated": Bilinear(compute=_convolution),
     "conv_product": Bilinear(),
+    "by_platform": _by_platform,
     # systems of equations
     "triangular_solve": Linear((1,)),
     "tridiagonal_solve": Linear((3,)),

@@ -189,6 +189,12 @@ def part_count(spec: ConvSpec) -> int:
     return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
 
 
+def entry_order(spec: ConvSpec) -> list[int]:
+    """Spatial axes (by number) and channels (the next number) as ``in_shape`` has them, no batch groups."""
+    n = len(spec.axes)
+    return [min(a, n) for a in inverse(spec.in_order) if a < n or a == len(spec.in_order) - 1]
+
+
 def axis_widths(axis: Axis) -> np.ndarray:
     """How many inputs each output of an axis reads: (outputs,)."""
     widths = np.zeros(axis.out_size, np.int64)

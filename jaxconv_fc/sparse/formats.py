@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import column_of, grid, out_first, row_of, spread
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import check_stored
-from jaxconv_fc.sharding import is_traced, program
+from jaxconv_fc.sharding import Form, by_platform, is_traced, program
+from jaxconv_fc.sparse import pieces
 from jaxconv_fc.sparse.entries import (
     AxisReads,
+    Places,
     Rows,
     axis_reads,
     axis_widths,
@@ -153,33 +157,76 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     return values
 
 
-class Stored(NamedTuple):
-    """All entries of M in order."""
-
-    data: jax.Array  # (nse,)
-    rows: jax.Array  # (nse,)
-    columns: jax.Array  # (nse,)
-
-
 @program
 def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(data, columns, indptr)``, as BCSR takes them."""
-    stored, dtype = _stored(spec, kernel), entry_dtype(spec)
+    dtype = entry_dtype(spec)
     tables = [axis_reads(axis, dtype) for axis in spec.axes]
     widths, starts = [t.width[:, 0] for t in tables], [t.start[:, 0] for t in tables]
     indptr = row_pointers(spec, widths, starts, lax.iota(dtype, spec.out_channels))
-    return stored.data, stored.columns, indptr
+    return _data(spec, kernel), _columns(spec), indptr
 
 
 @program
 def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
-    stored = _stored(spec, kernel)
-    return stored.data, jnp.stack([stored.rows, stored.columns], axis=-1)
+    return _data(spec, kernel), jnp.stack([_rows(spec), _columns(spec)], axis=-1)
 
 
-def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
-    """The entries of M, listed for one of its equal parts and repeated for the others."""
+# The entries of M in order, each (nse,).
+
+_Builder = Callable[..., jax.Array]
+
+
+def _data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    return _listed(spec, _scattered_data, pieces.values, kernel.dtype, kernel)
+
+
+def _rows(spec: ConvSpec) -> jax.Array:
+    return _listed(spec, _scattered_rows, pieces.rows, entry_dtype(spec))
+
+
+def _columns(spec: ConvSpec) -> jax.Array:
+    return _listed(spec, _scattered_columns, pieces.columns, entry_dtype(spec))
+
+
+def _listed(
+    spec: ConvSpec, scattered: _Builder, in_pieces: _Builder, dtype: Any, *kernel: jax.Array
+) -> jax.Array:
+    """A list of all entries; on TPU in pieces, if these are few."""
+    if not spec.nse:
+        return jnp.zeros(0, dtype)
+    tpu = in_pieces if pieces.are_few(spec) else scattered
+    form = Form(partial(scattered, spec), partial(tpu, spec))
+    return by_platform(form, jax.ShapeDtypeStruct((spec.nse,), dtype), *kernel, linear=len(kernel))
+
+
+# By scatter: listed for one of the equal parts of M, and repeated for the others.
+
+
+def _scattered_data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+    parts = part_count(spec)
+    entries = listed_entries(spec, _places(spec), out_first(spec, kernel).reshape(parts, -1))
+    return entries.reshape(-1)  # [part, entry]
+
+
+def _scattered_rows(spec: ConvSpec) -> jax.Array:
+    places, part = _places(spec), _parts(spec)
+    first = row_of(spec, [part * 0] * len(spec.axes), part)  # [part, 1]
+    return (listed(spec, places, places.row)[None] + first).reshape(-1)
+
+
+def _scattered_columns(spec: ConvSpec) -> jax.Array:
+    places = _places(spec)
+    return (listed(spec, places, places.column)[None] + group_column(spec, _parts(spec))).reshape(-1)
+
+
+def _parts(spec: ConvSpec) -> jax.Array:
+    return lax.broadcasted_iota(entry_dtype(spec), (part_count(spec), 1), 0)
+
+
+def _places(spec: ConvSpec) -> Places:
+    """Where the entries of one part go."""
     dtype, parts = entry_dtype(spec), part_count(spec)
     dims = (*(a.out_size for a in spec.axes), spec.out_channels // parts)
     *positions, d = grid(dims, dtype)
@@ -188,13 +235,7 @@ def _stored(spec: ConvSpec, kernel: jax.Array) -> Stored:
         for a, axis in enumerate(spec.axes)
     ]
     rows = Rows(dims, positions, d, reads, jnp.ones((1,) * len(dims), bool))
-    places = entry_places(spec, rows, 0, spec.nse // parts)
-    data = listed_entries(spec, places, out_first(spec, kernel).reshape(parts, -1))  # [part, entry]
-    part = lax.broadcasted_iota(dtype, (parts, 1), 0)
-    first_row = row_of(spec, [part * 0] * len(spec.axes), part)
-    row = listed(spec, places, places.row)[None] + first_row  # [1, entry] [part, 1] -> [part, entry]
-    column = listed(spec, places, places.column)[None] + group_column(spec, part)
-    return Stored(data.reshape(-1), row.reshape(-1), column.reshape(-1))
+    return entry_places(spec, rows, 0, spec.nse // parts)
 
 
 # -- diagonals ---------------------------------------------------------------------------------
@@ -268,6 +309,6 @@ def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
     if not len(offsets):
         return stacked
-    data, row, column = _stored(spec, kernel)
+    data, row, column = _data(spec, kernel), _rows(spec), _columns(spec)
     which = jnp.searchsorted(jnp.asarray(offsets, row.dtype), (column - row) % spec.in_size)
     return stacked.at[which, row].set(data, unique_indices=True)

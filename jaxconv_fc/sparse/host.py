@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxconv_fc.layout import column_of, inverse, spread
 from jaxconv_fc.lines import Run, output_runs
-from jaxconv_fc.sparse.entries import group_column, part_count, row_starts
+from jaxconv_fc.sparse.entries import entry_order, group_column, part_count, row_starts
 from jaxconv_fc.spec import ConvSpec
 
 
@@ -46,7 +46,7 @@ def fill_values(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndar
 
     Within a product of classes, a value depends only on the out channel and on the place in the row.
     """
-    order = _entry_order(spec)
+    order = entry_order(spec)
     for runs in _classes(spec):
         block = kernel  # [d, i, p]
         for a, run in enumerate(runs):
@@ -74,7 +74,7 @@ def fill_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
         outside = column_of(spec, moved, 0)
         if parts == 1:
             outside = outside + spread(group, part.shape, spec.out_order[-1])
-        np.add(outside, inside.transpose(_entry_order(spec)).reshape(-1), out=part)
+        np.add(outside, inside.transpose(entry_order(spec)).reshape(-1), out=part)
     if parts > 1:
         stack = columns.reshape(parts, -1)
         np.add(stack[0], group[1:, None], out=stack[1:])
@@ -88,12 +88,6 @@ def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
     """
     ordered = [sorted(output_runs(axis), key=lambda run: -len(run.outputs)) for axis in spec.axes]
     return itertools.product(*ordered) if spec.nse else iter(())
-
-
-def _entry_order(spec: ConvSpec) -> list[int]:
-    """Spatial axes (by number) and channels (the next number) as ``in_shape`` has them, no batch groups."""
-    n = len(spec.axes)
-    return [min(a, n) for a in inverse(spec.in_order) if a < n or a == len(spec.in_order) - 1]
 
 
 def _part(spec: ConvSpec, runs: Sequence[Run], flat: np.ndarray) -> np.ndarray:

@@ -235,10 +235,10 @@ def _transfer(value: jax.Array, labels: list[int], waves: list[Any], result: lis
     """
     taps = set(labels) - set(result)
     joint = sorted({label for names in waves[1::2] for label in names})
-    phases = jnp.einsum(*waves, joint)
+    contract = partial(jnp.einsum, precision="highest")
+    phases = contract(*waves, joint)
     # Frequencies first, as they are wanted: in any other order einsum swaps the two and moves what comes out.
     product = [label for label in (*joint, *labels) if label not in taps]
-    contract = partial(jnp.einsum, precision="highest")
     if jnp.iscomplexobj(value):
         value = contract(phases, joint, value, labels, product)
     else:

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.spectrum import svd
 
 
 class SingularTriplet(NamedTuple):
@@ -109,7 +110,13 @@ def _bidiagonalisation(steps: int, reortho: str) -> Any:
         from matfree import decomp
     except ImportError as error:
         raise ImportError("spectral norms need matfree: pip install 'jaxconv_fc[spectrum]'.") from error
-    return decomp.bidiag(steps, reortho=reortho)
+    bidiagonal = decomp.bidiag(steps, reortho=reortho)
+
+    def exactly(*args: Any) -> Any:  # matfree orthogonalises by products, which GPU and TPU round
+        with jax.default_matmul_precision("highest"):
+            return bidiagonal(*args)
+
+    return exactly
 
 
 def _svd(b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +131,7 @@ def _svd(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     goes_on = jnp.concatenate([jnp.ones(1, bool), (above > noise) & (diagonal[:-1] > noise)])
     inside = jnp.cumprod(goes_on.astype(jnp.int32)).astype(bool)
     b = jnp.where(inside[:, None] & inside[None] & jnp.isfinite(b), b, jnp.zeros_like(b))
-    _, values, weights = jnp.linalg.svd(b)
+    _, values, weights = svd.decomposed(b)
     return values, weights
 
 

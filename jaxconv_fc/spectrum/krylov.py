@@ -22,6 +22,7 @@ from jaxconv_fc.layout import by_group
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.golub_kahan import GroupMatrix, SingularTriplet, narrowed, normalised, one_group
 from jaxconv_fc.spectrum.operands import as_image, as_inexact, from_image, widened
 
@@ -355,7 +356,7 @@ def _steps(k: int) -> int:
 
 def _dense(spec: ConvSpec, k: int, kernel: jax.Array) -> SingularTriplet:
     """The ``k`` largest triplets, by the SVD of an M that is no larger than the Krylov basis would be."""
-    lefts, values, rights = jnp.linalg.svd(as_matrix(spec, kernel), full_matrices=False)
+    lefts, values, rights = svd.decomposed(as_matrix(spec, kernel))
     lefts, rights = lefts.T[:k].reshape(k, *spec.out_shape), rights[:k].conj().reshape(k, *spec.in_shape)
     return SingularTriplet(values[:k], lefts, rights, jnp.zeros_like(values[:k]))
 

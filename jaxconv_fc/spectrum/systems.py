@@ -13,6 +13,7 @@ from jaxconv_fc.linear_operator import as_linear_operator, import_lineax
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
 from jaxconv_fc.spectrum.operands import as_inexact, as_system, check_square, widened, without_unread_taps
 from jaxconv_fc.spectrum.values import relative_cutoff
@@ -100,7 +101,7 @@ def _solution(spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | Non
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _pinv(rtol: float, blocks: jax.Array) -> jax.Array:
     """Pseudo-inverses; values up to ``rtol`` times the largest of all blocks (not of each) count as 0."""
-    u, s, vh = jnp.linalg.svd(blocks, full_matrices=False)
+    u, s, vh = svd.decomposed(blocks)
     keep = s > jnp.asarray(rtol, s.dtype) * s.max()
     inverse = jnp.where(keep, 1 / jnp.where(keep, s, jnp.ones((), s.dtype)), jnp.zeros((), s.dtype))
     return _matmul(_adjoint(vh) * inverse[..., None, :].astype(vh.dtype), _adjoint(u))  # V S^+ U^H

@@ -14,6 +14,7 @@ from jaxconv_fc.arguments import Array
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
 from jaxconv_fc.spectrum.operands import as_inexact, check_square
 
@@ -63,7 +64,7 @@ def _unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
     # Of the transposed blocks, whose entries are in the order that LAPACK reads.
-    values = Blocks.of(spec).map(lambda b: jnp.linalg.svd(b.swapaxes(-1, -2), compute_uv=False), kernel)
+    values = Blocks.of(spec).map(lambda b: svd.singular_values(b.swapaxes(-1, -2)), kernel)
     return _descending(values.ravel())
 
 

@@ -1,0 +1,235 @@
+"""The forms that a TPU runs, executed here: equal to those of other platforms, and without scatter."""
+
+import dataclasses
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from environment import count
+from geometries import CASES, Geometry, integers, random_geometry
+from jax import export
+from jax.sharding import PartitionSpec
+
+import jaxconv_fc as fc
+from jaxconv_fc import adjoint, dense, selects
+from jaxconv_fc.sharding import Form, by_platform, program
+from jaxconv_fc.sparse import formats, pieces
+
+COUNT = count("GEOMETRIES", 8)
+CHUNKS = max(4, COUNT // 50)
+DTYPES = ("float32", "int64", "bool", "complex64", "bfloat16", "uint8", "float64", "int16")
+MANY_TAPS = Geometry((1, 1, 5, 7), (2, 1, 5, 7), (1, 1), "SAME")  # two steps
+
+
+def forms(spec):
+    """By name: the form of a TPU, and that of other platforms."""
+    found = {
+        "matrix": (partial(selects.matrix, spec), partial(dense._scattered, spec)),
+        "update": (partial(selects.updated, spec), partial(dense._rewritten, spec)),
+        "sums": (partial(selects.sums, spec), partial(adjoint._gathered_sums, spec, lambda entry: entry)),
+        "patches": (partial(selects.kernel_matrix, spec), partial(adjoint._gathered_kernel_matrix, spec)),
+        "rows": (partial(dense._selected_rows, spec), partial(dense._scattered_rows, spec)),
+        "columns": (partial(dense._selected_columns, spec), partial(dense._scattered_columns, spec)),
+    }
+    if pieces.are_few(spec):
+        found |= {
+            "data": (partial(pieces.values, spec), partial(formats._scattered_data, spec)),
+            "row numbers": (partial(pieces.rows, spec), partial(formats._scattered_rows, spec)),
+            "column numbers": (partial(pieces.columns, spec), partial(formats._scattered_columns, spec)),
+        }
+    return found
+
+
+def operands(geometry, rng, dtype, name):
+    """Whole numbers; of the indices of rows and columns some twice."""
+    spec = geometry.spec()
+    kernel = integers(rng, spec.rhs_shape, dtype)
+    if name in ("row numbers", "column numbers"):
+        return ()
+    if name in ("rows", "columns"):
+        return kernel, np.asarray(rng.integers(0, spec.shape[name == "columns"], 5), np.int32)
+    if name == "patches":
+        return (integers(rng, spec.in_shape, dtype),)
+    matrix = integers(rng, spec.shape, dtype)
+    return {"update": (matrix, kernel), "sums": (matrix,)}.get(name, (kernel,))
+
+
+def differentiated(form, args):
+    """The value, and the cotangents of operands that have derivatives."""
+    args, constants = [v for v in args if v.dtype != np.int32], [v for v in args if v.dtype == np.int32]
+    if not args or not jnp.issubdtype(args[0].dtype, jnp.inexact):
+        return form(*args, *constants), ()
+    value, pull = jax.vjp(lambda *v: form(*v, *constants), *args)
+    return value, pull(value)
+
+
+def check(geometry, rng, dtype, replay, change=lambda v: v):
+    """Both forms and their transposes, all in one program."""
+    spec = geometry.spec()
+    if not spec.nse:
+        return
+    args = {name: tuple(map(change, operands(geometry, rng, dtype, name))) for name in forms(spec)}
+
+    @jax.jit
+    def both(args):
+        return {
+            name: [differentiated(form, args[name]) for form in pair] for name, pair in forms(spec).items()
+        }
+
+    for name, (got, want) in both(args).items():
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape), (name, replay)
+            np.testing.assert_array_equal(a, b, err_msg=f"{name}: {replay}")
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_geometries(chunk, run_seed):
+    """Every dtype in turn: equal, not close."""
+    for i in range(chunk, COUNT, CHUNKS):
+        rng = np.random.default_rng([run_seed, i, 16])
+        geometry, dtype = random_geometry(rng), DTYPES[i % len(DTYPES)]
+        check(geometry, rng, dtype, f"JAXCONV_FC_SEED={run_seed}, number {i}, {dtype}: {geometry}")
+
+
+@pytest.mark.parametrize("name", ["strided, dilated, lopsided", "grouped", "colliding"])
+def test_values_that_are_not_finite(name, rng):
+    """They fill their own entries only; where taps meet, Inf - Inf is NaN in both forms."""
+
+
+    def spoiled(v):
+        if v.dtype.kind == "f":
+            v.ravel()[rng.integers(0, v.size, 3)] = np.inf, np.nan, -np.inf
+        return v
+
+    check(CASES[name], rng, "float32", name, spoiled)
+
+
+def test_many_taps(rng):
+    """More than one step takes, or an update tap by tap."""
+    assert np.prod(MANY_TAPS.rhs_shape) > selects._MOST_TAPS
+    for mode in ("circular", "zeros"):
+        check(dataclasses.replace(MANY_TAPS, padding_mode=mode), rng, "float32", mode)
+    check(Geometry((1, 1, 40), (1, 1, 35), (1,), "SAME"), rng, "int64", "many taps on one axis")
+
+
+# the choice between them ------------------------------------------------------------------------------
+
+FORM = Form(lambda v, w: v + v * w, lambda v, w: v * (1 + w))
+
+
+@program
+def scaled(v, w):
+    return by_platform(FORM, v, v, w)
+
+
+def by_tpu_form(monkeypatch):
+    """Every platform runs the form of a TPU."""
+    for module in (dense, adjoint, formats):
+        monkeypatch.setattr(module, "Form", lambda default, tpu: Form(tpu, tpu))
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", ["grouped", "reflect", "no spatial axes"])
+def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
+    """jit, vmap, both modes of differentiation, their product, and linear_transpose."""
+    spec = CASES[name].spec()
+    kernels = jnp.asarray(integers(rng, (2, *spec.rhs_shape), np.float64))
+    matrices = jnp.asarray(integers(rng, (2, *spec.shape), np.float64))
+    index = np.array([[0, 1], [1, 0]])
+
+    def square(kernel):
+        return (fc.update_matrix(spec, matrices[0], kernel) ** 2).sum()
+
+    def results():
+        return [
+            jax.jit(jax.vmap(partial(fc.update_matrix, spec)))(matrices, kernels),
+            jax.jvp(jax.grad(square), (kernels[0],), (kernels[1],)),
+            jax.linear_transpose(partial(fc.as_matrix, spec), kernels[0])(matrices[0]),
+            jax.vmap(partial(fc.matrix_rows, spec))(kernels, index),
+            jax.vjp(lambda k: fc.matrix_columns(spec, k, index[0]), kernels[0])[1](matrices[0, :, :2]),
+            jax.vmap(partial(fc.as_bcsr, spec))(kernels).data,
+        ]
+
+    want = jax.tree.leaves(results())
+    by_tpu_form(monkeypatch)
+    for a, b in zip(jax.tree.leaves(results()), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma, rng):
+    mesh, spec = jax.make_mesh((1,), ("d",)), CASES["plain"].spec()
+    kernel = jnp.asarray(integers(rng, spec.rhs_shape, np.float32))
+
+    def loss(kernel):
+        return (fc.as_matrix(spec, kernel) ** 2).sum()
+
+    everywhere = jax.shard_map(
+        jax.grad(loss), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=check_vma
+    )
+    np.testing.assert_array_equal(everywhere(kernel), jax.grad(loss)(kernel))
+
+
+def test_a_platform_lowers_its_own_form_only():
+    v, w = jnp.float32(3), jnp.float32(2)
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        text = jax.jit(scaled).trace(v, w).lower(lowering_platforms=(platform,)).as_text()
+        product_first = text.index("stablehlo.multiply") < text.index("stablehlo.add")
+        assert product_first == (platform != "tpu")
+    assert float(scaled(v, w)) == 9
+    assert jax.grad(scaled)(v, w) == 3
+    assert float(export.export(jax.jit(scaled), platforms=("cpu", "tpu"))(v, w).call(v, w)) == 9
+
+
+# what a TPU gets -------------------------------------------------------------------------------------
+
+BUILDERS = {
+    "as_matrix": lambda spec, kernel, x, matrix, index: fc.as_matrix(spec, kernel),
+    "update_matrix": lambda spec, kernel, x, matrix, index: fc.update_matrix(spec, matrix, kernel),
+    "matrix_vjp": lambda spec, kernel, x, matrix, index: fc.matrix_vjp(spec, matrix),
+    "kernel_matrix": lambda spec, kernel, x, matrix, index: fc.kernel_matrix(spec, x),
+    "as_bcoo": lambda spec, kernel, x, matrix, index: fc.as_bcoo(spec, kernel),
+    "as_bcsr": lambda spec, kernel, x, matrix, index: fc.as_bcsr(spec, kernel),
+    "matrix_rows": lambda spec, kernel, x, matrix, index: fc.matrix_rows(spec, kernel, index),
+    "matrix_columns": lambda spec, kernel, x, matrix, index: fc.matrix_columns(spec, kernel, index),
+}
+
+
+def gradient(builder):
+    """Of the sum of squares of the result, with respect to the floats."""
+
+    def pulled(spec, kernel, x, matrix, index):
+        def loss(kernel, x, matrix):
+            made = jax.tree.leaves(builder(spec, kernel, x, matrix, index))
+            return sum((v**2).sum() for v in made if v.dtype == kernel.dtype)
+
+        return jax.grad(loss, (0, 1, 2))(kernel, x, matrix)
+
+    return pulled
+
+
+@pytest.mark.parametrize("change", [lambda builder: builder, gradient], ids=["itself", "gradient"])
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("name", ["strided, dilated, lopsided", "grouped", "reflect", "NHWC"])
+def test_the_program_for_a_tpu_moves_no_single_entries(name, builder, change):
+    spec = CASES[name].spec()
+    shapes = (spec.rhs_shape, spec.in_shape, spec.shape)
+    given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    given.append(jax.ShapeDtypeStruct((3,), np.int32))
+    build = jax.jit(partial(change(BUILDERS[builder]), spec))
+    of_cpu, of_tpu = (build.trace(*given).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu"))
+    moves = re.compile(r'"stablehlo\.(?:dynamic_)?(?:gather|scatter)"')
+    assert moves.search(of_cpu)  # what is looked for has this name
+    if builder not in ("matrix_rows", "matrix_columns"):
+        assert not moves.search(of_tpu)
+        return
+    # One slice of the kernel per row or column; in the gradient, the slices are added.
+    assert len(moves.findall(of_tpu)) == (3 if change is gradient else 1)  # one of three is not used
+    o, i, *taps = (spec.rhs_shape[j] for j in spec.dimension_numbers.rhs_spec)
+    slices = re.findall(r"slice_sizes = array<i64: ([\d, ]+)>", of_tpu)
+    whole = np.prod(taps) * (i if builder == "matrix_rows" else o)
+    assert {np.prod([int(n) for n in sizes.split(",")]) for sizes in slices} == {whole}

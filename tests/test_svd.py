@@ -1,0 +1,172 @@
+"""Singular values by LAPACK and by eigenvalues: both forms run here, on the CPU, against NumPy."""
+
+from functools import partial
+
+import geometries
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import export
+
+import jaxconv_fc as fc
+import jaxconv_fc.spectrum as spectrum
+from jaxconv_fc.spectrum import svd
+
+DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
+SHAPES = [(1, 1), (1, 4), (5, 1), (3, 3), (6, 4), (4, 7)]
+
+
+@pytest.fixture
+def by_eigenvalues(monkeypatch):
+    """The form of GPU and TPU, forced on the CPU."""
+    monkeypatch.setattr(svd, "_by_lapack", svd._by_eigenvalues)
+    monkeypatch.setattr(svd, "_values_by_lapack", lambda a: svd._by_eigenvalues(a).values)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def batch(rng, shape, dtype):
+    """Three matrices: of full rank, of rank 1 (if it is not full), and 0."""
+    full = geometries.normals(rng, shape, dtype)
+    left, right = (geometries.normals(rng, (n, 1), dtype) for n in shape)
+    return np.stack([full, left @ right.T, np.zeros_like(full)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_forms_against_numpy(shape, dtype, rng):
+    matrices = batch(rng, shape, dtype)
+    want = np.linalg.svd(oracle.wide(matrices), compute_uv=False)
+    eps = 20 * np.finfo(dtype).eps * want.max()
+    for form in (svd._by_lapack, svd._by_eigenvalues):
+        left, values, right = map(np.asarray, jax.jit(form)(matrices))
+        assert (left.dtype, right.dtype, values.dtype) == (dtype, dtype, np.finfo(dtype).dtype)
+        np.testing.assert_allclose(values, want, rtol=0, atol=eps)
+        assert (np.diff(values) <= 0).all()
+        np.testing.assert_allclose((left * values[:, None]) @ right, matrices, rtol=0, atol=eps)
+        for u in (left[0], right[0].conj().T):  # orthonormal where all values are far from 0
+            np.testing.assert_allclose(u.conj().T @ u, np.eye(u.shape[1]), rtol=0, atol=eps / want[0].min())
+
+
+def test_a_matrix_that_is_not_finite_gives_nan_and_the_others_do_not(rng):
+    for bad in (np.nan, np.inf):
+        matrices = batch(rng, (3, 2), np.float64)
+        matrices[1, 2, 0] = bad
+        for form in (svd._by_lapack, svd._by_eigenvalues):
+            nan = np.isnan(form(jnp.asarray(matrices)).values)
+            np.testing.assert_array_equal(nan, [[False] * 2, [True] * 2, [False] * 2])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_derivatives_are_those_of_jax(shape, dtype, rng, by_eigenvalues):
+    a, change = (jnp.asarray(geometries.normals(rng, shape, dtype)) for _ in range(2))
+    plain = partial(jnp.linalg.svd, compute_uv=False)
+    want = jax.jvp(plain, (a,), (change,))
+    for got, expected in zip(jax.jvp(svd.singular_values, (a,), (change,)), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+
+    def gradient(of):
+        return jax.grad(lambda a: jnp.sum(of(a) ** 3 * jnp.arange(1.0, min(shape) + 1)))
+
+    np.testing.assert_allclose(gradient(svd.singular_values)(a), gradient(plain)(a), rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives(rng):
+    """On the CPU, where jax.hessian of jnp.linalg.svd has them too."""
+    for shape in ((3, 3), (2, 4), (4, 2)):
+        a = jnp.asarray(geometries.normals(rng, shape, np.float64))
+        of, plain = (
+            jax.hessian(lambda a, f=f: jnp.sum(f(a) ** 3))(a)
+            for f in (svd.singular_values, partial(jnp.linalg.svd, compute_uv=False))
+        )
+        np.testing.assert_allclose(of, plain, rtol=1e-8, atol=1e-8)
+
+
+def test_values_that_are_equal_have_the_derivative_of_their_sum(by_eigenvalues):
+    slope = jax.grad(lambda a: svd.singular_values(a).sum())(jnp.eye(4) * 3)
+    np.testing.assert_allclose(slope, np.eye(4), atol=1e-12)
+
+
+def test_a_derivative_at_zero_is_a_subgradient(rng, by_eigenvalues):
+    """Of the sum of the values, at a matrix of rank 1: u v^T, and a rest of norm 1 at most."""
+    u, v = (np.linalg.qr(rng.standard_normal((4, 4)))[0][:, :1] for _ in range(2))
+    slope = np.asarray(jax.grad(lambda a: svd.singular_values(a).sum())(jnp.asarray(2 * u @ v.T)))
+    np.testing.assert_allclose(slope @ v, u, atol=1e-12)
+    assert np.linalg.norm(slope, 2) < 1 + 1e-12
+
+
+# through the public functions ------------------------------------------------------------------------
+
+LAYERS = {
+    "circular": ((1, 3, 4, 6), (2, 3, 3, 3), (1, 1), "circular", 1),
+    "stride 2": ((1, 2, 8), (4, 2, 3), (2,), "circular", 1),
+    "groups": ((1, 4, 5), (4, 2, 3), (1,), "zeros", 2),
+    "dense": ((1, 2, 3, 4), (3, 2, 2, 2), (1, 1), "edge", 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_public_functions(name, dtype, rng, by_eigenvalues):
+    lhs_shape, rhs_shape, strides, mode, groups = LAYERS[name]
+    spec = fc.conv_spec(
+        lhs_shape, rhs_shape, strides, "SAME", padding_mode=mode, feature_group_count=groups
+    )
+    kernel = jnp.asarray(geometries.normals(rng, rhs_shape, dtype))
+    y = jnp.asarray(geometries.normals(rng, spec.out_shape, dtype))
+    matrix = oracle.wide(oracle.matrix(np.asarray(kernel), spec))
+    want = np.linalg.svd(matrix, compute_uv=False)
+    eps = 100 * float(np.finfo(dtype).eps) * want[0]
+    close = partial(np.testing.assert_allclose, rtol=0, atol=eps)
+    close(spectrum.singular_values(spec, kernel), want)
+    close(spectrum.top_singular_values(spec, kernel, 3), want[:3])
+    close(spectrum.spectral_norm(spec, kernel), want[0], atol=max(eps, 1e-9))
+    assert spectrum.rank(spec, kernel) == np.linalg.matrix_rank(matrix)
+    condition = float(spectrum.condition_number(spec, kernel))
+    assert abs(condition * want[-1] / want[0] - 1) < eps / want[-1]
+    inverse = np.linalg.pinv(matrix) @ oracle.wide(y).ravel()
+    got = np.ravel(spectrum.pseudo_inverse(spec, kernel, y))
+    close(got, inverse, atol=10 * eps * np.abs(inverse).max() / want[-1])
+    small = spectrum.singular_values(spec, kernel * jnp.asarray(2.0**-100, dtype))
+    np.testing.assert_array_equal(small, spectrum.singular_values(spec, kernel) * 2.0**-100)
+    slope = jax.grad(lambda k: jnp.sum(spectrum.singular_values(spec, k) ** 2))(kernel)
+    whole = jax.grad(lambda k: spectrum.frobenius_norm(spec, k) ** 2)(kernel)
+    close(slope, whole, atol=10 * eps * want[0])
+    assert np.isnan(spectrum.singular_values(spec, kernel * jnp.asarray(np.nan, dtype))).all()
+
+
+def test_a_matrix_with_many_values_of_zero(by_eigenvalues):
+    spec = fc.conv_spec((1, 3, 40), (3, 3, 1), (1,), "VALID")
+    kernel = jnp.asarray(np.outer([1.0, 2, 2], [2.0, 1, 2])[..., None])
+    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), [9] * 40 + [0] * 80, atol=1e-12)
+    assert spectrum.rank(spec, kernel) == 40
+    np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 2), [9, 9], rtol=1e-12)
+    assert not spectrum.top_singular_values(spec, jnp.zeros_like(kernel), 2).any()
+    assert spectrum.spectral_norm(spec, jnp.zeros_like(kernel)) == 0
+
+
+BLOCKS = fc.conv_spec((1, 40, 8), (40, 40, 3), (1,), "SAME", padding_mode="circular")
+EXPORTED = {
+    "singular_values": lambda k, y: spectrum.singular_values(BLOCKS, k),
+    "their gradient": lambda k, y: jax.grad(lambda k: spectrum.singular_values(BLOCKS, k).sum())(k),
+    "condition_number": lambda k, y: spectrum.condition_number(BLOCKS, k),
+    "rank": lambda k, y: spectrum.rank(BLOCKS, k),
+    "pseudo_inverse": lambda k, y: spectrum.pseudo_inverse(BLOCKS, k, y),
+    "spectral_norm": lambda k, y: spectrum.spectral_norm(BLOCKS, k),
+    "top_singular_values": lambda k, y: spectrum.top_singular_values(BLOCKS, k, 2),
+}
+
+
+@pytest.mark.parametrize("of", EXPORTED.values(), ids=EXPORTED)
+def test_no_svd_in_the_program_of_a_gpu(of):
+    """cuSOLVER has no SVD of a batch beyond 32 x 32, and the TPU compiler takes long for one."""
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (BLOCKS.rhs_shape, BLOCKS.out_shape)]
+    for platform, solver in (("cuda", "syevd"), ("rocm", "syevd"), ("tpu", "Eigh"), ("cpu", "gesdd")):
+        program = export.export(jax.jit(of), platforms=[platform])(*like).mlir_module()
+        assert solver in program
+        assert platform == "cpu" or "gesv" not in program
+        assert platform == "cpu" or "gesdd" not in program
