@@ -29,9 +29,10 @@ from jaxconv_fc.layout import (
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
 from jaxconv_fc.sharding import Form, by_platform, is_traced, program
-from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
+@spec_first
 def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
     """The dense matrix M of a convolution: ``M @ x.ravel() == conv(x, kernel).ravel()``.
 

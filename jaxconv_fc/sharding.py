@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray, Tracer
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
@@ -193,7 +193,15 @@ def by_platform(form: Form, result: Any, *operands: jax.Array, linear: int = 1) 
 
 platform_p = Primitive("by_platform")
 platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
-platform_p.def_abstract_eval(lambda *_, shape, dtype, **__: ShapedArray(shape, dtype))
+
+
+def _platform_type(*operands: Any, shape: tuple[int, ...], dtype: Any, **_: Any) -> Any:
+    """An array on the mesh of the operands, whole on every device."""
+    sharding = result_sharding(range(len(shape)), shape, [((), operand) for operand in operands])
+    return operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+platform_p.def_abstract_eval(_platform_type)
 
 
 def _lowered(of: str, ctx: Any, *operands: Any, form: Form, **_: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -332,6 +332,25 @@ def check_spec(spec: Any) -> None:
             f"spec must be a ConvSpec, got {type(spec).__name__}: make one with "
             "conv_spec(lhs_shape, rhs_shape, window_strides, padding), and pass it first."
         )
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def spec_first(builder: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``builder(spec, kernel)``, with :func:`check_spec` where it is called with a kernel alone.
+
+    Python would then say that the kernel is missing.
+    """
+
+    @wraps(builder)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _R:
+        if len(args) == 1 and not options:
+            check_spec(args[0])
+        return builder(*args, **options)
+
+    return checked
 
 
 def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:

@@ -334,6 +334,8 @@ TRIED = {
     "shapes for a kernel": (
         lambda: fc.as_matrix(NHWC, jax.ShapeDtypeStruct((3, 3, 3, 5), float)), TypeError, "jax.eval_shape"),
     "a kernel without a spec": (lambda: fc.as_matrix(KERNEL, KERNEL), TypeError, "conv_spec(lhs_shape"),
+    "a kernel alone": (lambda: fc.as_matrix(KERNEL), TypeError, "and pass it first"),
+    "a kernel alone, sparse": (lambda: fc.as_bcsr(KERNEL), TypeError, "conv_spec(lhs_shape"),
     "an empty kernel": (
         lambda: fc.as_matrix(NHWC, jnp.array([])), ValueError, "the spec's shape (3, 3, 3, 5), got (0,)"),
     "strides": (partial(spec, strides=(1, 1)), TypeError, "strides= is called window_strides= here"),

@@ -35,9 +35,10 @@ from jaxconv_fc.sparse.entries import (
     row_pointers,
 )
 from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, together
-from jaxconv_fc.spec import ConvSpec, as_operand
+from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
+@spec_first
 def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     """M as a BCOO matrix, ``as_bcoo(spec, kernel).todense() == as_matrix(spec, kernel)``.
 
@@ -73,6 +74,7 @@ def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     return BCOO(_coo(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
+@spec_first
 def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     """M as a BCSR matrix, ``as_bcsr(spec, kernel).todense() == as_matrix(spec, kernel)``.
 
@@ -104,6 +106,7 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
+@spec_first
 def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     """M as a SciPy ``csr_array``, ``as_scipy(spec, kernel).toarray() == as_matrix(spec, kernel)``.
 
