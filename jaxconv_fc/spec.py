@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -334,23 +334,22 @@ def check_spec(spec: Any) -> None:
         )
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
-def spec_first(builder: Callable[_P, _R]) -> Callable[_P, _R]:
+def spec_first(builder: _Builder) -> _Builder:
     """``builder(spec, kernel)``, with :func:`check_spec` where it is called with a kernel alone.
 
     Python would then say that the kernel is missing.
     """
 
     @wraps(builder)
-    def checked(*args: _P.args, **options: _P.kwargs) -> _R:
+    def checked(*args: Any, **options: Any) -> Any:
         if len(args) == 1 and not options:
             check_spec(args[0])
         return builder(*args, **options)
 
-    return checked
+    return checked  # type: ignore[return-value]
 
 
 def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
