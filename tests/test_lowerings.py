@@ -384,7 +384,7 @@ OF_FLOATS = {
     "spectral_norm_bounds": lambda s, k, x, y, m: spectrum.spectral_norm_bounds(s, k),
 }
 
-# singular_triplet has no reverse derivative; that of lstsq (lineax) is lowered for the machine's own platform.
+# singular_triplet has no reverse derivative; that of lstsq is lowered for this machine only (lineax).
 WITHOUT_VJP = {"singular_triplet", "lstsq"}
 
 
