@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -167,61 +166,69 @@ def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     tables = [axis_reads(axis, dtype) for axis in spec.axes]
     widths, starts = [t.width[:, 0] for t in tables], [t.start[:, 0] for t in tables]
     indptr = row_pointers(spec, widths, starts, lax.iota(dtype, spec.out_channels))
-    return _data(spec, kernel), _columns(spec), indptr
+    places = _places(spec)
+    return _data(spec, kernel, places), _columns(spec, places), indptr
 
 
 @program
 def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
-    return _data(spec, kernel), jnp.stack([_rows(spec), _columns(spec)], axis=-1)
+    places = _places(spec)
+    return _data(spec, kernel, places), jnp.stack([_rows(spec, places), _columns(spec, places)], axis=-1)
 
 
-# The entries of M in order, each (nse,).
-
-_Builder = Callable[..., jax.Array]
-
-
-def _data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return _listed(spec, _scattered_data, pieces.values, kernel.dtype, kernel)
+# The entries of M in order, each (nse,). By scatter one of the equal parts of M is listed, and repeated for
+# the others.
 
 
-def _rows(spec: ConvSpec) -> jax.Array:
-    return _listed(spec, _scattered_rows, pieces.rows, entry_dtype(spec))
+def _data(spec: ConvSpec, kernel: jax.Array, places: Places) -> jax.Array:
+    def scattered(places: Places, kernel: jax.Array) -> jax.Array:
+        parts = out_first(spec, kernel).reshape(part_count(spec), -1)
+        return listed_entries(spec, places, parts).reshape(-1)  # [part, entry]
+
+    return _listed(spec, scattered, pieces.values, kernel.dtype, places, kernel)
 
 
-def _columns(spec: ConvSpec) -> jax.Array:
-    return _listed(spec, _scattered_columns, pieces.columns, entry_dtype(spec))
+def _rows(spec: ConvSpec, places: Places) -> jax.Array:
+    def scattered(places: Places) -> jax.Array:
+        part = _parts(spec)
+        first = row_of(spec, [part * 0] * len(spec.axes), part)
+        return (listed(spec, places, places.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+
+    return _listed(spec, scattered, pieces.rows, entry_dtype(spec), places)
+
+
+def _columns(spec: ConvSpec, places: Places) -> jax.Array:
+    def scattered(places: Places) -> jax.Array:
+        first = group_column(spec, _parts(spec))
+        return (listed(spec, places, places.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+
+    return _listed(spec, scattered, pieces.columns, entry_dtype(spec), places)
 
 
 def _listed(
-    spec: ConvSpec, scattered: _Builder, in_pieces: _Builder, dtype: Any, *kernel: jax.Array
+    spec: ConvSpec,
+    scattered: Callable[..., jax.Array],
+    in_pieces: Callable[..., jax.Array],
+    dtype: Any,
+    places: Places,
+    *kernel: jax.Array,
 ) -> jax.Array:
-    """A list of all entries; on TPU in pieces, if these are few."""
+    """A list of all entries, by ``scattered(places, *kernel)``; on TPU in pieces, if these are few."""
     if not spec.nse:
         return jnp.zeros(0, dtype)
-    tpu = in_pieces if pieces.are_few(spec) else scattered
-    form = Form(partial(scattered, spec), partial(tpu, spec))
-    return by_platform(form, jax.ShapeDtypeStruct((spec.nse,), dtype), *kernel, linear=len(kernel))
+    dims, size, *indices = places
 
+    def default(*operands: jax.Array) -> jax.Array:
+        given = len(operands) - len(indices)
+        return scattered(Places(dims, size, *operands[given:]), *operands[:given])
 
-# By scatter: listed for one of the equal parts of M, and repeated for the others.
+    def tpu(*operands: jax.Array) -> jax.Array:
+        return in_pieces(spec, *operands[: -len(indices)])
 
-
-def _scattered_data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    parts = part_count(spec)
-    entries = listed_entries(spec, _places(spec), out_first(spec, kernel).reshape(parts, -1))
-    return entries.reshape(-1)  # [part, entry]
-
-
-def _scattered_rows(spec: ConvSpec) -> jax.Array:
-    places, part = _places(spec), _parts(spec)
-    first = row_of(spec, [part * 0] * len(spec.axes), part)  # [part, 1]
-    return (listed(spec, places, places.row)[None] + first).reshape(-1)
-
-
-def _scattered_columns(spec: ConvSpec) -> jax.Array:
-    places = _places(spec)
-    return (listed(spec, places, places.column)[None] + group_column(spec, _parts(spec))).reshape(-1)
+    form = Form(default, tpu if pieces.are_few(spec) else default)
+    result = jax.ShapeDtypeStruct((spec.nse,), dtype)
+    return by_platform(form, result, *kernel, *indices, linear=len(kernel))
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
@@ -312,6 +319,7 @@ def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
     if not len(offsets):
         return stacked
-    data, row, column = _data(spec, kernel), _rows(spec), _columns(spec)
+    places = _places(spec)
+    data, row, column = _data(spec, kernel, places), _rows(spec, places), _columns(spec, places)
     which = jnp.searchsorted(jnp.asarray(offsets, row.dtype), (column - row) % spec.in_size)
     return stacked.at[which, row].set(data, unique_indices=True)
