@@ -205,11 +205,11 @@ def _listed(
         return scattered(Places(dims, size, *operands[given:]), *operands[:given])
 
     def tpu(*operands: jax.Array) -> jax.Array:
-        return in_pieces(spec, *operands[: -len(indices)])
+        few = pieces.are_few(spec)
+        return in_pieces(spec, *operands[: -len(indices)]) if few else default(*operands)
 
-    form = Form(default, tpu if pieces.are_few(spec) else default)
     result = jax.ShapeDtypeStruct((spec.nse,), dtype)
-    return by_platform(form, result, *kernel, *indices, linear=len(kernel))
+    return by_platform(Form(default, tpu), result, *kernel, *indices, linear=len(kernel))
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
