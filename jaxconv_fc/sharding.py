@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import ShapedArray, Tracer
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
@@ -193,7 +193,12 @@ def by_platform(form: Form, result: Any, *operands: jax.Array, linear: int = 1) 
 
 platform_p = Primitive("by_platform")
 platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
-platform_p.def_abstract_eval(lambda *_, shape, dtype, **__: ShapedArray(shape, dtype))
+
+
+@platform_p.def_abstract_eval
+def _platform_abstract(*operands: Any, shape: Any, dtype: Any, **_: Any) -> Any:
+    sharding = result_sharding(range(len(shape)), shape, [((), aval) for aval in operands])
+    return operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def _lowered(of: str, ctx: Any, *operands: Any, form: Form, **_: Any) -> Any:
