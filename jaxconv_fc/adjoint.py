@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from jaxconv_fc.dense import entries
 from jaxconv_fc.layout import from_canonical, from_out_first
 from jaxconv_fc.memory import check_dense
 from jaxconv_fc.products import flipped_kernel
-from jaxconv_fc.sharding import Form, by_platform, program
+from jaxconv_fc.sharding import by_platform, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -128,7 +127,7 @@ def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     shape = (spec.out_size, math.prod(spec.rhs_shape))
     if not spec.nse:
         return jnp.zeros(shape, x.dtype)
-    form = Form(partial(_gathered_kernel_matrix, spec), partial(selects.kernel_matrix, spec))
+    form = platform_forms(_gathered_kernel_matrix, selects.kernel_matrix, spec)
     return by_platform(form, jax.ShapeDtypeStruct(shape, x.dtype), x)
 
 
@@ -183,9 +182,15 @@ def sums_over_outputs(
     """
     if not spec.nse:
         return jnp.zeros(spec.rhs_shape, matrix.dtype)
-    form = Form(partial(_gathered_sums, spec, of), lambda m, *c: selects.sums(spec, of(m, *c)))
+    form = platform_forms(_gathered_sums, _selected_sums, spec, of)
     result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
     return by_platform(form, result, matrix, *constants)
+
+
+def _selected_sums(
+    spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
+) -> jax.Array:
+    return selects.sums(spec, of(matrix, *constants))
 
 
 def _gathered_sums(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +27,7 @@ from jaxconv_fc.layout import (
 )
 from jaxconv_fc.layout import taps as kernel_taps
 from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
-from jaxconv_fc.sharding import Form, by_platform, is_traced, program
+from jaxconv_fc.sharding import PlatformForms, by_platform, is_traced, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
@@ -70,7 +69,7 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    form = Form(partial(_scattered, spec), partial(selects.matrix, spec))
+    form = platform_forms(_scattered, selects.matrix, spec)
     return _zeros_or(spec, form, spec.shape, kernel)
 
 
@@ -79,7 +78,7 @@ def _scattered(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def _zeros_or(
-    spec: ConvSpec, form: Form, shape: tuple[int, int], kernel: jax.Array, *fixed: jax.Array
+    spec: ConvSpec, form: PlatformForms, shape: tuple[int, int], kernel: jax.Array, *fixed: jax.Array
 ) -> jax.Array:
     """The form of a matrix that is linear in the kernel; zeros if it has no entries."""
     if not spec.nse or not math.prod(shape):
@@ -107,8 +106,7 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
       ValueError: a shape is wrong.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
-    >>> from functools import partial
-    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>>     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
     >>> matrix = fc.as_matrix(spec, jnp.array([[[1, 2]]]))
     >>> update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
     >>> print(update(matrix, jnp.array([[[3, 4]]])))
@@ -126,7 +124,7 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
     if not spec.nse:
         return matrix
-    form = Form(partial(_rewritten, spec), partial(selects.updated, spec))
+    form = platform_forms(_rewritten, selects.updated, spec)
     return by_platform(form, matrix, matrix, kernel, linear=2)
 
 
@@ -212,7 +210,7 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
 
 @program
 def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = Form(partial(_scattered_rows, spec), partial(_selected_rows, spec))
+    form = platform_forms(_scattered_rows, _selected_rows, spec)
     return _zeros_or(spec, form, (index.shape[0], spec.in_size), kernel, index)
 
 
@@ -266,7 +264,7 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
 
 @program
 def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = Form(partial(_scattered_columns, spec), partial(_selected_columns, spec))
+    form = platform_forms(_scattered_columns, _selected_columns, spec)
     return _zeros_or(spec, form, (index.shape[0], spec.out_size), kernel, index)
 
 

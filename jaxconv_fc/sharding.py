@@ -173,17 +173,36 @@ def replicated(array: jax.Array) -> jax.Array:
 # -- one form per kind of platform ---------------------------------------------------------------------
 
 
-class Form(NamedTuple):
+class Bound(NamedTuple):
+    """``fn`` with its first arguments, as ``functools.partial``, but equal if these are equal.
+
+    It is a parameter of a primitive. Programs with unequal parameters are compiled anew.
+    """
+
+    fn: Callable[..., Any]
+    given: tuple[Any, ...]  # hashable
+
+    def __call__(self, *operands: Any) -> Any:
+        return self.fn(*self.given, *operands)
+
+
+class PlatformForms(NamedTuple):
     """A function in two forms that give equal results. A platform traces only the form that it runs."""
 
-    default: Callable[..., Any]  # for CPU and GPU
-    tpu: Callable[..., Any]
+    default: Bound  # for CPU and GPU
+    tpu: Bound
 
-    def each(self, change: Callable[..., Any]) -> Form:
-        return Form(change(self.default), change(self.tpu))
+    def each(self, change: Callable[..., Any], *given: Any) -> PlatformForms:
+        """Both forms changed: ``change(form, *given, *operands)``."""
+        return PlatformForms(*(Bound(change, (form, *given)) for form in self))
 
 
-def by_platform(form: Form, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
+def platform_forms(default: Callable[..., Any], tpu: Callable[..., Any], *given: Any) -> PlatformForms:
+    """The forms ``default(*given, *operands)`` and ``tpu(*given, *operands)``."""
+    return PlatformForms(Bound(default, given), Bound(tpu, given))
+
+
+def by_platform(form: PlatformForms, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
     """``form(*operands)`` inside a :func:`program`: an array with the shape and dtype of ``result``.
 
     The function is linear in its first ``linear`` operands together. It has no derivative in the others.
@@ -204,7 +223,7 @@ def _platform_type(*operands: Any, shape: tuple[int, ...], dtype: Any, **_: Any)
 platform_p.def_abstract_eval(_platform_type)
 
 
-def _lowered(of: str, ctx: Any, *operands: Any, form: Form, **_: Any) -> Any:
+def _lowered(of: str, ctx: Any, *operands: Any, form: PlatformForms, **_: Any) -> Any:
     return mlir.lower_fun(getattr(form, of), multiple_results=False)(ctx, *operands)
 
 
@@ -220,36 +239,36 @@ def _platform_jvp(primals: Any, tangents: Any, *, linear: int, **params: Any) ->
     return value, platform_p.bind(*moving, *primals[linear:], linear=linear, **params)
 
 
-def _platform_transpose(ct: Any, *operands: Any, form: Form, linear: int, **_: Any) -> list[Any]:
+def _platform_transpose(ct: Any, *operands: Any, form: PlatformForms, linear: int, **_: Any) -> list[Any]:
     """The cotangent of every linear operand that is asked for, by the transpose of each form."""
     avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in operands[:linear]]
     cotangents: list[Any] = [None] * len(operands)
     for i, aval in enumerate(avals):
         if ad.is_undefined_primal(operands[i]) and not isinstance(ct, ad.Zero):
-            pulled = form.each(partial(_pulled, avals=avals, i=i))
+            pulled = form.each(_pulled, tuple(avals), i)
             cotangents[i] = by_platform(pulled, aval, ct, *operands[linear:])
     return cotangents
 
 
-def _pulled(fn: Callable[..., Any], avals: Sequence[Any], i: int) -> Callable[..., Any]:
-    """The transpose of ``fn`` with respect to operand ``i``, the other linear ones being 0."""
+def _pulled(form: Bound, avals: Sequence[Any], i: int, ct: jax.Array, *constants: jax.Array) -> jax.Array:
+    """The transpose of a form with respect to operand ``i``, the other linear ones being 0."""
+    zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
 
-    def transpose(ct: jax.Array, *constants: jax.Array) -> jax.Array:
-        zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+    def of_one(value: jax.Array) -> jax.Array:
+        return form(*zeros[:i], value, *zeros[i + 1 :], *constants)
 
-        def of_one(value: jax.Array) -> jax.Array:
-            return fn(*zeros[:i], value, *zeros[i + 1 :], *constants)
-
-        if jnp.issubdtype(ct.dtype, jnp.inexact):
-            return jax.vjp(of_one, zeros[i])[1](ct)[0]
-        return jax.linear_transpose(of_one, zeros[i])(ct)[0]  # integers have no derivative
-
-    return transpose
+    if jnp.issubdtype(ct.dtype, jnp.inexact):
+        return jax.vjp(of_one, zeros[i])[1](ct)[0]
+    return jax.linear_transpose(of_one, zeros[i])(ct)[0]  # integers have no derivative
 
 
-def _platform_batched(args: Any, dims: Any, *, form: Form, shape: Any, **params: Any) -> Any:
+def _mapped(form: Bound, dims: tuple[int | None, ...], *operands: jax.Array) -> jax.Array:
+    return jax.vmap(form, dims)(*operands)
+
+
+def _platform_batched(args: Any, dims: Any, *, form: PlatformForms, shape: Any, **params: Any) -> Any:
     size = next(v.shape[d] for v, d in zip(args, dims, strict=True) if d is not None)
-    form = form.each(lambda fn: jax.vmap(fn, tuple(dims)))
+    form = form.each(_mapped, tuple(dims))
     return platform_p.bind(*args, form=form, shape=(size, *shape), **params), 0
 
 

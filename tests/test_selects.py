@@ -10,11 +10,11 @@ import pytest
 from environment import count
 from geometries import CASES, Geometry, integers, random_geometry
 from jax import export
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 import jaxconv_fc as fc
 from jaxconv_fc import adjoint, dense, selects
-from jaxconv_fc.sharding import Form, by_platform, program
+from jaxconv_fc.sharding import PlatformForms, by_platform, platform_forms, program
 from jaxconv_fc.sparse import formats, pieces
 
 COUNT = count("GEOMETRIES", 8)
@@ -118,7 +118,7 @@ def test_many_taps(rng):
 
 # the choice between them ------------------------------------------------------------------------------
 
-FORM = Form(lambda v, w: v + v * w, lambda v, w: v * (1 + w))
+FORM = platform_forms(lambda v, w: v + v * w, lambda v, w: v * (1 + w))
 
 
 @program
@@ -128,8 +128,12 @@ def scaled(v, w):
 
 def by_tpu_form(monkeypatch):
     """Every platform runs the form of a TPU."""
+
+    def by_tpu(form, *operands, **options):
+        return by_platform(PlatformForms(form.tpu, form.tpu), *operands, **options)
+
     for module in (dense, adjoint, formats):
-        monkeypatch.setattr(module, "Form", lambda default, tpu: Form(tpu, tpu))
+        monkeypatch.setattr(module, "by_platform", by_tpu)
     jax.clear_caches()
 
 
@@ -163,16 +167,25 @@ def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma, rng):
-    mesh, spec = jax.make_mesh((1,), ("d",)), CASES["plain"].spec()
-    kernel = jnp.asarray(integers(rng, spec.rhs_shape, np.float32))
+    """The kernel varies over the mesh, the matrix does not."""
+    mesh, spec = jax.make_mesh((1,), ("d",), (AxisType.Auto,)), CASES["plain"].spec()
+    kernels = jnp.asarray(integers(rng, (1, *spec.rhs_shape), np.float32))
+    matrix = jnp.asarray(integers(rng, spec.shape, np.float32))
 
-    def loss(kernel):
-        return (fc.as_matrix(spec, kernel) ** 2).sum()
+    def gradients(kernels, matrix):
+        def loss(kernel, matrix):
+            built, updated = fc.as_matrix(spec, kernel), fc.update_matrix(spec, matrix, kernel)
+            return (built**3).sum() + (updated**2).sum()
 
+        of_kernel, of_matrix = jax.grad(loss, (0, 1))(kernels[0], matrix)
+        return of_kernel[None], of_matrix[None]
+
+    specs = PartitionSpec("d"), PartitionSpec()
     everywhere = jax.shard_map(
-        jax.grad(loss), mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=check_vma
+        gradients, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("d"), check_vma=check_vma
     )
-    np.testing.assert_array_equal(everywhere(kernel), jax.grad(loss)(kernel))
+    for got, want in zip(everywhere(kernels, matrix), gradients(kernels, matrix), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_a_platform_lowers_its_own_form_only():

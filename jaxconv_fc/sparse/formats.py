@@ -17,7 +17,7 @@ from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import column_of, grid, out_first, row_of, spread
 from jaxconv_fc.lines import output_runs
 from jaxconv_fc.memory import check_stored
-from jaxconv_fc.sharding import Form, by_platform, is_traced, program
+from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, program
 from jaxconv_fc.sparse import pieces
 from jaxconv_fc.sparse.entries import (
     AxisReads,
@@ -182,28 +182,31 @@ def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _data(spec: ConvSpec, kernel: jax.Array, places: Places) -> jax.Array:
-    def scattered(places: Places, kernel: jax.Array) -> jax.Array:
-        parts = out_first(spec, kernel).reshape(part_count(spec), -1)
-        return listed_entries(spec, places, parts).reshape(-1)  # [part, entry]
+    return _listed(spec, _scattered_data, pieces.values, kernel.dtype, places, kernel)
 
-    return _listed(spec, scattered, pieces.values, kernel.dtype, places, kernel)
+
+def _scattered_data(spec: ConvSpec, places: Places, kernel: jax.Array) -> jax.Array:
+    parts = out_first(spec, kernel).reshape(part_count(spec), -1)
+    return listed_entries(spec, places, parts).reshape(-1)  # [part, entry]
 
 
 def _rows(spec: ConvSpec, places: Places) -> jax.Array:
-    def scattered(places: Places) -> jax.Array:
-        part = _parts(spec)
-        first = row_of(spec, [part * 0] * len(spec.axes), part)
-        return (listed(spec, places, places.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+    return _listed(spec, _scattered_rows, pieces.rows, entry_dtype(spec), places)
 
-    return _listed(spec, scattered, pieces.rows, entry_dtype(spec), places)
+
+def _scattered_rows(spec: ConvSpec, places: Places) -> jax.Array:
+    part = _parts(spec)
+    first = row_of(spec, [part * 0] * len(spec.axes), part)
+    return (listed(spec, places, places.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
 
 
 def _columns(spec: ConvSpec, places: Places) -> jax.Array:
-    def scattered(places: Places) -> jax.Array:
-        first = group_column(spec, _parts(spec))
-        return (listed(spec, places, places.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+    return _listed(spec, _scattered_columns, pieces.columns, entry_dtype(spec), places)
 
-    return _listed(spec, scattered, pieces.columns, entry_dtype(spec), places)
+
+def _scattered_columns(spec: ConvSpec, places: Places) -> jax.Array:
+    first = group_column(spec, _parts(spec))
+    return (listed(spec, places, places.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
 
 
 def _listed(
@@ -214,21 +217,31 @@ def _listed(
     places: Places,
     *kernel: jax.Array,
 ) -> jax.Array:
-    """A list of all entries, by ``scattered(places, *kernel)``; on TPU in pieces, if these are few."""
+    """A list of all entries, by ``scattered(spec, places, *kernel)``; on TPU in pieces, if these are few."""
     if not spec.nse:
         return jnp.zeros(0, dtype)
     dims, size, *indices = places
-
-    def default(*operands: jax.Array) -> jax.Array:
-        given = len(operands) - len(indices)
-        return scattered(Places(dims, size, *operands[given:]), *operands[:given])
-
-    def tpu(*operands: jax.Array) -> jax.Array:
-        return in_pieces(spec, *operands[: -len(indices)])
-
-    form = Form(default, tpu if pieces.are_few(spec) else default)
+    default = Bound(_from_indices, (spec, scattered, dims, size, len(kernel)))
+    form = PlatformForms(default, Bound(_in_pieces, (spec, in_pieces, default, len(kernel))))
     result = jax.ShapeDtypeStruct((spec.nse,), dtype)
     return by_platform(form, result, *kernel, *indices, linear=len(kernel))
+
+
+def _from_indices(
+    spec: ConvSpec,
+    scattered: Callable[..., jax.Array],
+    dims: tuple[int, ...],
+    size: int,
+    given: int,
+    *operands: jax.Array,
+) -> jax.Array:
+    return scattered(spec, Places(dims, size, *operands[given:]), *operands[:given])
+
+
+def _in_pieces(
+    spec: ConvSpec, in_pieces: Callable[..., jax.Array], default: Bound, given: int, *operands: jax.Array
+) -> jax.Array:
+    return in_pieces(spec, *operands[:given]) if pieces.are_few(spec) else default(*operands)
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
