@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import ShapedArray, eval_jaxpr
 from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxconv_fc.sharding import is_traced
+from jaxconv_fc.sharding import PlatformForms, is_traced
 
 # A primitive is matched by its name, here and in every table of rules.
 # Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
@@ -304,7 +304,7 @@ def _value(value: Any, without: Mapping[str, set[str]]) -> Any:
         if constants:
             raise _Incomparable
         return _comparable(inner, without)
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list) and not isinstance(value, PlatformForms):
         return tuple(_value(v, without) for v in value)
     if callable(value) and not isinstance(value, type | jax.sharding.Mesh):  # a mesh is callable by accident
         raise _Incomparable
