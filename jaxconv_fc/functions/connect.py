@@ -221,7 +221,7 @@ def _compiled(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) 
     Outside of jit, JAX caches a compiled loop by the identity of its jaxpr. A rewritten jaxpr is new at every
     call, so JAX would compile it at every call. ``compiled`` compares the original jaxprs instead.
     """
-    if not _has_no_closure(evaluator.builder):
+    if not _holds_no_arrays(evaluator.builder):
         return _LOOPS.get(eqn.primitive.name, _around)(evaluator, eqn, values)
     return compiled(_Loop(evaluator), alone(eqn), *values)
 
@@ -298,9 +298,14 @@ def _rewritten(evaluator: MatrixEvaluator, value: Any) -> Any:
     return jax.make_jaxpr(lambda *a: evaluator(value, a))(*operands)
 
 
-def _has_no_closure(builder: Any) -> bool:
-    """Whether it is a function without closure or defaults: a program cached for it keeps no tracer alive."""
-    return inspect.isfunction(builder) and not builder.__closure__ and not builder.__defaults__
+def _holds_no_arrays(builder: Any) -> bool:
+    """Whether it is a function without defaults that closes over nothing but such functions.
+
+    A program that is cached for it keeps no tracer alive.
+    """
+    if not inspect.isfunction(builder) or builder.__defaults__:
+        return False
+    return all(_holds_no_arrays(cell.cell_contents) for cell in builder.__closure__ or ())
 
 
 # -- the table: primitive -> rule ----------------------------------------------------------------
