@@ -60,9 +60,9 @@ def operands(geometry, rng, dtype, name):
 
 
 def differentiated(form, args):
-    """The value, and the cotangents of operands that have derivatives."""
+    """The value, and the cotangents of operands that have derivatives, unless their sums are rounded."""
     args, constants = [v for v in args if v.dtype != np.int32], [v for v in args if v.dtype == np.int32]
-    if not args or not jnp.issubdtype(args[0].dtype, jnp.inexact):
+    if not args or args[0].dtype == jnp.bfloat16 or not jnp.issubdtype(args[0].dtype, jnp.inexact):
         return form(*args, *constants), ()
     value, pull = jax.vjp(lambda *v: form(*v, *constants), *args)
     return value, pull(value)
@@ -73,12 +73,15 @@ def check(geometry, rng, dtype, replay, change=lambda v: v):
     spec = geometry.spec()
     if not spec.nse:
         return
-    args = {name: tuple(map(change, operands(geometry, rng, dtype, name))) for name in forms(spec)}
+    pairs = forms(spec)
+    if dtype == "bfloat16":
+        del pairs["sums"]  # which holds whole numbers up to 256
+    args = {name: tuple(map(change, operands(geometry, rng, dtype, name))) for name in pairs}
 
     @jax.jit
     def both(args):
         return {
-            name: [differentiated(form, args[name]) for form in pair] for name, pair in forms(spec).items()
+            name: [differentiated(form, args[name]) for form in pair] for name, pair in pairs.items()
         }
 
     for name, (got, want) in both(args).items():
