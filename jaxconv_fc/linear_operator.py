@@ -36,9 +36,8 @@ def as_linear_operator(spec: ConvSpec, kernel: Array) -> Any:
       ValueError: the kernel has another shape.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
-    >>> from jaxconv_fc.linear_operator import as_linear_operator
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
-    >>> operator = as_linear_operator(spec, jnp.array([[[1., 2.]]]))
+    >>> operator = fc.as_linear_operator(spec, jnp.array([[[1., 2.]]]))
     >>> print(operator.mv(jnp.array([[1., 0., 0., 3.]])), operator.out_size(), operator.in_size())
     [[1. 0. 6.]] 3 4
     """

@@ -81,8 +81,8 @@ def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str = "row_blo
 
 def _beyond_limit(need: str, nbytes: int, instead: str) -> ValueError:
     return ValueError(
-        f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())} with "
-        f"jaxconv_fc.memory_limit({nbytes})."
+        f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())}: "
+        f"`with jaxconv_fc.memory_limit({nbytes}):`."
     )
 
 

@@ -22,6 +22,17 @@ from jaxconv_fc.layout import group_of, inverse
 from jaxconv_fc.memory import check_array
 from jaxconv_fc.spec import ConvSpec, check_spec
 
+__all__ = [
+    "Field",
+    "column",
+    "coverage",
+    "input_position",
+    "position",
+    "projective_field",
+    "receptive_field",
+    "row",
+]
+
 # An index in an array, one int per dimension, or its place in the ravel of that array.
 Index = int | Sequence[int]
 Chain = ConvSpec | Sequence[ConvSpec]
@@ -365,3 +376,7 @@ def _product(first: _Relation, second: _Relation) -> _Relation:
     most = min(int(np.diff(second.indptr)[first.indices].sum()), first.shape[0] * second.shape[1])
     check_array("coverage", (most,), np.int64, "projective_field")
     return sparse.csr_array(first @ second)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -18,6 +18,8 @@ from jaxconv_fc.modes import MODES
 from jaxconv_fc.products import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec, as_operand
 
+__all__ = ["assert_matches_lax", "assert_transpose", "dot_test"]
+
 
 def dot_test(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = None) -> float:
     """The relative error of ``<M x, y> == <x, M^T y>`` on random x and y.
@@ -204,3 +206,7 @@ def _close(spec: ConvSpec, what: str, got: Any, expected: np.ndarray, bound: np.
             f"{what} differ by up to {difference.max():.3g} where {bound[worst]:.3g} is allowed, at "
             f"{tuple(map(int, worst))}, for {spec}."
         )
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

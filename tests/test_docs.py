@@ -22,10 +22,9 @@ def public_names():
     found = {name: getattr(fc, name) for name in fc.__all__}
     for module in MODULES:
         room = getattr(fc, module)
-        for name, value in vars(room).items():
-            own = (getattr(value, "__module__", None) or "").startswith(room.__name__)
-            if own and callable(value) and not name.startswith("_") and value not in found.values():
-                found[f"{module}.{name}"] = value
+        for name in room.__all__:
+            if getattr(room, name) not in found.values():
+                found[f"{module}.{name}"] = getattr(room, name)
     return found
 
 
@@ -123,6 +122,12 @@ def test_every_block_of_python_runs(page):
     assert all(block.startswith(">>> ") for block in blocks), blocks
     cells = re.findall(r"^```+\{code-cell\}", text, re.MULTILINE)
     assert bool(cells) == text.startswith("---\nfile_format: mystnb"), "cells are run in notebooks only"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[\w-]+)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
 
 
 def test_imports_point_up_the_table_of_the_house():

@@ -378,7 +378,7 @@ def test_a_primitive_gets_the_types_of_its_operands_as_they_are():
 
 
 def test_products_of_sparse_matrices_lose_the_varying_axes():
-    """A bug of JAX, of which as_bcoo, as_bcsr and the README warn. If JAX is mended, remove the warnings."""
+    """A bug of JAX. as_bcoo, as_bcsr and docs/sparse.md warn of it. Remove the warnings if JAX is mended."""
     from jax.experimental import sparse
 
     def check(x):

@@ -228,7 +228,7 @@ def test_keras(rank):
         check(layer, x, by_lax)
 
 
-# how libraries pad, written for conv_spec: the table of the README --------------------------------
+# how libraries pad, written for conv_spec: the table of docs/coming-from.md --------------------------------
 
 PADDED = [(2, 2, 1), (3, 1, 2), (3, 2, 1), (4, 3, 2)]  # taps, stride, dilation
 

@@ -4,6 +4,8 @@ import importlib.metadata
 import pydoc
 import re
 
+import pytest
+
 import jaxconv_fc as fc
 
 
@@ -14,6 +16,13 @@ def test_dir_shows_the_public_names_and_modules_and_nothing_else():
     assert not {"annotations", "axis", "dense", "products", "functions", "sparse"} & shown
     assert {name for name in shown if name.startswith("_")} == {"__version__"}
     assert all(hasattr(fc, name) for name in shown)
+
+
+@pytest.mark.parametrize("module", [fc.neurons, fc.show, fc.spectrum, fc.testing])
+def test_public_modules_show_what_is_public(module):
+    assert sorted(dir(module)) == sorted(module.__all__)
+    text = pydoc.render_doc(module, renderer=pydoc.plaintext)
+    assert all(re.search(rf"\b{name}\(", text) for name in module.__all__)
 
 
 def test_help_begins_with_a_map_that_names_every_function():

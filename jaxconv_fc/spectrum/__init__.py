@@ -22,3 +22,32 @@ from jaxconv_fc.spectrum.values import condition_number as condition_number
 from jaxconv_fc.spectrum.values import log_abs_det as log_abs_det
 from jaxconv_fc.spectrum.values import rank as rank
 from jaxconv_fc.spectrum.values import singular_values as singular_values
+
+__all__ = [
+    "PowerStep",
+    "SingularTriplet",
+    "column_norms",
+    "condition_number",
+    "frobenius_norm",
+    "inf_norm",
+    "log_abs_det",
+    "lstsq",
+    "one_norm",
+    "orthogonality_residual",
+    "power_step",
+    "pseudo_inverse",
+    "rank",
+    "row_norms",
+    "singular_triplet",
+    "singular_values",
+    "solve",
+    "spectral_norm",
+    "spectral_norm_bounds",
+    "start_vector",
+    "top_singular_values",
+    "trace",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
