@@ -140,7 +140,7 @@ def by_tpu_form(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", ["grouped", "reflect", "no spatial axes"])
+@pytest.mark.parametrize("name", ["reflect", "no spatial axes"])
 def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
     """jit, vmap, both modes of differentiation, their product, and linear_transpose."""
     spec = CASES[name].spec()

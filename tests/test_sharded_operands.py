@@ -352,8 +352,8 @@ GROUPS = ("products", "dense", "sparse", "adjoint", "norms", "blocks", "iterativ
     [
         ("check_vma", GROUPS[:4]),
         ("check_vma", GROUPS[4:]),
-        ("no_check_vma", ("products", "adjoint", "functions")),
-        ("automatic", ("products", "adjoint", "functions")),
+        ("no_check_vma", ("products", "functions")),
+        ("automatic", ("products", "functions")),
         ("explicit", GROUPS[:4]),
         ("explicit", GROUPS[4:]),
     ],
