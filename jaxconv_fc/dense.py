@@ -106,7 +106,8 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
       ValueError: a shape is wrong.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
-    >>>     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
+    >>> from functools import partial
+    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
     >>> matrix = fc.as_matrix(spec, jnp.array([[[1, 2]]]))
     >>> update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
     >>> print(update(matrix, jnp.array([[[3, 4]]])))
