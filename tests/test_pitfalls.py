@@ -206,7 +206,9 @@ def test_geometries_that_abort_jax_return(name):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # this process holds most of the memory of a GPU
         capture_output=True,
         text=True,
         timeout=300,
