@@ -197,7 +197,8 @@ def _gathered_sums(
     spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
 ) -> jax.Array:
     places = entries(spec).places(spec)
-    entries_of = matrix.ravel().at[places]
-    read = of(entries_of.get(mode="fill", fill_value=0, unique_indices=not spec.collides), *constants)
+    # Where no taps meet, every entry is read once. Its transpose is then a scatter to unique places.
+    entry = matrix.ravel().at[places].get(mode="fill", fill_value=0, unique_indices=not spec.collides)
+    read = of(entry, *constants)
     positions = tuple(range(2, 2 + len(spec.axes)))
     return from_out_first(spec, read.sum(positions, dtype=matrix.dtype))  # [d, i, o, p] -> [d, i, p]
