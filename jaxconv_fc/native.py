@@ -83,7 +83,8 @@ def _without_stride(a: int, axis: Axis, x: jax.Array, y: jax.Array) -> tuple[Axi
     inner = Axis(axis.out_size + (rounds - 1) * (s // g), rounds, rhs_dilation=s // g)
     reads = Axis(axis.size, residues, r, axis.lo, rhs_dilation=s).ending_at(inner.size)
     x = _merged(_read(x, 1 + a, reads), 2 + a, 0)  # [n, t, ...] -> [n, v, e, ...] -> [n*e, v, ...]
-    spare = rounds * residues - axis.taps  # outputs that do not exist: their cotangents are 0
+    # Outputs that do not exist have cotangents of 0. They read inputs, so an Inf there makes 0 * Inf = NaN.
+    spare = rounds * residues - axis.taps
     y = lax.pad(y, jnp.zeros((), y.dtype), [(0, spare * (i == 1 + a), 0) for i in range(y.ndim)])
     y = y.reshape(*y.shape[: 1 + a], rounds, residues, *y.shape[2 + a :])  # [n, o, ...] -> [n, q, e, ...]
     return inner, x, _merged(y, 2 + a, 0)  # [n*e, q, ...]
