@@ -2,16 +2,20 @@
 
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
-input is cropped). Integers take this way on every platform: it multiplies them by ``dot_general``.
-:mod:`jaxconv_fc.native` has the forms for GPU and TPU.
+input is cropped). A convolution of few channels is written out as a sum over taps, which XLA makes one loop:
+its convolutions are up to 30 times slower there. Integers take this way on every platform: it multiplies
+them by ``dot_general``. :mod:`jaxconv_fc.native` has the forms for GPU and TPU.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,27 +25,58 @@ from jax import lax
 from jaxconv_fc.axis import Axis, Phase
 
 
-def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
-    """Zeros-mode correlation of any geometry: [n, in..., c] x [taps..., c/groups, d] -> [n, out..., d]."""
+def correlate(
+    axes: Sequence[Axis],
+    lhs: jax.Array,
+    rhs: jax.Array,
+    groups: int,
+    precision: Any,
+    *,
+    channels_first: bool = False,
+) -> jax.Array:
+    """Zeros-mode correlation of any geometry: [n, in..., c] x [taps..., c/groups, d] -> [n, out..., d].
+
+    ``channels_first``: the arrays of the caller have channels before positions. A sum over taps keeps that
+    order, so that nothing is transposed.
+    """
     shape = (lhs.shape[0], *(a.out_size for a in axes), rhs.shape[-1])
     if not lhs.size or not rhs.size or 0 in shape:
         return jnp.zeros(shape, lhs.dtype)
-    window = partial(_window, lhs=lhs, groups=groups, precision=precision)
+
+    def window(inner: Sequence[Axis], rhs: jax.Array) -> jax.Array:
+        if _is_narrow(inner, lhs, rhs, groups):
+            return _sum_over_taps(inner, lhs, rhs, groups, channels_first)
+        return _window(inner, lhs, rhs, groups, precision)
+
     return by_residues(axes, lhs.shape[0], rhs, window)
 
 
 def kernel_gradient(
-    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, precision: Any
+    axes: Sequence[Axis],
+    x: jax.Array,
+    y: jax.Array,
+    groups: int,
+    precision: Any,
+    *,
+    channels_first: bool = False,
 ) -> jax.Array:
-    """Correlation of inputs with cotangents, groups as channels: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
+    """Correlation of inputs with cotangents: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
 
-    The channels ``i`` of a group take the place of the batch, and the examples ``n`` that of the channels.
+    If there are many examples, the channels ``i`` of a group take the place of the batch, the examples ``n``
+    that of the channels, and groups are groups.
     """
-    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)  # [n, t, g, i]
-    x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
-    x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
-    y = jnp.moveaxis(y, 0, -2)  # [n, o, g*e] -> [o, n, g*e]
-    kernel = correlate(axes, x, y, groups, precision)  # [i, t, g*n] [o, n, g*e] -> [i, p, g*e]
+    inputs, rhs = x.shape[-1] // groups, jnp.moveaxis(y, 0, -2)  # [o, n, g*e]
+    if _sums_outputs(axes, x, y, groups):
+
+        def window(inner: Sequence[Axis], rhs: jax.Array) -> jax.Array:
+            return _sums_over_outputs(inner, x, jnp.moveaxis(rhs, -2, 0), groups, channels_first)
+
+        kernel = by_residues(axes, inputs, rhs, window)  # [i, p, g*e]
+    else:
+        x = x.reshape(*x.shape[:-1], groups, inputs)  # [n, t, g, i]
+        x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
+        x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
+        kernel = by_residues(axes, inputs, rhs, lambda inner, rhs: _window(inner, x, rhs, groups, precision))
     return jnp.moveaxis(kernel, 0, -2)
 
 
@@ -103,13 +138,13 @@ def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
 
 
 def _window(
-    axes: Sequence[Axis], rhs: jax.Array, *, lhs: jax.Array, groups: int, precision: Any
+    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
 ) -> jax.Array:
     """Correlation without input dilation, of any dtype: [n, in..., c] x [taps..., c, d] -> [n, out..., d]."""
     pads = [(a.lo, a.hi) for a in axes]
     integer = jnp.issubdtype(lhs.dtype, jnp.integer)
     if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
-        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)])
+        lhs = _padded(axes, lhs, 1)
         pads = [(0, 0)] * len(axes)
     if integer:
         return _dot_of_windows(axes, lhs, rhs, groups)
@@ -125,6 +160,13 @@ def _window(
         precision=precision,
     )
     return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> jax.Array:
+    """Zeros around the spatial dimensions of ``x``, of which ``first`` is the first. Negative padding crops."""
+    pads = [(0, 0, 0)] * x.ndim
+    pads[first : first + len(axes)] = [(a.lo, a.hi, 0) for a in axes]
+    return lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
@@ -147,3 +189,100 @@ def complex_product(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax
     both = convolve(lhs.real + lhs.imag, rhs.real)
     real = both - convolve(lhs.imag, rhs.real + rhs.imag)
     return lax.complex(real, both + convolve(lhs.real, rhs.imag - rhs.real))
+
+
+# -- few channels: term by term ------------------------------------------------------------------
+
+MOST_TERMS = 64  # of a sum that is written out
+MOST_CHANNELS = 4  # of a group
+
+
+def _is_narrow(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> bool:
+    """Whether a sum over taps is faster than a convolution."""
+    *taps, inputs, outputs = rhs.shape
+    return (
+        jnp.issubdtype(lhs.dtype, jnp.inexact)
+        and inputs <= MOST_CHANNELS
+        and inputs * math.prod(taps) <= MOST_TERMS
+    )
+
+
+def _sums_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
+    """Whether a sum of products is faster than a convolution with ``y`` as its kernel."""
+    return (
+        jnp.issubdtype(x.dtype, jnp.inexact)
+        and (x.shape[0] == 1 or x.shape[-1] == y.shape[-1] == groups)
+        and math.prod(a.out_size for a in axes) <= MOST_TERMS
+    )
+
+
+class _Grouped(NamedTuple):
+    """An array with channels by group, in the order of the caller's array."""
+
+    array: jax.Array  # [n, g, c, t...] with channels first, else [n, t..., g, c]
+    channels: int  # the dimension of c
+    first: int  # the first spatial dimension
+
+
+def _grouped(x: jax.Array, groups: int, channels_first: bool) -> _Grouped:
+    """[n, t..., g*c], grouped. Narrow floats become float32."""
+    at = 1 if channels_first else x.ndim - 1
+    x = jnp.moveaxis(x, -1, at).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.reshape(*x.shape[:at], groups, x.shape[at] // groups, *x.shape[at + 1 :])
+    return _Grouped(x, at + 1, 3 if channels_first else 1)
+
+
+def _canonical(x: jax.Array, channels: int, dtype: Any) -> jax.Array:
+    """[n, t..., g*c] of a grouped array."""
+    x = x.reshape(*x.shape[: channels - 1], -1, *x.shape[channels + 1 :])
+    return jnp.moveaxis(x, channels - 1, -1).astype(dtype)
+
+
+def _sum_over_taps(
+    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, channels_first: bool
+) -> jax.Array:
+    """Correlation without input dilation: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]. All terms are one loop."""
+    x, at, first = _grouped(lhs, groups, channels_first)
+    x = _padded(axes, x, first)
+    *taps, inputs, _ = rhs.shape
+    weights = rhs.astype(x.dtype).reshape(*taps, inputs, groups, -1)  # [p, i, g, e]
+    beside = range(2, x.ndim - 1) if channels_first else ()  # the positions, where they follow [g, e]
+    counts, steps = [a.out_size for a in axes], [a.stride for a in axes]
+    terms = []
+    for p, i in itertools.product(np.ndindex(*taps), range(inputs)):
+        starts = [tap * a.rhs_dilation for tap, a in zip(p, axes, strict=True)]
+        window = _strided(lax.slice_in_dim(x, i, i + 1, axis=at), first, starts, counts, steps)
+        terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [g, e, 1] -> [n, g, e, o]
+    return _canonical(functools.reduce(operator.add, terms), at, lhs.dtype)
+
+
+def _sums_over_outputs(
+    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, channels_first: bool
+) -> jax.Array:
+    """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [i, p, g*e], a sum for every tap."""
+    dtype = x.dtype
+    x, at, first = _grouped(x, groups, channels_first)
+    y, *_ = _grouped(y, groups, channels_first)
+    x = _padded(axes, x, first)
+    counts, steps = [a.taps for a in axes], [a.rhs_dilation for a in axes]
+    positions = tuple(range(first, first + len(axes)))
+    contracted = ((0, *positions), (0, *positions))
+    sums = []
+    for p in np.ndindex(*(a.out_size for a in axes)):
+        window = _strided(x, first, [tap * a.stride for tap, a in zip(p, axes, strict=True)], counts, steps)
+        if x.shape[at] == y.shape[at] == 1:  # [n, g, 1, o] [n, g, 1, o] -> [g, 1, last o] -> [g, 1, 1]
+            sums.append((window * y).sum((0, *positions[:-1]), keepdims=True).sum(positions).reshape(groups, 1, 1))
+        else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
+            sums.append(lax.dot_general(window, y, (contracted, ((at - 1,), (at - 1,)))))
+    kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
+    return kernel.reshape(kernel.shape[0], *(a.out_size for a in axes), -1).astype(dtype)
+
+
+def _strided(
+    x: jax.Array, first: int, starts: Sequence[int], counts: Sequence[int], steps: Sequence[int]
+) -> jax.Array:
+    """``counts`` entries from ``starts`` on, ``steps`` apart, of the dimensions from ``first`` on."""
+    start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
+    for d, (begin, count, by) in enumerate(zip(starts, counts, steps, strict=True), start=first):
+        start[d], stop[d], step[d] = begin, begin + (count - 1) * by + 1, by
+    return lax.slice(x, start, stop, step)

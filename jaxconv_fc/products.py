@@ -249,6 +249,8 @@ def _evaluate(
     """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
     if jnp.issubdtype(a.dtype, jnp.integer):
         forms = PORTABLE
+    if forms is PORTABLE and spec.in_order[-1] == 0:
+        forms = CHANNELS_FIRST
     for axis in spec.axes:
         if not axis.pads_with_zeros:  # the padded input is read through indices of 32 bits
             axis.check_held_by(np.int32)
@@ -310,6 +312,7 @@ class Forms(NamedTuple):
 
 
 PORTABLE = Forms(correlation.correlate, correlation.kernel_gradient)
+CHANNELS_FIRST = Forms(*(partial(form, channels_first=True) for form in PORTABLE))  # of the caller's arrays
 NATIVE = Forms(native.correlate, native.kernel_gradient)
 
 
