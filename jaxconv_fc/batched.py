@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.arguments import Array, as_array, check_summable
+from jaxconv_fc.correlation import is_narrow
 from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.memory import fits_in_memory
 from jaxconv_fc.products import apply
@@ -31,7 +32,7 @@ def batched_apply(
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
     By default it takes the convolution on GPU and TPU. On CPU it takes M for 16 examples or more, if the
-    kernel is as large as the image, channels are few, or entries have 64 bits.
+    kernel is as large as the image, if channels are few and taps many, or if entries have 64 bits.
 
     Args:
       spec: the geometry.
@@ -92,22 +93,28 @@ def _matrix_product(
 def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
     """Which of :data:`METHODS` :func:`batched_apply` takes for ``count`` examples.
 
-    The convolution, except on CPU for 16 examples or more, if M is within the memory limit:
+    The convolution, except on CPU for 16 examples or more, if :func:`apply` does not write it out as a sum over
+    taps, and if M is within the memory limit:
 
     - dense, if at least a quarter of M is nonzero (kernels as large as the image);
-    - sparse, if an output channel reads at most 4 input channels, in float32 or narrower, or 1 of several
-      (depthwise) in any dtype;
+    - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
+      float32 or narrower, or 1 of several (depthwise) in any dtype;
     - sparse, for 64-bit and integer dtypes and at least 64 examples.
 
     Measured on 2 cores with jax 0.10.2 by ``benchmarks/sparse.py``.
     """
     if backend != "cpu" or count < 16 or not spec.nse:
         return "convolution"
+    shape = (*(a.taps for a in spec.axes), spec.group_channels, spec.out_channels)
+    dilated = any(a.lhs_dilation > 1 for a in spec.axes)  # is split into smaller convolutions first
+    if jnp.issubdtype(dtype, jnp.inexact) and not dilated and is_narrow(spec.axes, shape, spec.groups):
+        return "convolution"
     sizes = spec.nbytes(dtype)
     if 4 * spec.nse >= spec.out_size * spec.in_size and fits_in_memory(sizes.dense):
         return "dense"
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 4
-    few = spec.group_channels <= 4 and (narrow or (spec.groups > 1 and spec.group_channels == 1))
+    few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
+    few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
     if (few or (not narrow and count >= 64)) and fits_in_memory(sizes.bcsr):
         return "sparse"
     return "convolution"

@@ -44,7 +44,7 @@ def correlate(
         return jnp.zeros(shape, lhs.dtype)
 
     def window(inner: Sequence[Axis], rhs: jax.Array) -> jax.Array:
-        if _is_narrow(inner, lhs, rhs, groups):
+        if jnp.issubdtype(lhs.dtype, jnp.inexact) and is_narrow(inner, rhs.shape, groups):
             return _sum_over_taps(inner, lhs, rhs, groups, channels_first)
         return _window(inner, lhs, rhs, groups, precision)
 
@@ -66,10 +66,10 @@ def kernel_gradient(
     that of the channels, and groups are groups.
     """
     inputs, rhs = x.shape[-1] // groups, jnp.moveaxis(y, 0, -2)  # [o, n, g*e]
-    if _sums_outputs(axes, x, y, groups):
+    if _is_short(axes, x, y, groups):
 
         def window(inner: Sequence[Axis], rhs: jax.Array) -> jax.Array:
-            return _sums_over_outputs(inner, x, jnp.moveaxis(rhs, -2, 0), groups, channels_first)
+            return _sums_over_outputs(inner, x, jnp.moveaxis(rhs, -2, 0), groups, precision, channels_first)
 
         kernel = by_residues(axes, inputs, rhs, window)  # [i, p, g*e]
     else:
@@ -137,9 +137,7 @@ def _every(kernel: jax.Array, axis: int, taps: range) -> jax.Array:
     return kernel[(slice(None),) * axis + (slice(taps.start, taps.stop, taps.step),)]
 
 
-def _window(
-    axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any
-) -> jax.Array:
+def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:
     """Correlation without input dilation, of any dtype: [n, in..., c] x [taps..., c, d] -> [n, out..., d]."""
     pads = [(a.lo, a.hi) for a in axes]
     integer = jnp.issubdtype(lhs.dtype, jnp.integer)
@@ -194,26 +192,27 @@ def complex_product(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax
 # -- few channels: term by term ------------------------------------------------------------------
 
 MOST_TERMS = 64  # of a sum that is written out
-MOST_CHANNELS = 4  # of a group
+MOST_CHANNELS = 4  # of a convolution without groups
 
 
-def _is_narrow(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> bool:
-    """Whether a sum over taps is faster than a convolution."""
-    *taps, inputs, outputs = rhs.shape
-    return (
-        jnp.issubdtype(lhs.dtype, jnp.inexact)
-        and inputs <= MOST_CHANNELS
-        and inputs * math.prod(taps) <= MOST_TERMS
-    )
+def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
+    """Whether a sum over taps is faster than a convolution with a kernel of this shape, [p, i, g*e]."""
+    *taps, inputs, outputs = rhs
+    outputs //= groups
+    few = groups > 1 or inputs <= min(MOST_CHANNELS, 3 * outputs)
+    wide = groups == 1 and outputs > 16 and any(a.stride > 1 for a in axes)  # each output reads with gaps
+    return few and not wide and inputs * math.prod(taps) <= MOST_TERMS
 
 
-def _sums_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
-    """Whether a sum of products is faster than a convolution with ``y`` as its kernel."""
-    return (
-        jnp.issubdtype(x.dtype, jnp.inexact)
-        and (x.shape[0] == 1 or x.shape[-1] == y.shape[-1] == groups)
-        and math.prod(a.out_size for a in axes) <= MOST_TERMS
-    )
+def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
+    """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
+
+    It is for one example, as in a ``vmap`` that keeps the gradient of each, and for depthwise kernels.
+    """
+    inputs, outputs = x.shape[-1] // groups, y.shape[-1] // groups
+    one = x.shape[0] == 1 and (groups > 1 or outputs >= min(inputs, 8))
+    few = one or inputs == outputs == 1 < groups
+    return few and math.prod(a.out_size for a in axes) <= MOST_TERMS and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class _Grouped(NamedTuple):
@@ -227,7 +226,7 @@ class _Grouped(NamedTuple):
 def _grouped(x: jax.Array, groups: int, channels_first: bool) -> _Grouped:
     """[n, t..., g*c], grouped. Narrow floats become float32."""
     at = 1 if channels_first else x.ndim - 1
-    x = jnp.moveaxis(x, -1, at).astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.moveaxis(x, -1, at).astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
     x = x.reshape(*x.shape[:at], groups, x.shape[at] // groups, *x.shape[at + 1 :])
     return _Grouped(x, at + 1, 3 if channels_first else 1)
 
@@ -246,18 +245,18 @@ def _sum_over_taps(
     x = _padded(axes, x, first)
     *taps, inputs, _ = rhs.shape
     weights = rhs.astype(x.dtype).reshape(*taps, inputs, groups, -1)  # [p, i, g, e]
-    beside = range(2, x.ndim - 1) if channels_first else ()  # the positions, where they follow [g, e]
+    beside = (0, *range(3, x.ndim)) if channels_first else range(x.ndim - 2)  # all but [g, e]
     counts, steps = [a.out_size for a in axes], [a.stride for a in axes]
     terms = []
     for p, i in itertools.product(np.ndindex(*taps), range(inputs)):
         starts = [tap * a.rhs_dilation for tap, a in zip(p, axes, strict=True)]
         window = _strided(lax.slice_in_dim(x, i, i + 1, axis=at), first, starts, counts, steps)
-        terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [g, e, 1] -> [n, g, e, o]
+        terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [1, g, e, 1]
     return _canonical(functools.reduce(operator.add, terms), at, lhs.dtype)
 
 
 def _sums_over_outputs(
-    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, channels_first: bool
+    axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int, precision: Any, channels_first: bool
 ) -> jax.Array:
     """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [i, p, g*e], a sum for every tap."""
     dtype = x.dtype
@@ -271,9 +270,10 @@ def _sums_over_outputs(
     for p in np.ndindex(*(a.out_size for a in axes)):
         window = _strided(x, first, [tap * a.stride for tap, a in zip(p, axes, strict=True)], counts, steps)
         if x.shape[at] == y.shape[at] == 1:  # [n, g, 1, o] [n, g, 1, o] -> [g, 1, last o] -> [g, 1, 1]
-            sums.append((window * y).sum((0, *positions[:-1]), keepdims=True).sum(positions).reshape(groups, 1, 1))
+            rows = (window * y).sum((0, *positions[:-1]), keepdims=True)
+            sums.append(rows.sum(positions).reshape(groups, 1, 1))
         else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
-            sums.append(lax.dot_general(window, y, (contracted, ((at - 1,), (at - 1,)))))
+            sums.append(lax.dot_general(window, y, (contracted, ((at - 1,), (at - 1,))), precision))
     kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
     return kernel.reshape(kernel.shape[0], *(a.out_size for a in axes), -1).astype(dtype)
 

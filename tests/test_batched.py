@@ -33,7 +33,9 @@ def test_the_rule_for_stacks():
         spec = fc.conv_spec(lhs, rhs, (1,) * (len(lhs) - 2), "SAME", feature_group_count=groups)
         return fastest_method(spec, count, np.dtype(dtype), backend)
 
-    depthwise = ((1, 32, 28, 28), (32, 1, 3, 3))
+    small = ((1, 32, 28, 28), (32, 1, 3, 3))  # a sum over 9 taps
+    assert of(*small, 64, "float32", groups=32) == "convolution"
+    depthwise = ((1, 32, 28, 28), (32, 1, 9, 9))
     assert of(*depthwise, 64, "float32", groups=32) == "sparse"
     assert of(*depthwise, 64, "float32", "gpu", groups=32) == "convolution"
     assert of(*depthwise, 1, "float32", groups=32) == "convolution"
@@ -50,7 +52,11 @@ def test_the_rule_for_stacks_begins_where_its_text_says():
 
     def of(channels, count, dtype, groups=1):
         spec = fc.conv_spec(
-            (1, channels * groups, 28, 28), (32, channels, 3, 3), (1, 1), "SAME", feature_group_count=groups
+            (1, channels * groups, 28, 28),
+            (groups * 4, channels, 9, 9),
+            (1, 1),
+            "SAME",
+            feature_group_count=groups,
         )
         return fastest_method(spec, count, np.dtype(dtype), "cpu")
 
