@@ -93,8 +93,8 @@ def _matrix_product(
 def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
     """Which of :data:`METHODS` :func:`batched_apply` takes for ``count`` examples.
 
-    The convolution, except on CPU for 16 examples or more, if :func:`apply` does not write it out as a sum over
-    taps, and if M is within the memory limit:
+    The convolution, except on CPU for 16 examples or more, if :func:`apply` does not write it out as a sum
+    over taps, and if M is within the memory limit:
 
     - dense, if at least a quarter of M is nonzero (kernels as large as the image);
     - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in

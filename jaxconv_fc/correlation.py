@@ -161,7 +161,7 @@ def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, p
 
 
 def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> jax.Array:
-    """Zeros around the spatial dimensions of ``x``, of which ``first`` is the first. Negative padding crops."""
+    """Zeros around the spatial dimensions of ``x``, the first of which is ``first``. Negative ones crop."""
     pads = [(0, 0, 0)] * x.ndim
     pads[first : first + len(axes)] = [(a.lo, a.hi, 0) for a in axes]
     return lax.pad(x, jnp.zeros((), x.dtype), pads)

@@ -123,7 +123,9 @@ def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None)
     [[[31 42]]]
     >>> import jax
     >>> xs, ys = jnp.ones((5, 1, 4)), jnp.ones((5, 1, 3))
-    >>> pull = jax.vjp(lambda kernel: jax.vmap(lambda x: fc.apply(spec, kernel, x))(xs), jnp.zeros((1, 1, 2)))[1]
+    >>> def batch(kernel):
+    ...     return jax.vmap(lambda x: fc.apply(spec, kernel, x))(xs)
+    >>> pull = jax.vjp(batch, jnp.zeros((1, 1, 2)))[1]
     >>> print(pull(ys)[0])  # the sum over the batch
     [[[15. 15.]]]
     """
