@@ -257,9 +257,9 @@ for name in '''
     scipy.optimize scipy.signal scipy.sparse.linalg scipy.special scipy.stats ad_checkpoint custom_batching
     custom_derivatives experimental.buffer_callback experimental.checkify experimental.compute_on
     experimental.fused experimental.hijax experimental.layout experimental.multihost_utils experimental.ode
-    experimental.overlap experimental.pallas experimental.rnn experimental.scheduling_groups experimental.sparse
-    experimental.sparse.linalg experimental.xla_metadata extend.core.primitives extend.random
-    '''.split():
+    experimental.overlap experimental.pallas experimental.rnn experimental.scheduling_groups
+    experimental.sparse experimental.sparse.linalg experimental.xla_metadata extend.core.primitives
+    extend.random '''.split():
     try:
         importlib.import_module("jax." + name)
     except ImportError:
