@@ -52,19 +52,12 @@ class Measured:
 def measure(row: Row, rounds: int, compare: bool, only: str | None = None) -> Measured:
     """Times of all contestants of a row, or of ours beside one peer."""
     found = Measured(row.name, row.size)
-    peers = {name: maker for name, maker in row.peers.items() if only in (None, name)}
     calls = {"ours": row.ours()}
     if row.limit:
         calls["limit"] = row.limit()
-    for name, maker in peers.items():
-        start = time.perf_counter()
-        try:
-            calls[name] = maker()
-        except (Cannot, ImportError) as error:
-            found.cannot[name] = str(error)
-            continue
-        if time.perf_counter() - start > 1:
-            found.prepared[name] = time.perf_counter() - start
+    for name, maker in row.peers.items():
+        if only in (None, name):
+            _prepare(name, maker, calls, found)
     if compare:
         _compare(row, {name: call for name, call in calls.items() if name != "limit"})
     found.seconds = interleaved(calls, rounds)
@@ -74,6 +67,23 @@ def measure(row: Row, rounds: int, compare: bool, only: str | None = None) -> Me
         elif name != "ours":
             found.ratios[name] = ratio(found.seconds, name, to="ours")
     return found
+
+
+def _prepare(name: str, maker: Maker, calls: dict[str, Call], found: Measured) -> None:
+    """The call of a peer, if it is installed, knows the geometry, and does not fail."""
+    start = time.perf_counter()
+    try:
+        call = maker()
+        prepared = time.perf_counter() - start
+        jax.block_until_ready(call())
+    except (Cannot, ImportError) as reason:
+        found.cannot[name] = str(reason)
+    except Exception as error:
+        found.cannot[name] = f"fails: {str(error).splitlines()[0][:80]}"
+    else:
+        calls[name] = call
+        if prepared > 1:
+            found.prepared[name] = prepared
 
 
 def _compare(row: Row, calls: dict[str, Call]) -> None:
