@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import platform
 import subprocess
@@ -36,18 +37,26 @@ TABLES = {
     for table in module.TABLES
 }
 
+QUICK_ROWS = 2  # of every table
+
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}, first_call")
     parser.add_argument(
-        "--quick", action="store_true", help="small arrays: compares results, times mean nothing"
+        "--quick", action="store_true", help="two small rows of each table, whose results are compared"
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--summary", action="store_true", help="print the README's table, of committed results"
+    )
     parser.add_argument("--guard", action="store_true", help="a few ratios only; fails where one is far off")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one peer, in an environment of its own
     args = parser.parse_args()
+    if args.summary:
+        print(report.summary(args.out))
+        return 0
     if args.guard:
         return 0 if aims.guard() else 1
     wanted = args.tables or [*TABLES, "first_call"]
@@ -62,7 +71,8 @@ def main():
             _write(results, args.out)
     if args.only:
         return 0
-    environments.merged(results["tables"], environments.beside_asdex(args.out, rounds, args.quick, wanted))
+    if not args.quick:
+        environments.merged(results["tables"], environments.beside_asdex(args.out, rounds, wanted))
     if "first_call" in wanted:
         results["imports"] = first_call.imports(rounds)
         results["first_calls"] = dict(first_call.first_calls(args.quick))
@@ -77,7 +87,7 @@ def main():
 def _measure(table, rounds, args):
     print(f"\n{table.title}", flush=True)
     found = []
-    for row in table.rows(args.quick):
+    for row in itertools.islice(table.rows(args.quick), QUICK_ROWS if args.quick else None):
         start = time.perf_counter()
         one = rows.measure(row, rounds, args.quick, args.only)
         found.append(asdict(one))

@@ -12,7 +12,7 @@ PEER, WANTED = "asdex", ("asdex==0.5.2", "jax==0.11.2", "jaxlib==0.11.2")
 TABLES = ("dense", "as_bcsr", "as_bcoo", "matrix_of")
 
 
-def beside_asdex(folder, rounds, quick, tables):
+def beside_asdex(folder, rounds, tables):
     """The tables that asdex is in, ours beside it, from that environment; a sentence where there is none."""
     wanted = [name for name in TABLES if name in tables]
     if importlib.util.find_spec(PEER) or not wanted:
@@ -20,14 +20,14 @@ def beside_asdex(folder, rounds, quick, tables):
     python = _python()
     if python is None:
         return "needs Python 3.12, which was not found"
-    home = folder / ".asdex"
+    home = folder.resolve() / ".asdex"
     if not (home / "bin" / "python").exists():
         print(f"making an environment for {PEER} in {home}", flush=True)
         subprocess.run([python, "-m", "venv", home], check=True)
         subprocess.run([home / "bin" / "pip", "install", "-q", *WANTED, "numpy", "scipy"], check=True)
     with tempfile.TemporaryDirectory() as out:
         command = [home / "bin" / "python", "-m", "benchmarks", *wanted, "--only", PEER, "--out", out]
-        command += ["--rounds", str(rounds), *(["--quick"] if quick else [])]
+        command += ["--rounds", str(rounds)]
         subprocess.run(command, check=True, cwd=ROOT)
         return json.loads((Path(out) / "results.json").read_text())
 
