@@ -33,7 +33,7 @@ from jaxconv_fc.sparse.entries import (
     part_count,
     row_pointers,
 )
-from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, host_row_pointers, together
+from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_arrays, host_tables, together
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
@@ -134,14 +134,11 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     """
     values = out_first(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
-    index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    data, columns = fresh_memory(spec.nse, values.dtype), fresh_memory(spec.nse, index)
-    together(
-        spec.nse,
-        lambda: fill_values(spec, values, data),
-        lambda: fill_columns(spec, columns),
-    )
-    indptr = host_row_pointers(spec, index).copy()  # the user may write to it
+    pointers = host_tables(spec).pointers
+    index = pointers.dtype
+    data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (len(pointers), index))
+    indptr[:] = pointers
+    together(spec.nse, lambda: fill_values(spec, values, data), lambda: fill_columns(spec, columns))
     matrix = csr_array((data, columns, indptr), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix
@@ -151,8 +148,9 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     """The kernel as a NumPy array of its own dtype, for a builder that runs on the host."""
     if is_traced(kernel):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
-    if not isinstance(kernel, np.ndarray) or kernel.shape != spec.rhs_shape or kernel.dtype.kind not in "biufc":
-        as_operand("kernel", kernel, spec, "rhs_shape")  # says what is wrong
+    usable = isinstance(kernel, np.ndarray) and kernel.dtype.kind in "biufc"
+    if not usable or kernel.shape != spec.rhs_shape:
+        as_operand("kernel", kernel, spec, "rhs_shape")  # a JAX array is made only to say what is wrong
     values = native(np.asarray(kernel))
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")

@@ -34,32 +34,40 @@ from jaxconv_fc.spec import ConvSpec
 
 _LISTED = 2**16  # entries of a matrix whose taps are kept one by one: one gather is then faster than blocks
 _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is kept
-_KEPT_COLUMNS = 2**20  # bytes of the columns of one part that are kept
+_KEPT_COLUMNS = 2**18  # entries of one part, whose columns are kept
 
 
-def together(size: int, *jobs: Callable[[], Any]) -> None:
-    """Do the jobs, which fill arrays of this size: large ones in a thread each, small ones in turn."""
-    if size < 2**21:
-        for job in jobs:
-            job()
+def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Do two jobs that fill arrays of this size: at once if these are large, else in turn."""
+    if size < 2**20:  # a thread takes 0.1 ms to start
+        first()
+        second()
         return
-    with ThreadPoolExecutor(len(jobs)) as threads:
-        for done in [threads.submit(job) for job in jobs]:
-            done.result()
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(second)
+        first()
+        done.result()
 
 
-def fresh_memory(size: int, dtype: Any) -> np.ndarray:
-    """An array of unset entries; a large one lies in pages of ordinary size.
+def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
+    """1-D arrays of unset entries, from their sizes and dtypes. All are views of one block of memory.
 
-    To be called in the thread of the caller: there ``malloc`` gives again the memory of earlier matrices, with
-    its pages in place. A new thread has none. ``np.empty`` asks Linux for huge pages. When Linux must first
-    assemble them from pages that JAX has just freed, writing to them takes several times as long (up to ten
-    times was measured).
+    ``malloc`` gives a freed block again, with its pages in place, if it is the largest one of late (up to 32
+    MB). Of two blocks of this size it hands one back to Linux, and writing to new pages takes six times as
+    long. So call this in the thread of the caller as well: a new thread has no freed blocks.
+
+    A large block lies in pages of ordinary size. ``np.empty`` asks Linux for huge pages. When Linux must
+    first assemble them from pages that JAX has just freed, writing to them takes several times as long (up to
+    ten times was measured).
     """
-    nbytes = size * np.dtype(dtype).itemsize
-    if nbytes < 2**28 or sys.platform != "linux":
-        return np.empty(size, dtype)
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+    nbytes = [size * np.dtype(dtype).itemsize for size, dtype in arrays]
+    *starts, end = itertools.accumulate((-(-n // 64) for n in nbytes), initial=0)
+    # In units of 64 bytes: SciPy copies an array that has less than half as many entries as its base.
+    if end < 2**22 or sys.platform != "linux":
+        block = np.empty(end, "V64")
+    else:
+        block = np.frombuffer(mmap.mmap(-1, 64 * end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "V64")
+    return [block[i:].view(dtype)[:size] for i, (size, dtype) in zip(starts, arrays, strict=True)]
 
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -125,8 +133,9 @@ class Plan(NamedTuple):
 
 def fill_values(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> None:
     """Fill ``data`` with the entries, from the kernel with out channels first."""
-    for plan in _plans(spec):
-        _repeat(plan, kernel, data)
+    plan = host_tables(spec).plan
+    for part in [plan] if plan else (_plan(spec, [runs]) for runs in _classes(spec)):
+        _repeat(part, kernel, data)
 
 
 def _repeat(plan: Plan, kernel: np.ndarray, data: np.ndarray) -> None:
@@ -136,17 +145,11 @@ def _repeat(plan: Plan, kernel: np.ndarray, data: np.ndarray) -> None:
         view[...] = spread(rows[:, entries], view.shape, block.channel, view.ndim - 1)
 
 
-def _plans(spec: ConvSpec) -> Iterator[Plan]:
-    """One plan of all blocks, or one of each block where their rows together are large."""
+def _whole_plan(spec: ConvSpec) -> Plan | None:
+    """The plan of all blocks; None if their rows together are large."""
     taps = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
-    if spec.out_channels * spec.group_channels * math.prod(taps) <= _PLANNED:
-        yield _whole_plan(spec)
-    else:
-        yield from (_plan(spec, [runs]) for runs in _classes(spec))
-
-
-@bounded_cache
-def _whole_plan(spec: ConvSpec) -> Plan:
+    if spec.out_channels * spec.group_channels * math.prod(taps) > _PLANNED:
+        return None
     plan = _plan(spec, list(_classes(spec)))
     if spec.nse > _LISTED or plan.firsts is not None or not spec.nse:
         return plan
@@ -195,22 +198,14 @@ def _row_taps(spec: ConvSpec, runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarr
 
 
 def fill_columns(spec: ConvSpec, columns: np.ndarray) -> None:
-    """Fill ``columns``: those of one part are listed, the other parts are that far from it."""
-    parts = part_count(spec)
-    stack = columns.reshape(parts, -1)
-    if stack[0].nbytes <= _KEPT_COLUMNS:
-        stack[0] = _kept_columns(spec, stack[0].size, columns.dtype)
-    else:
+    """Fill ``columns``: the other parts of M have those of its first one, in their own channel group."""
+    tables = host_tables(spec)
+    stack = columns.reshape(len(tables.groups), -1)  # [part, entry]
+    if tables.columns is None:
         _list_columns(spec, stack[0])
-    group = group_column(spec, np.arange(parts, dtype=columns.dtype)[1:, None])
-    np.add(stack[0], group, out=stack[1:])
-
-
-@bounded_cache
-def _kept_columns(spec: ConvSpec, size: int, dtype: Any) -> np.ndarray:
-    columns = np.empty(size, dtype)
-    _list_columns(spec, columns)
-    return columns
+    else:
+        stack[0] = tables.columns
+    np.add(stack[0], tables.groups[1:], out=stack[1:])
 
 
 def _list_columns(spec: ConvSpec, columns: np.ndarray) -> None:
@@ -229,9 +224,27 @@ def _list_columns(spec: ConvSpec, columns: np.ndarray) -> None:
         np.add(outside, inside.transpose(entry_order(spec)).reshape(-1), out=block.of(columns))
 
 
+# -- what is kept of a geometry ----------------------------------------------------------------------
+
+
+class HostTables(NamedTuple):
+    """What depends on the geometry only. The arrays are shared: they must not be written to."""
+
+    plan: Plan | None  # None where it would be large
+    columns: np.ndarray | None  # of the first part of M; None where it is large
+    groups: np.ndarray  # (parts, 1): what is added to them in each part
+    pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
+
+
 @bounded_cache
-def host_row_pointers(spec: ConvSpec, dtype: Any) -> np.ndarray:
-    """``indptr`` of CSR, (out_size + 1,)."""
+def host_tables(spec: ConvSpec) -> HostTables:
+    parts, dtype = part_count(spec), np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
+    columns = None
+    if spec.nse // parts <= _KEPT_COLUMNS:
+        columns = np.empty(spec.nse // parts, dtype)
+        _list_columns(spec, columns)
     widths = [axis_widths(axis).astype(dtype) for axis in spec.axes]
     starts = [w.cumsum(dtype=dtype) - w for w in widths]
-    return row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
+    pointers = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
+    groups = group_column(spec, np.arange(parts, dtype=dtype))[:, None]
+    return HostTables(_whole_plan(spec), columns, groups, pointers)
