@@ -111,8 +111,9 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
 
     It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).
     NumPy and JAX kernels keep their dtype, also float64 without ``jax_enable_x64``. The time is about that of
-    writing the arrays, and little memory is needed beside them. ``.tocsc()``, ``.tobsr()`` and the like
-    convert to other formats.
+    writing the arrays, and little memory is needed beside them. Its three arrays are views of one block of
+    memory, which is freed when none of them is left. ``.tocsc()``, ``.tobsr()`` and the like convert to other
+    formats.
 
     Args:
       spec: the geometry.

@@ -102,8 +102,8 @@ def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
     # The start of a row is linear in the starts of its axes. One call gives the start for those of the first
     # outputs, and then, for a step of one axis at a time, by how much it grows.
     first = [*(run.start for run in runs), 0]
-    starts = [first, *np.diag([*(run.stride for run in runs), 1])]
-    *starts, d = np.array(starts).T
+    steps = np.diag([*(run.stride for run in runs), 1])  # [step of an axis or d, axes and d]
+    *starts, d = np.vstack([first, steps]).T
     grown, size = row_starts(spec, [run.width for run in runs], starts, d)
     begin, *strides = np.asarray(grown).tolist()
     counts, order = [*(len(run.outputs) for run in runs), channels], inverse(spec.out_order)
@@ -117,10 +117,10 @@ def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
 class Plan(NamedTuple):
     """How the values of some blocks come from the kernel."""
 
-    parts: int  # the kernel, with out channels first, is taken as (parts, kernel entries of a part)
-    taps: np.ndarray  # of the rows of all blocks, the kernel entries in a part, by row entry: (taps,)
-    firsts: np.ndarray | None  # where in `taps` the sum of each row entry begins; None if no taps meet
-    blocks: tuple[tuple[Block, slice], ...]  # with the row entries that each repeats
+    parts: int  # the kernel, with out channels first, is reshaped to (parts, kernel entries of a part)
+    taps: np.ndarray  # (taps,): for the entries of one row of every block, the kernel entries in a part
+    firsts: np.ndarray | None  # (row entries,): where in `taps` those of each begin; None if no taps meet
+    blocks: tuple[tuple[Block, slice], ...]  # each block, and which row entries it repeats
 
     def rows(self, kernel: np.ndarray) -> np.ndarray:
         """The values of the row entries of all blocks: [part, row entry]."""
@@ -147,8 +147,8 @@ def _repeat(plan: Plan, kernel: np.ndarray, data: np.ndarray) -> None:
 
 def _whole_plan(spec: ConvSpec) -> Plan | None:
     """The plan of all blocks; None if their rows together are large."""
-    taps = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
-    if spec.out_channels * spec.group_channels * math.prod(taps) > _PLANNED:
+    counts = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
+    if spec.out_channels * spec.group_channels * math.prod(counts) > _PLANNED:
         return None
     plan = _plan(spec, list(_classes(spec)))
     if spec.nse > _LISTED or plan.firsts is not None or not spec.nse:
@@ -162,6 +162,7 @@ def _whole_plan(spec: ConvSpec) -> Plan | None:
 
 
 def _plan(spec: ConvSpec, products: Sequence[tuple[Run, ...]]) -> Plan:
+    """The plan of the blocks of these products of classes."""
     taps, firsts, blocks = [], [], []
     used, entries = 0, 0
     for runs in products:
@@ -236,8 +237,7 @@ class HostTables(NamedTuple):
     pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
 
 
-@bounded_cache
-def host_tables(spec: ConvSpec) -> HostTables:
+def _host_tables(spec: ConvSpec) -> HostTables:
     parts, dtype = part_count(spec), np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
     columns = None
     if spec.nse // parts <= _KEPT_COLUMNS:
@@ -248,3 +248,6 @@ def host_tables(spec: ConvSpec) -> HostTables:
     pointers = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
     groups = group_column(spec, np.arange(parts, dtype=dtype))[:, None]
     return HostTables(_whole_plan(spec), columns, groups, pointers)
+
+
+host_tables = bounded_cache(_host_tables)
