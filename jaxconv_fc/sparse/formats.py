@@ -135,11 +135,15 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     """
     values = out_first(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
-    pointers = host_tables(spec).pointers
-    index = pointers.dtype
-    data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (len(pointers), index))
-    indptr[:] = pointers
-    together(spec.nse, lambda: fill_values(spec, values, data), lambda: fill_columns(spec, columns))
+    tables = host_tables(spec)
+    index, rows = tables.pointers.dtype, len(tables.pointers)
+    data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
+    indptr[:] = tables.pointers
+    together(
+        spec.nse,
+        lambda: fill_values(spec, tables.plan, values, data),
+        lambda: fill_columns(spec, tables, columns),
+    )
     matrix = csr_array((data, columns, indptr), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix

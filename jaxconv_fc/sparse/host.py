@@ -63,7 +63,7 @@ def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
     nbytes = [size * np.dtype(dtype).itemsize for size, dtype in arrays]
     *starts, end = itertools.accumulate((-(-n // 64) for n in nbytes), initial=0)
     # In units of 64 bytes: SciPy copies an array that has less than half as many entries as its base.
-    if end < 2**22 or sys.platform != "linux":
+    if end < 2**23 or sys.platform != "linux":
         block = np.empty(end, "V64")
     else:
         block = np.frombuffer(mmap.mmap(-1, 64 * end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "V64")
@@ -131,9 +131,8 @@ class Plan(NamedTuple):
         return add.reduceat(values, self.firsts, axis=1, dtype=kernel.dtype)
 
 
-def fill_values(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> None:
+def fill_values(spec: ConvSpec, plan: Plan | None, kernel: np.ndarray, data: np.ndarray) -> None:
     """Fill ``data`` with the entries, from the kernel with out channels first."""
-    plan = host_tables(spec).plan
     for part in [plan] if plan else (_plan(spec, [runs]) for runs in _classes(spec)):
         _repeat(part, kernel, data)
 
@@ -198,9 +197,8 @@ def _row_taps(spec: ConvSpec, runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarr
 # -- columns and row starts ------------------------------------------------------------------------
 
 
-def fill_columns(spec: ConvSpec, columns: np.ndarray) -> None:
+def fill_columns(spec: ConvSpec, tables: HostTables, columns: np.ndarray) -> None:
     """Fill ``columns``: the other parts of M have those of its first one, in their own channel group."""
-    tables = host_tables(spec)
     stack = columns.reshape(len(tables.groups), -1)  # [part, entry]
     if tables.columns is None:
         _list_columns(spec, stack[0])
