@@ -33,7 +33,7 @@ from jaxconv_fc.sparse.entries import (
     part_count,
     row_pointers,
 )
-from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, together
+from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_arrays, host_tables, together
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
@@ -111,8 +111,9 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
 
     It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).
     NumPy and JAX kernels keep their dtype, also float64 without ``jax_enable_x64``. The time is about that of
-    writing the arrays, and little memory is needed beside them. ``.tocsc()``, ``.tobsr()`` and the like
-    convert to other formats.
+    writing the arrays, and little memory is needed beside them. Its three arrays are views of one block of
+    memory, which is freed when none of them is left. ``.tocsc()``, ``.tobsr()`` and the like convert to other
+    formats.
 
     Args:
       spec: the geometry.
@@ -132,17 +133,17 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
      [1. 2. 0.]
      [0. 1. 2.]]
     """
-    values = host_kernel("as_scipy", spec, kernel)
+    values = out_first(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
-    index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    data, columns = together(
+    tables = host_tables(spec)
+    index, rows = tables.pointers.dtype, len(tables.pointers)
+    data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
+    indptr[:] = tables.pointers
+    together(
         spec.nse,
-        lambda: fill_values(spec, out_first(spec, values), fresh_memory(spec.nse, values.dtype)),
-        lambda: fill_columns(spec, fresh_memory(spec.nse, index)),
+        lambda: fill_values(spec, tables.plan, values, data),
+        lambda: fill_columns(spec, tables, columns),
     )
-    widths = [axis_widths(axis).astype(index) for axis in spec.axes]
-    starts = [w.cumsum(dtype=index) - w for w in widths]
-    indptr = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=index))
     matrix = csr_array((data, columns, indptr), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix
@@ -152,7 +153,9 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     """The kernel as a NumPy array of its own dtype, for a builder that runs on the host."""
     if is_traced(kernel):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
-    as_operand("kernel", kernel, spec, "rhs_shape")
+    usable = isinstance(kernel, np.ndarray) and kernel.dtype.kind in "biufc"
+    if not usable or kernel.shape != spec.rhs_shape:
+        as_operand("kernel", kernel, spec, "rhs_shape")  # a JAX array is made only to say what is wrong
     values = native(np.asarray(kernel))
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")
