@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # scipy.sparse is loaded at its first use
 from jax import lax
-from jax.experimental.sparse import BCOO, BCSR
-from scipy.sparse import csr_array
 
 from jaxconv_fc.arguments import Array, native
 from jaxconv_fc.axis import Axis
@@ -35,6 +34,9 @@ from jaxconv_fc.sparse.entries import (
 )
 from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_arrays, host_tables, together
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
+
+if TYPE_CHECKING:  # takes long to load: the builders load what they need
+    from jax.experimental.sparse import BCOO, BCSR
 
 
 @spec_first
@@ -70,6 +72,8 @@ def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo)
+    from jax.experimental.sparse import BCOO
+
     return BCOO(_coo(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
@@ -102,11 +106,13 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr)
+    from jax.experimental.sparse import BCSR
+
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
 @spec_first
-def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
+def as_scipy(spec: ConvSpec, kernel: Array) -> scipy.sparse.csr_array:
     """M as a SciPy ``csr_array``, ``as_scipy(spec, kernel).toarray() == as_matrix(spec, kernel)``.
 
     It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).
@@ -144,7 +150,7 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
         lambda: fill_values(spec, tables.plan, values, data),
         lambda: fill_columns(spec, tables, columns),
     )
-    matrix = csr_array((data, columns, indptr), shape=spec.shape)
+    matrix = scipy.sparse.csr_array((data, columns, indptr), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix
 
