@@ -160,6 +160,8 @@ def pylops(spec: fc.ConvSpec, kernel: Kernel, dense: bool) -> Call:
     from pylops.signalprocessing import Convolve2D
 
     _one_channel(spec)
+    if spec.in_size > 7000:
+        raise Cannot("products with the identity take minutes")
     dims = tuple(a.size for a in spec.axes)
     flipped = np.asarray(kernel)[0, 0, ::-1, ::-1]  # PyLops convolves, a layer correlates
     operator = Convolve2D(dims, flipped, offset=[k // 2 for k in flipped.shape], dtype=flipped.dtype)
