@@ -1,58 +1,62 @@
-"""Spectra against the recipes in use: NumPy's FFT recipe, power iteration, scipy's svds.
+"""Singular values against the recipes in use."""
 
-    python benchmarks/spectrum.py [--quick] [--rounds N]
-
-Every figure is a ratio of times taken side by side in one run (see _timing.py). --quick takes small arrays,
-to see that everything runs: its figures mean nothing.
-"""
-
-import argparse
+import contextlib
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse.linalg
-from _timing import environment, interleaved
 
 import jaxconv_fc as fc
-import jaxconv_fc.spectrum as spectrum
+from benchmarks.layers import NHWC
+from benchmarks.rows import Cannot, Row, Table
+from jaxconv_fc import spectrum
 
-jax.config.update("jax_enable_x64", True)
-
-# The aims: all circular values at least ... times faster than NumPy, the largest at least ... times faster
-# than power iteration and no slower than svds.
-RECIPE_RATIO, POWER_RATIO, SVDS_RATIO = 2.0, 3.0, 1.0
 TOLERANCE = 1e-4
-LAYOUT = ("NHWC", "HWIO", "NHWC")
+ESTIMATE = "orthogonium (estimate)"
 
 
 def geometry(n, channels, mode):
     shapes = (1, n, n, channels), (3, 3, channels, channels)
-    return fc.conv_spec(*shapes, (1, 1), "SAME", dimension_numbers=LAYOUT, padding_mode=mode)
+    return fc.conv_spec(*shapes, (1, 1), "SAME", dimension_numbers=NHWC, padding_mode=mode)
 
 
-def all_values(n, channels, rounds):
-    spec = geometry(n, channels, "circular")
-    kernel = np.random.default_rng(0).standard_normal(spec.rhs_shape)
-
-    def ours():
-        return spectrum.singular_values(spec, kernel)
-
-    def recipe():  # Sedghi, Gupta & Long (2019), as published
-        return np.linalg.svd(np.fft.fft2(kernel, (n, n), axes=(0, 1)), compute_uv=False)
-
-    timings = interleaved({"ours": ours, "recipe": recipe}, rounds)
-    difference = np.abs(np.sort(recipe().ravel())[::-1] - ours()).max() / np.max(ours())
-    ratio = timings.ratio("recipe", "ours")
-    print(
-        f"all values, circular 3x3, {n}x{n}, {channels} channels: {1000 * timings.median('ours'):.0f} ms, "
-        f"NumPy recipe {1000 * timings.median('recipe'):.0f} ms: x {ratio:.2f} (aim {RECIPE_RATIO}), "
-        f"apart by {difference:.0e}"
-    )
+def _all_values(quick):
+    with jax.enable_x64(True):
+        for n, channels in [(6, 4)] if quick else [(32, 32), (32, 64), (8, 128)]:
+            spec = geometry(n, channels, "circular")
+            kernel = np.random.default_rng(0).standard_normal(spec.rhs_shape)
+            others = {
+                "NumPy recipe": partial(_recipe, kernel, n),
+                "dense SVD of M": partial(_dense, spec, kernel),
+            }
+            yield Row(
+                f"{n}x{n}, {channels} channels",
+                partial(_ours, spec, kernel),
+                others,
+                size=f"{spec.in_size:,} values",
+                value=np.sort,
+            )
 
 
-@partial(jax.jit, static_argnums=2)
+def _ours(spec, kernel):
+    return lambda: spectrum.singular_values(spec, kernel)
+
+
+def _recipe(kernel, n):
+    """Sedghi, Gupta & Long (2019), as published."""
+    return lambda: np.linalg.svd(np.fft.fft2(kernel, (n, n), axes=(0, 1)), compute_uv=False).ravel()
+
+
+def _dense(spec, kernel):
+    if spec.in_size > 2000:
+        raise Cannot("takes minutes")
+    matrix = np.asarray(fc.as_matrix(spec, kernel))
+    return lambda: np.linalg.svd(matrix, compute_uv=False)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
 def power_iteration(spec, kernel, steps):
     """The usual estimate: ||M v|| after `steps` rounds of v -> M^T M v."""
 
@@ -64,50 +68,97 @@ def power_iteration(spec, kernel, steps):
     return jnp.linalg.norm(fc.apply(spec, kernel, v)) / jnp.linalg.norm(v)
 
 
-def largest_value(n, channels, rounds):
-    spec = geometry(n, channels, "zeros")
-    kernel = jax.random.normal(jax.random.key(0), spec.rhs_shape, jnp.float64)
-    exact = spectrum.spectral_norm(spec, kernel, tolerance=1e-10)
-    ours = partial(spectrum.spectral_norm, spec, kernel, tolerance=TOLERANCE)
-    found = spectrum.singular_triplet(spec, kernel, tolerance=TOLERANCE)
-    error = max(float(abs(found.value / exact - 1)), 1e-15)
-    # How long power iteration takes to that error, or to the one that was asked for.
-    steps = {}
-    for name, aim in (("power, our error", error), ("power, tolerance", TOLERANCE)):
-        steps[name] = 8
-        while abs(power_iteration(spec, kernel, steps[name]) / exact - 1) > aim and steps[name] < 4096:
-            steps[name] *= 2
+def _largest(quick):
+    with jax.enable_x64(True):
+        n, channels = (6, 4) if quick else (32, 32)
+        for mode in ("zeros", "circular"):
+            spec = geometry(n, channels, mode)
+            kernel = jax.random.normal(jax.random.key(0), spec.rhs_shape, jnp.float64)
+            exact = float(spectrum.spectral_norm(spec, kernel, tolerance=1e-10))
+            others = {
+                "power iteration": partial(_power, spec, kernel, exact),
+                "svds": partial(_svds, spec, kernel),
+                "matfree": partial(_matfree, spec, kernel, exact),
+                ESTIMATE: partial(_orthogonium, spec, kernel),
+            }
+            size = f"norm {exact:.4f}"
+            with contextlib.suppress(ImportError):
+                size += f", orthogonium {_orthogonium(spec, kernel)():.4f}"
+            name = f"{mode}, {n}x{n}, {channels} channels"
+            yield Row(name, partial(_norm, spec, kernel), others, size=size, value=_value)
+
+
+def _value(norm):
+    return np.atleast_1d(np.asarray(norm, np.float64))
+
+
+def _norm(spec, kernel):
+    return lambda: spectrum.spectral_norm(spec, kernel, tolerance=TOLERANCE)
+
+
+def _power(spec, kernel, exact):
+    """As many steps as reach the tolerance: somebody who does not know the norm takes more."""
+    steps = 8
+    while abs(power_iteration(spec, kernel, steps) / exact - 1) > TOLERANCE and steps < 4096:
+        steps *= 2
+    return lambda: power_iteration(spec, kernel, steps)
+
+
+def _svds(spec, kernel):
     product = jax.jit(lambda v: fc.apply(spec, kernel, v.reshape(spec.in_shape)).ravel())
     adjoint = jax.jit(lambda v: fc.apply_transpose(spec, kernel, v.reshape(spec.out_shape)).ravel())
     operator = scipy.sparse.linalg.LinearOperator(
         spec.shape, lambda v: np.asarray(product(v)), lambda v: np.asarray(adjoint(v)), dtype=np.float64
     )
-    contestants = {name: partial(power_iteration, spec, kernel, count) for name, count in steps.items()}
-    contestants |= {
-        "ours": ours,
-        "svds": lambda: scipy.sparse.linalg.svds(operator, 1, tol=TOLERANCE, return_singular_vectors=False),
-    }
-    timings = interleaved(contestants, rounds)
-    print(
-        f"largest value, zeros 3x3, {n}x{n}, {channels} channels, to {TOLERANCE}: "
-        f"{1000 * timings.median('ours'):.0f} ms, residual {float(found.residual / found.value):.0e}, "
-        f"error {error:.0e}"
-    )
-    for name, count in steps.items():
-        print(f"  {name} ({count} steps): x {timings.ratio(name, 'ours'):.2f} (aim {POWER_RATIO})")
-    print(f"  svds to the same tolerance: x {timings.ratio('svds', 'ours'):.2f} (aim {SVDS_RATIO})")
+    return lambda: scipy.sparse.linalg.svds(operator, 1, tol=TOLERANCE, return_singular_vectors=False)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    print(environment())
-    for n, channels in [(8, 4)] if arguments.quick else [(32, 32), (32, 64), (8, 128)]:
-        all_values(n, channels, arguments.rounds)
-    largest_value(*((8, 4) if arguments.quick else (32, 32)), arguments.rounds)
+def _matfree(spec, kernel, exact):
+    """Its bidiagonalisation with re-orthogonalisation, deep enough for the tolerance."""
+    from matfree import decomp
+
+    start = jax.random.normal(jax.random.key(1), (spec.in_size,), jnp.float64)
+
+    def product(v):
+        return fc.apply(spec, kernel, v.reshape(spec.in_shape)).ravel()
+
+    def largest(depth):
+        bidiagonal = decomp.bidiag(depth, materialize=True)
+        return jax.jit(lambda v: jnp.linalg.svd(bidiagonal(product, v).J_small, compute_uv=False)[0])
+
+    depth = 8
+    while abs(largest(depth)(start) / exact - 1) > TOLERANCE and depth < 512:
+        depth *= 2
+    compiled = largest(depth)
+    return lambda: compiled(start)
 
 
-if __name__ == "__main__":
-    main()
+def _orthogonium(spec, kernel):
+    import torch
+    from orthogonium.layers.conv.singular_values.get_sv import get_conv_sv
+
+    layer = torch.nn.Conv2d(*spec.rhs_shape[2:], 3, padding=1, padding_mode=spec.padding_mode, bias=False)
+    layer.weight.data = torch.from_numpy(np.array(kernel)).permute(3, 2, 0, 1).contiguous()
+
+    def estimate():
+        with torch.no_grad():
+            return float(get_conv_sv(layer, n_iter=6, return_stab_rank=False, imsize=spec.in_shape[0]))
+
+    return estimate
+
+
+TABLES = (
+    Table(
+        "singular_values",
+        "All singular values of a circular layer, float64: `spectrum.singular_values`",
+        "",
+        _all_values,
+    ),
+    Table(
+        "spectral_norm",
+        "The largest singular value to 1e-4, float64: `spectrum.spectral_norm`",
+        "",
+        _largest,
+        "Power iteration and matfree take as many steps as reach the tolerance, which are found before.",
+    ),
+)

@@ -408,7 +408,8 @@ def _index(name: str, values: Any, shape: tuple[int, ...], spec: ConvSpec) -> tu
 def _in_range(name: str, index: Any, size: int, spec: ConvSpec) -> tuple[jax.Array, jax.Array]:
     """``(index, inside)``: indices counted from the front, 0 where out of range."""
     if isinstance(index, np.ndarray) and index.size and (index.min() < -size or index.max() >= size):
-        raise IndexError(f"{name} must lie in [{-size}, {size}), got {index.min()} to {index.max()}.")
+        wrong = index[(index < -size) | (index >= size)][0]
+        raise IndexError(f"{name} must lie in [{-size}, {size}), got {wrong}.")
     # The indices are compared in their own dtype, before any cast. It may not hold the bounds: clip them.
     least, most = jnp.iinfo(index.dtype).min, jnp.iinfo(index.dtype).max
     low, high = max(-size, int(least)), min(size - 1, int(most))

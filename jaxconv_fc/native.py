@@ -1,10 +1,11 @@
 """From axes to calls of lax on GPU and TPU: the convolutions that lax itself derives for each product.
 
 These platforms have input dilation, window dilation and groups of their own, so the products leave them to
-``lax.conv_general_dilated``. Four things are done before it is called. Negative padding is cropped. Axes
-beyond the third are unfolded into channels: cuDNN knows three. The kernel gradient of an input-dilated
-convolution is split by the residues of the taps, and that of a dilated one by the residues of the outputs
-(docs/maths.md, section 8): lax is slow at both on a GPU.
+``lax.conv_general_dilated``. Five things are done around it. Negative padding is cropped. An axis that XLA
+would take for one of groups gets one output more, which is dropped. Axes beyond the third are unfolded into
+channels: cuDNN knows three. The kernel gradient of an input-dilated convolution is split by the residues of
+the taps, and that of a dilated one by the residues of the outputs (docs/maths.md, section 8): lax is slow at
+both on a GPU.
 """
 
 from __future__ import annotations
@@ -114,11 +115,12 @@ def _correlate(
 def _convolution(
     form: Form, axes: Sequence[Axis], groups: int, precision: Any, lhs: jax.Array, rhs: jax.Array
 ) -> jax.Array:
-    return lax.conv_general_dilated(
+    spare = [_taken_for_groups(a) for a in axes]
+    y = lax.conv_general_dilated(
         lhs,
         rhs,
         window_strides=[a.stride for a in axes],
-        padding=[(a.lo, a.hi) for a in axes],
+        padding=[(a.lo, a.hi + a.stride * more) for a, more in zip(axes, spare, strict=True)],
         lhs_dilation=[a.lhs_dilation for a in axes],
         rhs_dilation=[a.rhs_dilation for a in axes],
         dimension_numbers=lax.ConvDimensionNumbers(*(_places(two, lhs.ndim) for two in form)),
@@ -126,6 +128,20 @@ def _convolution(
         batch_group_count=groups if form is KERNELS else 1,
         precision=precision,
     )
+    for dim, axis, more in zip(_places(form.out, y.ndim)[2:], axes, spare, strict=True):
+        y = lax.slice_in_dim(y, 0, axis.out_size, axis=dim) if more else y
+    # XLA on GPU takes a constant factor of a result into the convolution, and rounds it to float32.
+    return lax.optimization_barrier(y) if y.dtype == jnp.float64 else y
+
+
+def _taken_for_groups(axis: Axis) -> bool:
+    """Whether XLA would end the process, if another axis has more taps than inputs.
+
+    Its algebraic simplifier then exchanges the kernel and the input. It takes an unpadded axis like this for
+    one of groups, which it leaves as it is. That is right only with as many inputs as taps.
+    """
+    groups = axis.lhs_dilation == axis.taps == axis.stride + 1 and axis.rhs_dilation == 1
+    return groups and axis.lo == axis.hi == 0 and axis.size != axis.taps
 
 
 def _matrix_product(

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from scipy import sparse
+import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.arguments import as_int
 from jaxconv_fc.axis import Axis
@@ -344,7 +344,7 @@ def _reach(specs: Sequence[ConvSpec]) -> list[_Relation]:
 
     The numbers of True in the rows, multiplied over the dimensions, are the sizes of projective fields.
     """
-    reach = [sparse.eye_array(n, dtype=bool, format="csr") for n in specs[-1].out_shape]
+    reach = [scipy.sparse.eye_array(n, dtype=bool, format="csr") for n in specs[-1].out_shape]
     for spec in reversed(specs):
         *outputs, d = (reach[i] for i in spec.out_order)
         spatial = [_product(_readers(a), r) for a, r in zip(spec.axes, outputs, strict=True)]
@@ -363,19 +363,21 @@ def _readers(axis: Axis) -> _Relation:
     """(inputs, outputs): True where the output reads the input."""
     check_array("coverage", (axis.out_size, axis.taps), np.int64, "projective_field")
     o, t, _ = axis.reads(np.arange(axis.out_size))
-    return sparse.csr_array((np.ones(len(o), bool), (t, o)), shape=(axis.size, axis.out_size))
+    return scipy.sparse.csr_array((np.ones(len(o), bool), (t, o)), shape=(axis.size, axis.out_size))
 
 
 def _pairs(of: np.ndarray, values: np.ndarray) -> _Relation:
     """(indices, values): True where the value of the index is this one."""
-    return sparse.csr_array((np.ones(len(of), bool), (np.arange(len(of)), of)), shape=(len(of), len(values)))
+    return scipy.sparse.csr_array(
+        (np.ones(len(of), bool), (np.arange(len(of)), of)), shape=(len(of), len(values))
+    )
 
 
 def _product(first: _Relation, second: _Relation) -> _Relation:
     """The boolean product of two relations."""
     most = min(int(np.diff(second.indptr)[first.indices].sum()), first.shape[0] * second.shape[1])
     check_array("coverage", (most,), np.int64, "projective_field")
-    return sparse.csr_array(first @ second)
+    return scipy.sparse.csr_array(first @ second)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import jaxconv_fc as fc
+from benchmarks import report
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -128,6 +129,12 @@ def test_every_block_of_python_runs(page):
 def test_every_file_that_a_page_links_to_exists(page):
     for target in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[\w-]+)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_results():
+    begin, end = "<!-- measured: python -m benchmarks --summary -->", "<!-- end of measured -->"
+    shown = (ROOT / "README.md").read_text().split(begin)[1].split(end)[0].strip()
+    assert shown == report.summary(ROOT / "benchmarks" / "results")
 
 
 def test_imports_point_up_the_table_of_the_house():

@@ -210,6 +210,17 @@ class OnEveryDevice(chex.TestCase):
         chex.assert_trees_all_close(got, (want, want[[1, -1]], want[:, [1, -1]]), rtol=0, atol=0)
 
     @chex.variants(with_jit=True, without_jit=True)
+    @on_every_device(geometry=named(GRID[:2]))
+    def test_a_factor_of_a_product_in_double_precision(self, device, geometry):
+        """XLA on a GPU takes it into the convolution, where it is rounded to float32."""
+        spec = geometry.spec()
+        kernel, x, _ = arrays(geometry, self.rng, np.float64, normals)
+        with jax.default_device(device):
+            got = self.variant(lambda kernel, x: 0.01 * fc.apply(spec, kernel, x))(kernel, x)
+        want = 0.01 * oracle.product(x, kernel, geometry)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+
+    @chex.variants(with_jit=True, without_jit=True)
     @on_every_device(geometry=named([*GRID[::9], *PADDED]), dtype=FLOATS)
     def test_products_against_the_oracle(self, device, geometry, dtype):
         spec = geometry.spec()

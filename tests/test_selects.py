@@ -199,7 +199,7 @@ def test_a_platform_lowers_its_own_form_only():
         assert product_first == (platform != "tpu")
     assert float(scaled(v, w)) == 9
     assert jax.grad(scaled)(v, w) == 3
-    assert float(export.export(jax.jit(scaled), platforms=("cpu", "tpu"))(v, w).call(v, w)) == 9
+    assert float(export.export(jax.jit(scaled), platforms=("cpu", "cuda", "tpu"))(v, w).call(v, w)) == 9
 
 
 # what a TPU gets -------------------------------------------------------------------------------------

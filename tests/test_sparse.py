@@ -13,6 +13,7 @@ from environment import count
 from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
+from jaxconv_fc.sparse import formats, host
 
 COUNT = count("GEOMETRIES", 6)
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -152,6 +153,26 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     kernel = rng.integers(-4, 5, spec.rhs_shape).astype(float)
     np.testing.assert_array_equal(fc.as_bcsr(spec, kernel).todense(), oracle.matrix(kernel, spec))
     np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
+
+
+@pytest.mark.parametrize("limits", [(0, 2**20, 0), (0, 0, 0)], ids=["blocks of a plan", "block by block"])
+def test_every_way_to_fill_the_arrays(limits, monkeypatch, rng):
+    """The other tests have small matrices, whose tables are kept whole."""
+    for name, limit in zip(("_LISTED", "_PLANNED", "_KEPT_COLUMNS"), limits, strict=True):
+        monkeypatch.setattr(host, name, limit)
+    monkeypatch.setattr(formats, "host_tables", host._host_tables)  # not cached
+    for geometry in CASES.values():
+        check_host(geometry, integers(rng, geometry.rhs_shape))
+
+
+def test_a_matrix_shares_nothing_with_the_next(rng):
+    spec = CASES["NHWC"].spec()
+    kernel = integers(rng, spec.rhs_shape, np.float64)
+    first, want = fc.as_scipy(spec, kernel), fc.as_scipy(spec, kernel).toarray()
+    assert first.data.base is first.indices.base is first.indptr.base  # one block, which SciPy did not copy
+    for array in triple(first):
+        array[:] = 1
+    np.testing.assert_array_equal(fc.as_scipy(spec, kernel).toarray(), want)
 
 
 def test_one_infinite_tap_stays_in_its_own_entries(rng):

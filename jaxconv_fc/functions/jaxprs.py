@@ -23,7 +23,7 @@ from jaxconv_fc.sharding import PlatformForms, is_traced
 # Calls that do nothing but evaluate the one jaxpr they hold on their own operands.
 CALLS = frozenset({
     "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint",
-    "custom_jvp_call", "custom_vjp_call", "custom_vmap_call",
+    "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "program_order",
 })  # fmt: skip
 
 # Equations that write to a mutable array (``jax.new_ref``), and so change what later equations read of it.

@@ -57,16 +57,15 @@ def row_starts(spec: ConvSpec, widths: Sequence[Ints], starts: Sequence[Ints], d
     return start, count
 
 
-def offset_in_row(spec: ConvSpec, reads: Sequence[AxisReads], i: Ints) -> Ints:
-    """How many entries of a row stand before the entry of channel ``i`` at positions ``reads.t``.
+def offset_in_row(spec: ConvSpec, ranks: Sequence[Ints], widths: Sequence[Ints], i: Ints) -> Ints:
+    """How many entries of a row stand before the entry of channel ``i`` with these ranks on the axes.
 
     The entries of a row are a grid of ``width`` inputs per axis and ``C/G`` channels, in the order of
     ``in_shape``. The result is the row-major index of the ranks and ``i`` in this grid.
     """
-    ranks, widths = [r.rank for r in reads], [r.width for r in reads]
     offset = 0
     for a in inverse(spec.in_order):
-        if a < len(reads):
+        if a < len(ranks):
             offset = offset * widths[a] + ranks[a]
         elif a == len(spec.in_order) - 1:  # channels. The batch axis is skipped: a row reads one batch group
             offset = offset * spec.group_channels + i
@@ -139,7 +138,8 @@ def entry_places(spec: ConvSpec, rows: Rows, first: Ints, size: int) -> Places:
     start, _ = row_starts(spec, [r.width for r in reads], [r.start for r in reads], d)
     for r in reads:
         valid = valid & r.valid
-    where = jnp.where(valid, start + offset_in_row(spec, reads, i) - first, size)
+    offset = offset_in_row(spec, [r.rank for r in reads], [r.width for r in reads], i)
+    where = jnp.where(valid, start + offset - first, size)
     tap = d * spec.group_channels + i
     for axis, p in zip(spec.axes, taps, strict=True):
         tap = tap * axis.taps + p

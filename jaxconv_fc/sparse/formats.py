@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy  # scipy.sparse is loaded at its first use
 from jax import lax
-from jax.experimental.sparse import BCOO, BCSR
-from scipy.sparse import csr_array
 
 from jaxconv_fc.arguments import Array, native
 from jaxconv_fc.axis import Axis
@@ -33,8 +32,11 @@ from jaxconv_fc.sparse.entries import (
     part_count,
     row_pointers,
 )
-from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_memory, together
+from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_arrays, host_tables, together
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
+
+if TYPE_CHECKING:  # takes long to load: the builders load what they need
+    from jax.experimental.sparse import BCOO, BCSR
 
 
 @spec_first
@@ -70,6 +72,8 @@ def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo)
+    from jax.experimental.sparse import BCOO
+
     return BCOO(_coo(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
@@ -102,17 +106,20 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr)
+    from jax.experimental.sparse import BCSR
+
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
 
 
 @spec_first
-def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
+def as_scipy(spec: ConvSpec, kernel: Array) -> scipy.sparse.csr_array:
     """M as a SciPy ``csr_array``, ``as_scipy(spec, kernel).toarray() == as_matrix(spec, kernel)``.
 
     It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).
     NumPy and JAX kernels keep their dtype, also float64 without ``jax_enable_x64``. The time is about that of
-    writing the arrays, and little memory is needed beside them. ``.tocsc()``, ``.tobsr()`` and the like
-    convert to other formats.
+    writing the arrays, and little memory is needed beside them. Its three arrays are views of one block of
+    memory, which is freed when none of them is left. ``.tocsc()``, ``.tobsr()`` and the like convert to other
+    formats.
 
     Args:
       spec: the geometry.
@@ -132,18 +139,18 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
      [1. 2. 0.]
      [0. 1. 2.]]
     """
-    values = host_kernel("as_scipy", spec, kernel)
+    values = out_first(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
-    index = np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    data, columns = together(
+    tables = host_tables(spec)
+    index, rows = tables.pointers.dtype, len(tables.pointers)
+    data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
+    indptr[:] = tables.pointers
+    together(
         spec.nse,
-        lambda: fill_values(spec, out_first(spec, values), fresh_memory(spec.nse, values.dtype)),
-        lambda: fill_columns(spec, fresh_memory(spec.nse, index)),
+        lambda: fill_values(spec, tables.plan, values, data),
+        lambda: fill_columns(spec, tables, columns),
     )
-    widths = [axis_widths(axis).astype(index) for axis in spec.axes]
-    starts = [w.cumsum(dtype=index) - w for w in widths]
-    indptr = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=index))
-    matrix = csr_array((data, columns, indptr), shape=spec.shape)
+    matrix = scipy.sparse.csr_array((data, columns, indptr), shape=spec.shape)
     matrix.has_canonical_format = True  # by construction; SciPy would check every entry
     return matrix
 
@@ -152,7 +159,9 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     """The kernel as a NumPy array of its own dtype, for a builder that runs on the host."""
     if is_traced(kernel):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
-    as_operand("kernel", kernel, spec, "rhs_shape")
+    usable = isinstance(kernel, np.ndarray) and kernel.dtype.kind in "biufc"
+    if not usable or kernel.shape != spec.rhs_shape:
+        as_operand("kernel", kernel, spec, "rhs_shape")  # a JAX array is made only to say what is wrong
     values = native(np.asarray(kernel))
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")

@@ -1,84 +1,91 @@
 """The arrays of a sparse M, written on the host by classes of outputs.
 
 A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes, one per
-axis, is one regular part of the arrays.
+axis, is one regular part of the arrays: a *block*. Within a block, the value of an entry depends only on the
+out channel and on its place in the row. So the values of a block are one short row per out channel, repeated.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.layout import column_of, inverse, spread
 from jaxconv_fc.lines import Run, output_runs
-from jaxconv_fc.sparse.entries import entry_order, group_column, part_count, row_starts
+from jaxconv_fc.sparse.entries import (
+    axis_widths,
+    entry_order,
+    group_column,
+    offset_in_row,
+    part_count,
+    row_pointers,
+    row_starts,
+)
 from jaxconv_fc.spec import ConvSpec
 
-
-def together(size: int, *jobs: Callable[[], np.ndarray]) -> list[np.ndarray]:
-    """The arrays that the jobs make, of this size: large ones in a thread each, small ones in turn."""
-    if size < 2**18:
-        return [job() for job in jobs]
-    with ThreadPoolExecutor(len(jobs)) as threads:
-        return [made.result() for made in [threads.submit(job) for job in jobs]]
+_LISTED = 2**16  # entries of a matrix whose taps are kept one by one: one gather is then faster than blocks
+_PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is kept
+_KEPT_COLUMNS = 2**18  # entries of one part, whose columns are kept
 
 
-def fresh_memory(size: int, dtype: Any) -> np.ndarray:
-    """An array of unset entries; a large one lies in pages of ordinary size.
+def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Do two jobs that fill arrays of this size: at once if these are large, else in turn."""
+    if size < 2**20:  # a thread takes 0.1 ms to start
+        first()
+        second()
+        return
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(second)
+        first()
+        done.result()
 
-    ``np.empty`` asks Linux for huge pages. When Linux must first assemble them from pages that JAX has just
-    freed, writing to them takes several times as long (up to ten times was measured).
+
+def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
+    """1-D arrays of unset entries, from their sizes and dtypes. All are views of one block of memory.
+
+    ``malloc`` gives a freed block again, with its pages in place, if it is the largest one of late (up to 32
+    MB). Of two blocks of this size it hands one back to Linux, and writing to new pages takes six times as
+    long. So call this in the thread of the caller as well: a new thread has no freed blocks.
+
+    A large block lies in pages of ordinary size. ``np.empty`` asks Linux for huge pages. When Linux must
+    first assemble them from pages that JAX has just freed, writing to them takes several times as long (up to
+    ten times was measured).
     """
-    nbytes = size * np.dtype(dtype).itemsize
-    if nbytes < 2**28 or sys.platform != "linux":
-        return np.empty(size, dtype)
-    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
+    nbytes = [size * np.dtype(dtype).itemsize for size, dtype in arrays]
+    *starts, end = itertools.accumulate((-(-n // 64) for n in nbytes), initial=0)
+    # In units of 64 bytes: SciPy copies an array that has less than half as many entries as its base.
+    if end < 2**23 or sys.platform != "linux":
+        block = np.empty(end, "V64")
+    else:
+        block = np.frombuffer(mmap.mmap(-1, 64 * end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), "V64")
+    return [block[i:].view(dtype)[:size] for i, (size, dtype) in zip(starts, arrays, strict=True)]
 
 
-def fill_values(spec: ConvSpec, kernel: np.ndarray, data: np.ndarray) -> np.ndarray:
-    """``data`` filled with the entries, from the kernel with out channels first.
-
-    Within a product of classes, a value depends only on the out channel and on the place in the row.
-    """
-    order = entry_order(spec)
-    for runs in _classes(spec):
-        block = kernel  # [d, i, p]
-        for a, run in enumerate(runs):
-            block = _fold(block, 2 + a, run)  # at last [d, i, t]: inputs read in place of taps
-        block = np.moveaxis(block, 1, -1).transpose(0, *(1 + a for a in order))
-        part = _part(spec, runs, data)
-        block = block.reshape(spec.out_channels, -1)  # [d, entry of the row]
-        part[...] = spread(block, part.shape, spec.out_order[-1], part.ndim - 1)
-    return data
+# -- blocks ----------------------------------------------------------------------------------------
 
 
-def fill_columns(spec: ConvSpec, columns: np.ndarray) -> np.ndarray:
-    """``columns`` filled: one term depends on the output, the other on the place in the row."""
-    n, dtype, parts = len(spec.axes), columns.dtype, part_count(spec)
-    channels = np.arange(spec.group_channels, dtype=dtype)
-    group = group_column(spec, np.arange(spec.out_channels, dtype=dtype))
-    for runs in _classes(spec):
-        part = _part(spec, runs, columns)
-        part = part[:1] if parts > 1 else part
-        widths = (*(run.width for run in runs), spec.group_channels)
-        reads = [spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
-        inside = np.broadcast_to(column_of(spec, reads, spread(channels, widths, n)), widths)
-        moved = [np.arange(len(run.outputs), dtype=dtype) * run.advance for run in runs]
-        moved = [spread(v, part.shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
-        outside = column_of(spec, moved, 0)
-        if parts == 1:
-            outside = outside + spread(group, part.shape, spec.out_order[-1])
-        np.add(outside, inside.transpose(entry_order(spec)).reshape(-1), out=part)
-    if parts > 1:
-        stack = columns.reshape(parts, -1)
-        np.add(stack[0], group[1:, None], out=stack[1:])
-    return columns
+class Block(NamedTuple):
+    """The entries of a product of classes in a list: (outputs as in ``out_shape``..., entries of a row)."""
+
+    start: int  # the first entry in the list
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in entries
+    channel: int  # the dimension of the out channels
+
+    def of(self, flat: np.ndarray) -> np.ndarray:
+        """The view of these entries in a list."""
+        size = flat.itemsize
+        strides = [stride * size for stride in self.strides]
+        return np.ndarray(self.shape, flat.dtype, flat, self.start * size, strides)  # type: ignore[arg-type]
 
 
 def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
@@ -90,24 +97,155 @@ def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
     return itertools.product(*ordered) if spec.nse else iter(())
 
 
-def _part(spec: ConvSpec, runs: Sequence[Run], flat: np.ndarray) -> np.ndarray:
-    """The entries of a product of classes: a view, (outputs as in ``out_shape``..., entries of a row)."""
-    widths = [run.width for run in runs]
-    counts = [*(len(run.outputs) for run in runs), spec.out_channels]
-    first, size = row_starts(spec, widths, [run.start for run in runs], 0)
-    steps, strides = [*(run.stride for run in runs), 1], []
-    order = inverse(spec.out_order)
-    for a in order:  # the start of a row is linear in the starts of its axes
-        *unit, channel = (step if a == b else 0 for b, step in enumerate(steps))
-        strides.append(row_starts(spec, widths, unit, channel)[0] * flat.itemsize)
-    shape = (*(counts[a] for a in order), size)
-    return np.lib.stride_tricks.as_strided(flat[first:], shape, (*strides, flat.itemsize))
+def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
+    """The block of a product of classes in a list of the rows of the first out channels."""
+    # The start of a row is linear in the starts of its axes. One call gives the start for those of the first
+    # outputs, and then, for a step of one axis at a time, by how much it grows.
+    first = [*(run.start for run in runs), 0]
+    steps = np.diag([*(run.stride for run in runs), 1])  # [step of an axis or d, axes and d]
+    *starts, d = np.vstack([first, steps]).T
+    grown, size = row_starts(spec, [run.width for run in runs], starts, d)
+    begin, *strides = np.asarray(grown).tolist()
+    counts, order = [*(len(run.outputs) for run in runs), channels], inverse(spec.out_order)
+    shape, strides = ([v[a] for a in order] for v in (counts, strides))
+    return Block(begin, (*shape, size), (*strides, 1), spec.out_order[-1])
 
 
-def _fold(kernel: np.ndarray, axis: int, run: Run) -> np.ndarray:
-    """The kernel with inputs read in place of taps along one axis; taps that read the same one are added."""
-    kernel = kernel.take(run.taps, axis)
-    if len(run.taps) == run.width:
-        return kernel
-    add = np.logical_or if kernel.dtype == bool else np.add
-    return add.reduceat(kernel, run.firsts, axis, dtype=kernel.dtype)
+# -- values ----------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How the values of some blocks come from the kernel."""
+
+    parts: int  # the kernel, with out channels first, is reshaped to (parts, kernel entries of a part)
+    taps: np.ndarray  # (taps,): for the entries of one row of every block, the kernel entries in a part
+    firsts: np.ndarray | None  # (row entries,): where in `taps` those of each begin; None if no taps meet
+    blocks: tuple[tuple[Block, slice], ...]  # each block, and which row entries it repeats
+
+    def rows(self, kernel: np.ndarray) -> np.ndarray:
+        """The values of the row entries of all blocks: [part, row entry]."""
+        values = kernel.reshape(self.parts, -1).take(self.taps, axis=1)
+        if self.firsts is None:
+            return values
+        add = np.logical_or if kernel.dtype == bool else np.add
+        return add.reduceat(values, self.firsts, axis=1, dtype=kernel.dtype)
+
+
+def fill_values(spec: ConvSpec, plan: Plan | None, kernel: np.ndarray, data: np.ndarray) -> None:
+    """Fill ``data`` with the entries, from the kernel with out channels first."""
+    for part in [plan] if plan else (_plan(spec, [runs]) for runs in _classes(spec)):
+        _repeat(part, kernel, data)
+
+
+def _repeat(plan: Plan, kernel: np.ndarray, data: np.ndarray) -> None:
+    rows = plan.rows(kernel)
+    for block, entries in plan.blocks:
+        view = block.of(data)
+        view[...] = spread(rows[:, entries], view.shape, block.channel, view.ndim - 1)
+
+
+def _whole_plan(spec: ConvSpec) -> Plan | None:
+    """The plan of all blocks; None if their rows together are large."""
+    counts = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
+    if spec.out_channels * spec.group_channels * math.prod(counts) > _PLANNED:
+        return None
+    plan = _plan(spec, list(_classes(spec)))
+    if spec.nse > _LISTED or plan.firsts is not None or not spec.nse:
+        return plan
+    # The values are the kernel entries of the list of all entries, which is made as the values are.
+    parts = part_count(spec)
+    taps, numbers = np.empty(spec.nse, np.intp), np.arange(math.prod(spec.rhs_shape))
+    _repeat(plan, numbers, taps)
+    size = spec.nse // parts
+    return Plan(parts, taps[:size].copy(), None, ((Block(0, (parts, size), (size, 1), 0), slice(None)),))
+
+
+def _plan(spec: ConvSpec, products: Sequence[tuple[Run, ...]]) -> Plan:
+    """The plan of the blocks of these products of classes."""
+    taps, firsts, blocks = [], [], []
+    used, entries = 0, 0
+    for runs in products:
+        block = _block(spec, runs, spec.out_channels)
+        tap, place = _row_taps(spec, runs)
+        taps.append(tap)
+        firsts.append(used + np.flatnonzero(np.diff(place, prepend=-1)))
+        size = block.shape[-1]
+        blocks.append((block, slice(entries, entries + size)))
+        used, entries = used + len(tap), entries + size
+    none = [np.empty(0, np.intp)]
+    meet = np.concatenate(firsts or none) if used > entries else None
+    return Plan(spec.out_channels, np.concatenate(taps or none), meet, tuple(blocks))
+
+
+def _row_taps(spec: ConvSpec, runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """``(tap, place)`` of all kernel entries that a row reads, by place in the row.
+
+    ``tap`` is the index among the kernel entries of one out channel.
+    """
+    dims = (*(len(run.taps) for run in runs), spec.group_channels)
+    channel = spread(np.arange(spec.group_channels), dims, len(runs))
+    taps = [spread(run.taps, dims, a) for a, run in enumerate(runs)]
+    ranks = [np.repeat(np.arange(run.width), np.diff(run.firsts, append=len(run.taps))) for run in runs]
+    ranks = [spread(rank, dims, a) for a, rank in enumerate(ranks)]
+    tap = reduce(lambda index, a: index * spec.axes[a].taps + taps[a], range(len(runs)), channel)
+    place = offset_in_row(spec, ranks, [run.width for run in runs], channel)
+    tap, place = (np.broadcast_to(v, dims).ravel() for v in (tap, place))
+    order = np.argsort(place, kind="stable")
+    return tap[order], place[order]
+
+
+# -- columns and row starts ------------------------------------------------------------------------
+
+
+def fill_columns(spec: ConvSpec, tables: HostTables, columns: np.ndarray) -> None:
+    """Fill ``columns``: the other parts of M have those of its first one, in their own channel group."""
+    stack = columns.reshape(len(tables.groups), -1)  # [part, entry]
+    if tables.columns is None:
+        _list_columns(spec, stack[0])
+    else:
+        stack[0] = tables.columns
+    np.add(stack[0], tables.groups[1:], out=stack[1:])
+
+
+def _list_columns(spec: ConvSpec, columns: np.ndarray) -> None:
+    """The columns of one part: one term depends on the output, the other on the place in the row."""
+    n, dtype, channels = len(spec.axes), columns.dtype, spec.out_channels // part_count(spec)
+    inputs = np.arange(spec.group_channels, dtype=dtype)
+    for runs in _classes(spec):
+        block = _block(spec, runs, channels)
+        widths = (*(run.width for run in runs), spec.group_channels)
+        reads = [spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
+        inside = np.broadcast_to(column_of(spec, reads, spread(inputs, widths, n)), widths)
+        moved = [np.arange(len(run.outputs), dtype=dtype) * run.advance for run in runs]
+        moved = [spread(v, block.shape, a) for a, v in zip(spec.out_order, moved, strict=False)]
+        group = group_column(spec, np.arange(channels, dtype=dtype))
+        outside = column_of(spec, moved, 0) + spread(group, block.shape, block.channel)
+        np.add(outside, inside.transpose(entry_order(spec)).reshape(-1), out=block.of(columns))
+
+
+# -- what is kept of a geometry ----------------------------------------------------------------------
+
+
+class HostTables(NamedTuple):
+    """What depends on the geometry only. The arrays are shared: they must not be written to."""
+
+    plan: Plan | None  # None where it would be large
+    columns: np.ndarray | None  # of the first part of M; None where it is large
+    groups: np.ndarray  # (parts, 1): what is added to them in each part
+    pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
+
+
+def _host_tables(spec: ConvSpec) -> HostTables:
+    parts, dtype = part_count(spec), np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
+    columns = None
+    if spec.nse // parts <= _KEPT_COLUMNS:
+        columns = np.empty(spec.nse // parts, dtype)
+        _list_columns(spec, columns)
+    widths = [axis_widths(axis).astype(dtype) for axis in spec.axes]
+    starts = [w.cumsum(dtype=dtype) - w for w in widths]
+    pointers = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
+    groups = group_column(spec, np.arange(parts, dtype=dtype))[:, None]
+    return HostTables(_whole_plan(spec), columns, groups, pointers)
+
+
+host_tables = bounded_cache(_host_tables)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_array
+import scipy
 
 from jaxconv_fc.arguments import Array, as_int
 from jaxconv_fc.axis import Axis
@@ -73,7 +73,7 @@ class RowBlock(NamedTuple):
     spec: ConvSpec  # the block as a smaller convolution
     in_slice: tuple[slice, ...]  # of an input of the whole convolution
     out_slice: tuple[slice, ...]  # of its output
-    matrix: csr_array  # of shape ``spec.shape``
+    matrix: scipy.sparse.csr_array  # of shape ``spec.shape``
 
 
 def row_blocks(

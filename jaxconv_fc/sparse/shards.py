@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.sparse import BCOO
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxconv_fc.arguments import Array
@@ -30,6 +29,9 @@ from jaxconv_fc.sparse.entries import (
     row_starts,
 )
 from jaxconv_fc.spec import ConvSpec, as_operand
+
+if TYPE_CHECKING:
+    from jax.experimental.sparse import BCOO
 
 
 def shard_matrix(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None = None) -> jax.Array:
@@ -106,6 +108,8 @@ def shard_bcoo(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None 
     check_stored("shard_bcoo", spec, nbytes, "more devices, or apply")
     full = bool((counts == counts.max()).all())
     arrays = _sparse_shards(spec, kernel, mesh=mesh, axis_name=axis_name)
+    from jax.experimental.sparse import BCOO
+
     return BCOO(arrays, shape=spec.shape, indices_sorted=full, unique_indices=full)
 
 

@@ -102,7 +102,7 @@ def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 2, 5), (2, 2, 1), (1,), "VALID")
-    >>> print(fc.spectrum.condition_number(spec, jnp.array([[[3.], [0.]], [[0.], [6.]]])))
+    >>> print(fc.spectrum.condition_number(spec, jnp.array([[[3.], [0.]], [[0.], [6.]]])).round(5))
     2.0
     """
     kernel = _kernel_of_blocks("condition_number", spec, kernel)

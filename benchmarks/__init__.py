@@ -1,0 +1,15 @@
+"""Times of jaxconv_fc beside every other way to the same result, and beside what the machine needs at least.
+
+    python -m benchmarks [TABLE ...] [--quick] [--rounds N] [--out FOLDER]
+    python -m benchmarks --guard
+
+The contestants of a row do the same job. They are timed in turns in one process, so their ratios hold on
+a machine that is not quiet. A table is written as soon as it is complete: results.json and results.md, at
+the end results.png. ``pip install '.[bench]'`` brings the other libraries. What is not installed is left out,
+and the table says so. asdex needs a Python and a JAX of its own: where they are not the current ones, the
+command makes an environment for it.
+
+``--quick`` takes two small rows of each table and compares the results of the contestants: its times mean
+nothing. ``--guard`` measures a few ratios and fails where one of them is far from what it was. ``--summary``
+prints the table of the README from the committed results.
+"""

@@ -1,0 +1,238 @@
+"""Results as Markdown and as a picture."""
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks.timing import spread
+
+
+def markdown(results):
+    lines = [
+        "# Measured",
+        "",
+        "; ".join(results[key] for key in ("machine", "versions", "commit", "date")) + ".",
+        f"`python -m benchmarks` in one run: medians of up to {results['rounds']} rounds, every contestant "
+        "once a round; in brackets the quartiles. A figure below the name of another way is its time over "
+        "ours, **bold** where the other way is faster.",
+        "",
+    ]
+    if results.get("aims"):
+        lines += ["## Aims", "", "| aim | seen | met |", "|---|---|---|"]
+        lines += [
+            f"| {aim['aim']} | {aim['seen']} | {'yes' if aim['met'] else 'no'} |" for aim in results["aims"]
+        ]
+        lines.append("")
+    for table in results["tables"]:
+        lines += [f"## {table['title']}", "", *_body(table), ""]
+    if "imports" in results:
+        lines += _first_calls(results)
+    return "\n".join(lines)
+
+
+def _body(table):
+    rows = table["rows"]
+    peers = list(dict.fromkeys(itertools.chain(*([*row["ratios"], *row["cannot"]] for row in rows))))
+    peers = [name for name in peers if name != "limit"]
+    limited = bool(table["limit"])
+    head = ["", "", *(["limit"] if limited else []), "ours", *(["ours / limit"] if limited else []), *peers]
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    notes = []
+    for row in rows:
+        cells = [row["name"], row["size"]]
+        if limited:
+            cells.append(_time(spread(row["seconds"]["limit"])[1]))
+        low, middle, high = spread(row["seconds"]["ours"])
+        cells.append(f"{_time(middle)} ({_time(low)} to {_time(high)})")
+        if limited:
+            cells.append(f"{row['ratios']['limit']:.2f}")
+        cells += [_cell(row, peer, notes) for peer in peers]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    if limited:
+        yield f"Limit: {table['limit']}."
+    for number, note in enumerate(notes, 1):
+        yield f"({number}) {note}."
+    if table["note"]:
+        yield table["note"]
+    if table.get("slope"):
+        yield f"Slope of log(time) over log(entries) from 10,000 entries on: {table['slope']:.3f}."
+
+
+def _cell(row, peer, notes):
+    if peer in row["ratios"]:
+        ratio = row["ratios"][peer]
+        shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+        return f"**{shown}**" if ratio < 1 else shown
+    reason = row["cannot"].get(peer)
+    if not reason:
+        return "–"
+    if reason not in notes:
+        notes.append(reason)
+    return f"– ({notes.index(reason) + 1})"
+
+
+def _time(seconds):
+    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _first_calls(results):
+    found = results["imports"]
+    yield "## First calls"
+    yield ""
+    yield (
+        f"`import jax` {found['jax']:.0f} ms; `import jaxconv_fc` after it {found['ours']:.0f} ms. Every row "
+        "is a process of its own. Beyond its run: the first call less a second one, which compiles nothing."
+    )
+    yield ""
+    yield "| | first call | beyond its run | program | result | peak memory above what was there |"
+    yield "|---|---|---|---|---|---|"
+    for name, row in results["first_calls"].items():
+        program = f"{row['program'] / 1e3:.1f} kB" if row["program"] else "–"
+        yield (
+            f"| {name} | {_time(row['first'])} | {_time(max(row['first'] - row['again'], 0))} | {program} | "
+            f"{row['size'] / 1e6:,.1f} MB | {row['peak'] / 1e6:,.0f} MB |"
+        )
+
+
+# -- the table of the README --------------------------------------------------------------------------
+
+# folder of results -> how the README calls the machine
+MACHINES = {"cpu": "2 CPU cores", "h100": "NVIDIA H100"}
+# table -> what it is; the fastest of the peers counts, or the one that is named
+SUMMARY = {
+    "dense": ("`as_matrix`, over `jnp.full`", None),
+    "update": ("`update_matrix`, over `jnp.full`", "as_matrix"),
+    "as_scipy": ("`as_scipy`, over XLA writing the same arrays", "COO to CSR, shuffled"),
+    "as_bcsr": ("`as_bcsr`, over XLA writing the same arrays", None),
+    "matrix_vjp": ("`matrix_vjp`, over one read of the cotangent", None),
+    "apply": ("`apply`, one example", "lax"),
+    "apply_transpose": ("`apply_transpose`, one example", "lax"),
+    "kernel_vjp": ("`kernel_vjp`, one example", "lax"),
+    "loop": ("100 steps of conjugate gradients", None),
+    "batched": ("`batched_apply`", "lax"),
+    "matrix_of": ("`matrix_of` a linear network", None),
+    "singular_values": ("all singular values, circular", "NumPy recipe"),
+    "spectral_norm": ("the largest singular value", "power iteration"),
+}
+
+
+def summary(folder):
+    """Medians over the rows of each table: ours over the limit, and the fastest other way over ours."""
+    found = {}
+    for machine in MACHINES:
+        path = Path(folder) / machine / "results.json"
+        if path.exists():
+            found[machine] = {table["name"]: table for table in json.loads(path.read_text())["tables"]}
+    lines = [
+        "| | " + " | ".join(f"{MACHINES[m]}: over the limit | other ways, over ours" for m in found) + " |"
+    ]
+    lines.append("|---|" + "---|---|" * len(found))
+    for name, (text, peer) in SUMMARY.items():
+        cells = [text, *(cell for tables in found.values() for cell in _summed(tables.get(name), peer))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _summed(table, peer):
+    if table is None:
+        return "–", "–"
+    limits = [row["ratios"]["limit"] for row in table["rows"] if "limit" in row["ratios"]]
+    limit = f"{statistics.median(limits):.2f}" if limits and table["name"] not in UNLIMITED else "–"
+    best = []
+    for row in table["rows"]:
+        others = {name: v for name, v in row["ratios"].items() if name not in ("limit", "np.full")}
+        if peer in others or (peer is None and others):
+            best.append((others[peer], peer) if peer else min((v, name) for name, v in others.items()))
+    if not best:
+        return limit, "–"
+    names = statistics.multimode(name for _, name in best)
+    values = [v for v, _ in best]
+    return limit, f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g}), {names[0]}"
+
+
+UNLIMITED = ("apply", "apply_transpose", "kernel_vjp", "batched")  # their limit says little to a reader
+
+
+# -- picture ------------------------------------------------------------------------------------------
+
+SHOWN = (
+    "dense",
+    "as_scipy",
+    "as_bcsr",
+    "matrix_vjp",
+    "apply_transpose",
+    "batched",
+    "matrix_of",
+    "spectral_norm",
+)
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#000000",
+    "#999999",
+)  # Okabe, Ito
+MARKS = "osD^vPX*"
+
+
+def picture(results, path):
+    """Times over ours, on a logarithmic axis: one panel for each of the main tables."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tables = [table for table in results["tables"] if table["name"] in SHOWN]
+    columns = 2
+    lines = -(-len(tables) // columns)
+    counts = [
+        max((len(t["rows"]) for t in tables[i : i + columns]), default=1)
+        for i in range(0, len(tables), columns)
+    ]
+    figure, panels = plt.subplots(
+        lines,
+        columns,
+        figsize=(15, 1.0 * lines + 0.27 * sum(counts)),
+        layout="constrained",
+        squeeze=False,
+        gridspec_kw={"height_ratios": [n + 3 for n in counts]},
+    )
+    for axes, table in itertools.zip_longest(panels.ravel(), tables):
+        if table is None:
+            axes.set_visible(False)
+        else:
+            _panel(axes, table)
+    figure.suptitle(f"Times over those of jaxconv_fc: {results['machine']}", fontsize=12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axes, table):
+    names = [row["name"] for row in table["rows"]]
+    peers = list(dict.fromkeys(name for row in table["rows"] for name in row["ratios"] if name != "limit"))
+    axes.axvline(1, color="0.3", linewidth=1)
+    if table["limit"]:
+        points = [(1 / row["ratios"]["limit"], i) for i, row in enumerate(table["rows"])]
+        axes.plot(
+            *zip(*points, strict=True), "|", color="0.3", markersize=11, markeredgewidth=2, label="limit"
+        )
+    for peer, colour, mark in zip(peers, itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False):
+        points = [(row["ratios"][peer], i) for i, row in enumerate(table["rows"]) if peer in row["ratios"]]
+        if points:
+            axes.plot(*zip(*points, strict=True), mark, color=colour, label=peer, markersize=6)
+    axes.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6))
+    axes.set_yticklabels(names, fontsize=8)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_title(table["title"].replace("`", ""), fontsize=9)
+    axes.grid(axis="x", color="0.9")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
