@@ -96,7 +96,8 @@ def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
     The convolution, except on CPU for 16 examples or more, if :func:`apply` does not write it out as a sum
     over taps, and if M is within the memory limit:
 
-    - dense, if at least a quarter of M is nonzero (kernels as large as the image);
+    - dense, if at least a quarter of M is nonzero (kernels as large as the image), in float32 or narrower for
+      64 examples or more;
     - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
       float32 or narrower, or 1 of several (depthwise) in any dtype;
     - sparse, for 64-bit and integer dtypes and at least 64 examples.
@@ -110,9 +111,10 @@ def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
     if jnp.issubdtype(dtype, jnp.inexact) and not dilated and is_narrow(spec.axes, shape, spec.groups):
         return "convolution"
     sizes = spec.nbytes(dtype)
-    if 4 * spec.nse >= spec.out_size * spec.in_size and fits_in_memory(sizes.dense):
-        return "dense"
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 4
+    full = 4 * spec.nse >= spec.out_size * spec.in_size and count >= (64 if narrow else 16)
+    if full and fits_in_memory(sizes.dense):
+        return "dense"
     few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
     few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
     if (few or (not narrow and count >= 64)) and fits_in_memory(sizes.bcsr):

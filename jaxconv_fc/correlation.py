@@ -192,6 +192,7 @@ def complex_product(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax
 # -- few channels: term by term ------------------------------------------------------------------
 
 MOST_TERMS = 64  # of a sum that is written out
+MOST_SUMS = 32  # that are written out: each is a loop, and compiles in 20 ms
 MOST_CHANNELS = 4  # of a convolution without groups
 
 
@@ -207,12 +208,15 @@ def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
 def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
     """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
 
-    It is for one example, as in a ``vmap`` that keeps the gradient of each, and for depthwise kernels.
+    It is for one example, as in a ``vmap`` that keeps the gradient of each, and for depthwise kernels on
+    images that are not small.
     """
     inputs, outputs = x.shape[-1] // groups, y.shape[-1] // groups
     one = x.shape[0] == 1 and (groups > 1 or outputs >= min(inputs, 8))
-    few = one or inputs == outputs == 1 < groups
-    return few and math.prod(a.out_size for a in axes) <= MOST_TERMS and jnp.issubdtype(x.dtype, jnp.inexact)
+    # Here an axis has the outputs of the convolution for taps, and its stride for dilation.
+    large = math.prod(a.taps for a in axes) >= 256 and all(a.rhs_dilation == 1 for a in axes)
+    few = one or (inputs == outputs == 1 < groups and large)
+    return few and math.prod(a.out_size for a in axes) <= MOST_SUMS and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class _Grouped(NamedTuple):
