@@ -109,6 +109,8 @@ def scipy_kron(spec: fc.ConvSpec, kernel: Kernel, dense: bool) -> Call:
     """The sum over the taps of kron(kernel of the tap, its selection of inputs on each axis)."""
     if spec.dimension_numbers != _plain(spec):
         raise Cannot("rows and columns would have to be permuted")
+    if spec.nse > 2e7:
+        raise Cannot("takes minutes")
     if kernel.dtype == jnp.bfloat16:
         raise Cannot("no bfloat16")
     kernel, groups = np.asarray(kernel), spec.feature_group_count
@@ -138,6 +140,8 @@ def scipy_kron(spec: fc.ConvSpec, kernel: Kernel, dense: bool) -> Call:
 
 def scipy_triples(spec: fc.ConvSpec, kernel: Kernel, shuffled: bool) -> Call:
     """SciPy's COO -> CSR, from triples that somebody else has made."""
+    if shuffled and spec.nse > 2e7:
+        raise Cannot("takes minutes")
     coo = fc.as_scipy(spec, np.asarray(kernel)).tocoo()
     order = np.random.default_rng(0).permutation(coo.nnz) if shuffled else slice(None)
     data, rows, columns = coo.data[order].copy(), coo.row[order].copy(), coo.col[order].copy()

@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-PAUSE = 0.1  # seconds before each contestant: the threads of a BLAS or of XLA spin on after their last call
+PAUSE = 0.06  # seconds before each contestant: the threads of a BLAS or of XLA spin on after their last call
 LEAST = 0.02  # seconds that the clock has to measure: shorter calls are repeated
-SLOW = 1.0  # a contestant that takes so many seconds runs in the first rounds only
+SLOW = 0.3  # a contestant that takes so many seconds runs in the first rounds only
 FEW = 3
 
 Seconds = dict[str, list[float]]  # of each contestant, per call, one entry for each round
@@ -24,8 +24,9 @@ def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int) -> Secon
     """
     repeats, turns = {}, {}
     for name, contestant in contestants.items():
-        _seconds(contestant, 1)  # compiles
-        once = _seconds(contestant, 1)
+        once = _seconds(contestant, 1)  # compiles
+        if once < SLOW:
+            once = _seconds(contestant, 1)
         repeats[name] = max(1, math.ceil(LEAST / max(once, 1e-6)))
         turns[name] = rounds if once < SLOW else min(rounds, FEW)
     names = list(contestants)
