@@ -64,7 +64,7 @@ def main():
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join([*TABLES, 'first_call'])}")
     rounds = 1 if args.quick else args.rounds
     args.out.mkdir(parents=True, exist_ok=True)
-    results = _about(rounds) | {"quick": args.quick}
+    results = _about(rounds) | {"quick": args.quick, "platform": jax.default_backend()}
     for name in wanted:
         if name in TABLES:
             results["tables"].append(_measure(TABLES[name], rounds, args))
@@ -95,7 +95,9 @@ def _measure(table, rounds, args):
         print(f"  {one.name}: {ratios}  [{time.perf_counter() - start:.0f} s]", flush=True)
         with contextlib.suppress(RuntimeError):
             jax.clear_caches()
-    return {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note, "rows": found}
+    about = {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note}
+    grown = {"slope": growth.slope(found)} if table in growth.TABLES else {}
+    return about | grown | {"rows": found}
 
 
 def _about(rounds):
@@ -124,7 +126,8 @@ def _about(rounds):
 
 
 def _write(results, folder):
-    results["aims"] = [] if results["quick"] else aims.aims(results)
+    measured = results["platform"] == "cpu" and not results["quick"]  # the aims are those of a CPU
+    results["aims"] = aims.aims(results) if measured else []
     (folder / "results.md").write_text(report.markdown(results))
     (folder / "results.json").write_text(json.dumps(_rounded(results), indent=1) + "\n")
 

@@ -1,5 +1,6 @@
 """Time over the number of entries, from 10^3 to 10^8."""
 
+import statistics
 from functools import partial
 
 import numpy as np
@@ -36,9 +37,10 @@ def _call(builder, *arguments):
     return lambda: builder(*arguments)
 
 
-def slope(entries, seconds, least=1e4):
+def slope(rows, least=1e4):
     """Of log(seconds) over log(entries), by least squares, from `least` on; None without two points."""
-    points = np.array([(n, s) for n, s in zip(entries, seconds, strict=True) if n >= least])
+    points = [(int(r["name"].replace(",", "")), statistics.median(r["seconds"]["ours"])) for r in rows]
+    points = np.array([point for point in points if point[0] >= least])
     return float(np.polyfit(*np.log(points).T, deg=1)[0]) if len(points) > 1 else None
 
 

@@ -103,7 +103,7 @@ def _first_calls(results):
 # -- the table of the README --------------------------------------------------------------------------
 
 # folder of results -> how the README calls the machine
-MACHINES = {"cpu": "2 CPU cores", "h100": "NVIDIA H100"}
+MACHINES = {"cpu": "2 CPU cores", "h200": "NVIDIA H200"}
 # table -> what it is; the fastest of the peers counts, or the one that is named
 SUMMARY = {
     "dense": ("`as_matrix`, over `jnp.full`", None),

@@ -102,7 +102,9 @@ def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
       float32 or narrower, or 1 of several (depthwise) in any dtype;
     - sparse, for 64-bit and integer dtypes and at least 64 examples.
 
-    Measured on 2 cores with jax 0.10.2 by ``benchmarks/sparse.py``.
+    Sparse only where all examples together take 10^5 products.
+
+    Measured on 2 cores with jax 0.10.2 and 0.11.2 by ``python -m benchmarks batched random_layers``.
     """
     if backend != "cpu" or count < 16 or not spec.nse:
         return "convolution"
@@ -117,6 +119,7 @@ def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
         return "dense"
     few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
     few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
-    if (few or (not narrow and count >= 64)) and fits_in_memory(sizes.bcsr):
+    small = count * spec.nse < 10**5  # products in all: less than it takes to build M
+    if (few or (not narrow and count >= 64)) and not small and fits_in_memory(sizes.bcsr):
         return "sparse"
     return "convolution"

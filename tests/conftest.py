@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxconv_fc import correlation
+
 # No test may lean on an implicit conversion or an implicit broadcast of ranks.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -44,6 +46,18 @@ def _forget_programs_of_random_geometries(request):
     """Thousands of programs need more mappings than Linux allows a process: LLVM would crash."""
     yield
     if {"chunk", "number"} & set(request.fixturenames):
+        jax.clear_caches()
+
+
+@pytest.fixture(params=["sums over taps", "convolutions"])
+def cpu_form(request, monkeypatch):
+    """Both forms that a product has on the CPU: geometries as small as these would all take the first."""
+    if request.param == "convolutions":
+        jax.clear_caches()
+        monkeypatch.setattr(correlation, "MOST_TERMS", -1)
+        monkeypatch.setattr(correlation, "MOST_SUMS", -1)
+    yield request.param
+    if request.param == "convolutions":
         jax.clear_caches()
 
 

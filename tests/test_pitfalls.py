@@ -24,6 +24,7 @@ import pytest
 from geometries import Geometry, arrays
 
 import jaxconv_fc as fc
+from jaxconv_fc import correlation
 
 # the rows of the table, each in several sizes and channel counts; float32, which is where JAX fails
 TABLE = {
@@ -107,13 +108,13 @@ def truth(geometry, kernel, x, y):
 
 
 @every_row
-def test_equal_to_the_float64_truth(geometry, rng):
+def test_equal_to_the_float64_truth(geometry, cpu_form, rng):
     check_against_truth(geometry, np.float32, rng)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "complex64"])
 @pytest.mark.parametrize("name", TABLE)
-def test_equal_in_the_other_dtypes_that_fail(name, dtype, rng):
+def test_equal_in_the_other_dtypes_that_fail(name, dtype, cpu_form, rng):
     check_against_truth(TABLE[name][0], dtype, rng)
 
 
@@ -128,7 +129,7 @@ def check_against_truth(geometry, dtype, rng):
 
 
 @every_row
-def test_stacks_too(geometry, rng):
+def test_stacks_too(geometry, cpu_form, rng):
     """vmap over vectors and over kernels turns them into batched and grouped convolutions."""
     spec = geometry.spec()
     sets = [arrays(geometry, rng, np.float32) for _ in range(2)]
@@ -139,7 +140,7 @@ def test_stacks_too(geometry, rng):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_the_matrix_transposed_is_the_transposed_product(rng):
+def test_the_matrix_transposed_is_the_transposed_product(cpu_form, rng):
     """M^T built column by column from apply_transpose, where the gradient of lax would be garbage."""
     geometry = TABLE["k3, pad (3,1), 2-D"][0]
     spec = geometry.spec()
@@ -173,8 +174,12 @@ ABORTING = {
 }
 
 
-def check_every_transform(name):
-    """All products of one geometry: eager, jit, vmap, vmap of the transpose, jacrev."""
+def check_every_transform(name, most):
+    """All products of one geometry: eager, jit, vmap, vmap of the transpose, jacrev.
+
+    With at most so many terms, products are written out as sums over taps; else they are convolutions.
+    """
+    correlation.MOST_TERMS = correlation.MOST_SUMS = most
     geometry = ABORTING[name]
     spec = geometry.spec()
     program = partial(products, spec)
@@ -199,10 +204,12 @@ def check_every_transform(name):
     jax.tree.map(np.testing.assert_array_equal, program(*sets[0]), want)
 
 
+@pytest.mark.parametrize("most", [64, -1])
 @pytest.mark.parametrize("name", ABORTING)
-def test_geometries_that_abort_jax_return(name):
+def test_geometries_that_abort_jax_return(name, most):
     """In a process of its own, where an abort is a failed test and not a dead runner."""
-    code = f"import conftest, test_pitfalls; test_pitfalls.check_every_transform({name!r}); print('equal')"
+    call = f"test_pitfalls.check_every_transform({name!r}, {most})"
+    code = f"import conftest, test_pitfalls; {call}; print('equal')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,

@@ -64,7 +64,7 @@ def test_no_case_is_empty_by_accident():
 
 @pytest.mark.parametrize("dtype", ["int32", "float32", "complex128"])
 @every_case
-def test_products_are_the_oracles(geometry, dtype, rng):
+def test_products_are_the_oracles(geometry, dtype, cpu_form, rng):
     """Whole numbers, so both are exact in every dtype."""
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, rng, dtype)
@@ -78,7 +78,7 @@ def test_products_are_the_oracles(geometry, dtype, rng):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
 @some_cases
-def test_rounding_stays_within_its_bound(geometry, dtype, rng):
+def test_rounding_stays_within_its_bound(geometry, dtype, cpu_form, rng):
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, rng, dtype, normals)
     ahead = fc.apply(spec, kernel, x, precision="highest")
@@ -130,7 +130,7 @@ def setting(geometry, name, rng, dtype=np.float64, make=integers):
 
 
 @every_case
-def test_derivatives(geometry, rng):
+def test_derivatives(geometry, cpu_form, rng):
     """Each product pulls back to the other one and to the kernel gradient, by vjp and linear_transpose."""
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, rng, np.float64)
