@@ -208,11 +208,11 @@ def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
 def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
     """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
 
-    It is for one example, as in a ``vmap`` that keeps the gradient of each, and for depthwise kernels on
-    images that are not small.
+    It is with groups: of one example (a ``vmap`` that keeps the gradient of each makes examples to groups), or
+    if they are depthwise, on images that are not small.
     """
     inputs, outputs = x.shape[-1] // groups, y.shape[-1] // groups
-    one = x.shape[0] == 1 and (groups > 1 or outputs >= min(inputs, 8))
+    one = x.shape[0] == 1 and groups > 1
     # Here an axis has the outputs of the convolution for taps, and its stride for dilation.
     large = math.prod(a.taps for a in axes) >= 256 and all(a.rhs_dilation == 1 for a in axes)
     few = one or (inputs == outputs == 1 < groups and large)
