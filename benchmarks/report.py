@@ -15,7 +15,9 @@ def markdown(results):
         "; ".join(results[key] for key in ("machine", "versions", "commit", "date")) + ".",
         f"`python -m benchmarks` in one run: medians of up to {results['rounds']} rounds, every contestant "
         "once a round; in brackets the quartiles. A figure below the name of another way is its time over "
-        "ours, **bold** where the other way is faster.",
+        "ours, **bold** where the other way is faster; after +, what it took once before, such as the "
+        "detection and colouring of a pattern.",
+        *([results["remark"]] if "remark" in results else []),
         "",
     ]
     if results.get("aims"):
@@ -64,14 +66,18 @@ def _body(table):
 def _cell(row, peer, notes):
     if peer in row["ratios"]:
         ratio = row["ratios"][peer]
-        shown = f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
-        return f"**{shown}**" if ratio < 1 else shown
+        before = f" (+{row['prepared'][peer]:.0f} s)" if peer in row["prepared"] else ""
+        return (f"**{_ratio(ratio)}**" if ratio < 1 else _ratio(ratio)) + before
     reason = row["cannot"].get(peer)
     if not reason:
         return "–"
     if reason not in notes:
         notes.append(reason)
     return f"– ({notes.index(reason) + 1})"
+
+
+def _ratio(value):
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def _time(seconds):
@@ -134,8 +140,9 @@ def summary(folder):
     ]
     lines.append("|---|" + "---|---|" * len(found))
     for name, (text, peer) in SUMMARY.items():
-        cells = [text, *(cell for tables in found.values() for cell in _summed(tables.get(name), peer))]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [cell for tables in found.values() for cell in _summed(tables.get(name), peer)]
+        if set(cells) != {"–"}:
+            lines.append("| " + " | ".join([text, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -153,7 +160,8 @@ def _summed(table, peer):
         return limit, "–"
     names = statistics.multimode(name for _, name in best)
     values = [v for v, _ in best]
-    return limit, f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g}), {names[0]}"
+    middle, low, high = (_ratio(of(values)) for of in (statistics.median, min, max))
+    return limit, f"{middle} ({low} to {high}), {names[0]}"
 
 
 UNLIMITED = ("apply", "apply_transpose", "kernel_vjp", "batched")  # their limit says little to a reader
@@ -192,6 +200,8 @@ def picture(results, path):
     import matplotlib.pyplot as plt
 
     tables = [table for table in results["tables"] if table["name"] in SHOWN]
+    if not tables:
+        return
     columns = 2
     lines = -(-len(tables) // columns)
     counts = [

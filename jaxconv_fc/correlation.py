@@ -208,8 +208,8 @@ def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
 def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
     """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
 
-    It is with groups: of one example (a ``vmap`` that keeps the gradient of each makes examples to groups), or
-    if they are depthwise, on images that are not small.
+    It is with groups: of one example (a ``vmap`` that keeps the gradient of each turns examples into groups),
+    or if they are depthwise, on images that are not small.
     """
     inputs, outputs = x.shape[-1] // groups, y.shape[-1] // groups
     one = x.shape[0] == 1 and groups > 1
