@@ -9,7 +9,7 @@ the end results.png. ``pip install '.[bench]'`` brings the other libraries. What
 and the table says so. asdex needs a Python and a JAX of its own: where they are not the current ones, the
 command makes an environment for it.
 
-``--quick`` takes two small rows of each table and compares the results of the contestants: its times mean
+``--quick`` takes one small row of each table and compares the results of the contestants: its times mean
 nothing. ``--guard`` measures a few ratios and fails where one of them is far from what it was. ``--summary``
 prints the table of the README from the committed results.
 """

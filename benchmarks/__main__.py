@@ -37,14 +37,14 @@ TABLES = {
     for table in module.TABLES
 }
 
-QUICK_ROWS = 2  # of every table
+QUICK_ROWS = 1  # of every table
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}, first_call")
     parser.add_argument(
-        "--quick", action="store_true", help="two small rows of each table, whose results are compared"
+        "--quick", action="store_true", help="one small row of each table, whose results are compared"
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
