@@ -15,6 +15,7 @@ from jaxconv_fc import spectrum
 
 TOLERANCE = 1e-4
 ESTIMATE = "orthogonium (estimate)"
+STEPS = 3  # of its estimate: each one doubles the kernel, whose square it holds in memory
 
 
 def geometry(n, channels, mode):
@@ -142,7 +143,7 @@ def _orthogonium(spec, kernel):
 
     def estimate():
         with torch.no_grad():
-            return float(get_conv_sv(layer, n_iter=6, return_stab_rank=False, imsize=spec.in_shape[0]))
+            return float(get_conv_sv(layer, n_iter=STEPS, return_stab_rank=False, imsize=spec.in_shape[0]))
 
     return estimate
 
