@@ -1,4 +1,4 @@
-"""Times of jaxconv_fc beside every other way to the same result, and beside what the machine needs at least.
+"""Times of jaxconv_fc beside other ways to the same result, and beside what the machine needs at least.
 
     python -m benchmarks [TABLE ...] [--quick] [--rounds N] [--out FOLDER]
     python -m benchmarks --guard

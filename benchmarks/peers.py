@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse
 
 import jaxconv_fc as fc
-from benchmarks.layers import conv_one, kernel_gradient_one
+from benchmarks.layers import conv_one
 from benchmarks.rows import Call, Cannot, jitted
 
 Kernel = Any
@@ -228,7 +228,3 @@ def torch_product(spec: fc.ConvSpec, kernel: Kernel, x: Any, y: Any, which: str)
         return result
 
     return product
-
-
-def lax_kernel_gradient(spec: fc.ConvSpec, x: Any, y: Any) -> Call:
-    return jitted(partial(kernel_gradient_one, spec), x, y)

@@ -13,10 +13,10 @@ def markdown(results):
         "# Measured",
         "",
         "; ".join(results[key] for key in ("machine", "versions", "commit", "date")) + ".",
-        f"`python -m benchmarks` in one run: medians of up to {results['rounds']} rounds, every contestant "
-        "once a round; in brackets the quartiles. A figure below the name of another way is its time over "
-        "ours, **bold** where the other way is faster; after +, what it took once before, such as the "
-        "detection and colouring of a pattern.",
+        f"`python -m benchmarks`, a row in one process: medians of up to {results['rounds']} rounds, "
+        "every contestant once a round; in brackets the quartiles. A figure below the name of another way is "
+        "its time over ours, **bold** where the other way is faster; after +, what it took once before, such "
+        "as the detection and colouring of a pattern.",
         *([results["remark"]] if "remark" in results else []),
         "",
     ]

@@ -57,7 +57,7 @@ def measure(row: Row, rounds: int, compare: bool, only: str | None = None) -> Me
         calls["limit"] = row.limit()
     for name, maker in row.peers.items():
         if only in (None, name):
-            _prepare(name, maker, calls, found)
+            _prepare(name, maker, calls, found, compare)
     if compare:
         _compare(row, {name: call for name, call in calls.items() if name != "limit"})
     found.seconds = interleaved(calls, rounds)
@@ -69,8 +69,8 @@ def measure(row: Row, rounds: int, compare: bool, only: str | None = None) -> Me
     return found
 
 
-def _prepare(name: str, maker: Maker, calls: dict[str, Call], found: Measured) -> None:
-    """The call of a peer, if it is installed, knows the geometry, and does not fail."""
+def _prepare(name: str, maker: Maker, calls: dict[str, Call], found: Measured, strict: bool) -> None:
+    """The call of a peer, if it is installed and knows the geometry; one that fails is named, or raises."""
     start = time.perf_counter()
     try:
         call = maker()
@@ -79,6 +79,8 @@ def _prepare(name: str, maker: Maker, calls: dict[str, Call], found: Measured) -
     except (Cannot, ImportError) as reason:
         found.cannot[name] = str(reason)
     except Exception as error:
+        if strict:
+            raise
         found.cannot[name] = f"fails: {str(error).splitlines()[0][:80]}"
     else:
         calls[name] = call
@@ -98,9 +100,9 @@ def _compare(row: Row, calls: dict[str, Call]) -> None:
             raise AssertionError(f"{row.name}: {name} has another result, off by {error:.1e}")
 
 
-def jitted(fn: Callable[..., Any], *arguments: Any, **options: Any) -> Call:
+def jitted(fn: Callable[..., Any], *arguments: Any) -> Call:
     """A call of a compiled function on these arguments."""
-    compiled = jax.jit(fn, **options)
+    compiled = jax.jit(fn)
     return lambda: compiled(*arguments)
 
 

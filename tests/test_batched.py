@@ -65,6 +65,15 @@ def test_the_rule_for_stacks_begins_where_its_text_says():
     assert [of(32, count, "float64") for count in (63, 64)] == ["convolution", "sparse"]
 
 
+def test_a_small_stack_stays_a_convolution():
+    """M takes longer to build than fewer than 10^5 products in all."""
+    spec = fc.conv_spec((1, 4, 6, 6, 6), (1, 4, 2, 2, 2), (2, 2, 2), "SAME")
+    assert [fastest_method(spec, count, np.dtype("float32"), "cpu") for count in (115, 116)] == [
+        "convolution",
+        "sparse",
+    ]
+
+
 def test_batched_apply_with_bad_operands():
     spec = CASES["plain"].spec()
     kernel = np.ones(spec.rhs_shape, np.float32)

@@ -109,6 +109,15 @@ def test_native_products_of_random_geometries(number, native_forms, run_seed):
     check_products(random_geometry(rng), (*FLOATS, *INTEGERS)[number % 14], rng)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_product_in_double_precision_is_kept_apart_from_a_factor(dtype):
+    """XLA on a GPU would take the factor into the convolution, and round it to float32."""
+    spec = CASES["plain"].spec()
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in (spec.rhs_shape, spec.in_shape)]
+    text = export.export(jax.jit(partial(fc.apply, spec)), platforms=["cuda"])(*shapes).mlir_module()
+    assert ("optimization_barrier" in text) == (dtype == "float64")
+
+
 @pytest.mark.parametrize("batched", ["k", "x", "y", "kx", "ky", "xy", "kxy"])
 def test_native_products_batched(batched, native_forms, rng):
     """Every combination of batched operands: the kernel, the input and the output, alone and together."""
