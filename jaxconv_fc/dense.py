@@ -361,8 +361,10 @@ def _put(spec: ConvSpec, flat: jax.Array, places: jax.Array, values: jax.Array) 
     Two taps meet in one entry in boundary modes only. Elsewhere the places are declared unique: the
     scatter is then fast and deterministic on GPU, and can be transposed everywhere.
     """
+    if not spec.collides:
+        return flat.at[places].set(values, mode="drop", unique_indices=True)
     put = flat.at[places].max if values.dtype == jnp.bool_ else flat.at[places].add
-    return put(values, mode="drop", unique_indices=not spec.collides)
+    return put(values, mode="drop")
 
 
 def _copy(axis: Axis, t: Ints, q: Ints) -> tuple[Ints, Ints]:
