@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc import selects
+from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import entries
-from jaxconv_fc.layout import from_canonical, from_out_first
+from jaxconv_fc.dense import sum_forms
+from jaxconv_fc.layout import from_canonical
 from jaxconv_fc.memory import check_dense
 from jaxconv_fc.products import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program
@@ -127,16 +127,8 @@ def _kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     shape = (spec.out_size, math.prod(spec.rhs_shape))
     if not spec.nse:
         return jnp.zeros(shape, x.dtype)
-    form = platform_forms(_gathered_kernel_matrix, selects.kernel_matrix, spec)
+    form = platform_forms(scatter.kernel_matrix, selects.kernel_matrix, spec)
     return by_platform(form, jax.ShapeDtypeStruct(shape, x.dtype), x)
-
-
-def _gathered_kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    at = entries(spec)  # [d, i, o, p]
-    matrix = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
-    values = x.ravel().at[at.columns].get(mode="fill", fill_value=0)
-    rows, taps, values = (jnp.broadcast_to(v, at.dims) for v in (at.rows, at.taps, values))
-    return matrix.at[rows, taps].set(values, unique_indices=True)  # X[(d, o), (d, i, p)]
 
 
 def matrix_vjp(spec: ConvSpec, matrix_bar: Array) -> jax.Array:
@@ -173,32 +165,12 @@ def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
 def sums_over_outputs(
     spec: ConvSpec,
     matrix: jax.Array,
-    of: Callable[..., jax.Array] = lambda entry: entry,
+    of: Callable[..., jax.Array] | None = None,
     *constants: jax.Array,
 ) -> jax.Array:
-    """For every kernel entry, the sum of ``of(entry, *constants)`` over the entries of M that it fills.
-
-    ``of`` is linear in the entry.
-    """
+    """For every kernel entry, the sum over the entries of M that it fills: of them, or of
+    ``of(entry, *constants)``, which is linear in the entry."""
     if not spec.nse:
         return jnp.zeros(spec.rhs_shape, matrix.dtype)
-    form = platform_forms(_gathered_sums, _selected_sums, spec, of)
     result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
-    return by_platform(form, result, matrix, *constants)
-
-
-def _selected_sums(
-    spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
-) -> jax.Array:
-    return selects.sums(spec, of(matrix, *constants))
-
-
-def _gathered_sums(
-    spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
-) -> jax.Array:
-    places = entries(spec).places(spec)
-    # Where no taps meet, every entry is read once. Its transpose is then a scatter to unique places.
-    entry = matrix.ravel().at[places].get(mode="fill", fill_value=0, unique_indices=not spec.collides)
-    read = of(entry, *constants)
-    positions = tuple(range(2, 2 + len(spec.axes)))
-    return from_out_first(spec, read.sum(positions, dtype=matrix.dtype))  # [d, i, o, p] -> [d, i, p]
+    return by_platform(sum_forms(spec, of), result, matrix, *constants)

@@ -1,33 +1,21 @@
-"""The matrix of a convolution, whole or by rows or columns: kernel entries scattered to their places."""
+"""The matrix of a convolution, whole, or by rows or columns."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxconv_fc import selects
+from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
-from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import (
-    by_group,
-    column_of,
-    grid,
-    in_channel,
-    out_first,
-    row_of,
-    split_column,
-    split_row,
-    tap_of,
-)
+from jaxconv_fc.layout import grid, split_row
 from jaxconv_fc.layout import taps as kernel_taps
-from jaxconv_fc.memory import check_dense, fits_in_memory, index_dtype
-from jaxconv_fc.sharding import PlatformForms, by_platform, is_traced, platform_forms, program
+from jaxconv_fc.memory import check_dense, fits_in_memory
+from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
@@ -69,12 +57,31 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    form = platform_forms(_scattered, selects.matrix, spec)
-    return _zeros_or(spec, form, spec.shape, kernel)
+    return _zeros_or(spec, _matrix_forms(spec), spec.shape, kernel)
 
 
-def _scattered(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return _scatter(spec, spec.shape, entries(spec).places(spec), spread_kernel(spec, kernel))
+def _matrix_forms(spec: ConvSpec) -> PlatformForms:
+    return platform_forms(scatter.matrix, selects.matrix, spec, transposed=Bound(sum_forms, (spec,)))
+
+
+def sum_forms(spec: ConvSpec, of: Callable[..., jax.Array] | None = None) -> PlatformForms:
+    """For every kernel entry, the sum over the entries of M that it fills: the transpose of as_matrix.
+
+    Or the sum of ``of(entry, *constants)``, which is linear in the entry.
+    """
+    back = Bound(_matrix_forms, (spec,)) if of is None else None
+    given = (spec, of or _itself)
+    return platform_forms(scatter.sums, _selected_sums, *given, gpu=scatter.sums_on_gpu, transposed=back)
+
+
+def _itself(entry: jax.Array) -> jax.Array:
+    return entry
+
+
+def _selected_sums(
+    spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array
+) -> jax.Array:
+    return selects.sums(spec, of(matrix, *constants))
 
 
 def _zeros_or(
@@ -125,17 +132,8 @@ def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
 def _updated(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
     if not spec.nse:
         return matrix
-    form = platform_forms(_rewritten, selects.updated, spec)
+    form = platform_forms(scatter.updated, selects.updated, spec)
     return by_platform(form, matrix, matrix, kernel, linear=2)
-
-
-def _rewritten(spec: ConvSpec, matrix: jax.Array, kernel: jax.Array) -> jax.Array:
-    places, values = entries(spec).places(spec), spread_kernel(spec, kernel)
-    flat, values = matrix.ravel(), jnp.broadcast_to(values, places.shape)
-    if not spec.collides:
-        return flat.at[places].set(values, mode="drop", unique_indices=True).reshape(spec.shape)
-    cleared = flat.at[places].set(jnp.zeros((), matrix.dtype), mode="drop")
-    return _put(spec, cleared, places, values).reshape(spec.shape)
 
 
 def as_affine(spec: ConvSpec, kernel: Array, bias: Array) -> tuple[jax.Array, jax.Array]:
@@ -211,24 +209,14 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
 
 @program
 def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = platform_forms(_scattered_rows, _selected_rows, spec)
+    form = platform_forms(scatter.rows, _selected_rows, spec)
     return _zeros_or(spec, form, (index.shape[0], spec.in_size), kernel, index)
-
-
-def _scattered_rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    shape = (index.shape[0], spec.in_size)
-    dims = (index.shape[0], spec.group_channels, *kernel_taps(spec))  # [n, i, p], n runs over the rows
-    n, i, *taps = grid(dims, spec.index_dtype)
-    positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
-    values = out_first(spec, kernel)[d.reshape(-1)]  # [d, i, p] -> [n, i, p]
-    places = Entries(dims, n, _columns(spec, d, i, positions, taps)).places(spec, shape)
-    return _scatter(spec, shape, places, values)
 
 
 def _selected_rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
     dims = (index.shape[0], *kernel_taps(spec))  # [n, p]
     positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
-    reads = _columns(spec, d, d * 0, positions, grid(dims, spec.index_dtype)[1:])
+    reads = scatter.columns_read(spec, d, d * 0, positions, grid(dims, spec.index_dtype)[1:])
     return selects.rows(spec, kernel, d.reshape(-1), jnp.broadcast_to(reads, dims))
 
 
@@ -265,120 +253,14 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
 
 @program
 def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = platform_forms(_scattered_columns, _selected_columns, spec)
+    form = platform_forms(scatter.transposed_columns, _selected_columns, spec)
     return _zeros_or(spec, form, (index.shape[0], spec.out_size), kernel, index)
 
 
 def _selected_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    at = entries(spec)  # [d, i, o, p]
+    at = scatter.entries(spec)  # [d, i, o, p]
     reads = jnp.broadcast_to(at.columns, at.dims)[:, 0]  # [d, o, p]
     return selects.transposed_columns(spec, kernel, index, reads)
-
-
-def _scattered_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    shape = (index.shape[0], spec.out_size)
-    # An input position may be copied into the padding several times: `q` runs over its copies.
-    block, q = spec.out_channels // spec.groups, [a.copies for a in spec.axes]
-    dims = (index.shape[0], block, *q, *kernel_taps(spec))  # [n, e, q, p], n over columns, e over a group
-    n, e, *rest = grid(dims, spec.index_dtype)
-    copies, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
-    positions, c = split_column(spec, jnp.expand_dims(index, range(1, len(dims))))
-    group, i = c // spec.group_channels, c % spec.group_channels
-    d = group * block + e
-    read, valid = [], True
-    for axis, t, q, p in zip(spec.axes, positions, copies, taps, strict=True):
-        j, copied = _copy(axis, t, q)
-        o, reads = axis.output_of(j, p)
-        read.append(o)
-        valid = valid & copied & reads
-    rows = jnp.where(valid, row_of(spec, read, d), spec.out_size)
-    values = by_group(spec, kernel)[group.reshape(-1), :, i.reshape(-1)]  # [g, e, i, p] -> [n, e, p]
-    values = jnp.expand_dims(values, range(2, 2 + len(spec.axes)))  # [n, e, 1, p]
-    return _scatter(spec, shape, Entries(dims, n, rows).places(spec, shape), values)
-
-
-# -- the scatter -------------------------------------------------------------------------------
-
-
-class Entries(NamedTuple):
-    """A grid of entries of a matrix. The index arrays broadcast over ``dims``."""
-
-    dims: tuple[int, ...]
-    rows: Ints
-    columns: Ints  # one past the end where the tap reads padding
-    taps: Ints = None  # place of the kernel entry in ``kernel.ravel()``
-
-    def places(self, spec: ConvSpec, shape: tuple[int, int] | None = None) -> jax.Array:
-        """(dims,) of places in the ravel of ``shape``, M's own by default.
-
-        One past the end where the row or the column is past its own. One index per entry is read and
-        compared in half the time of two.
-        """
-        height, width = spec.shape if shape is None else shape
-        dtype = index_dtype(height * width, spec)
-        rows, columns = self.rows.astype(dtype), self.columns.astype(dtype)
-        inside = (rows < height) & (columns < width)
-        return jnp.broadcast_to(jnp.where(inside, rows * width + columns, height * width), self.dims)
-
-
-def entries(spec: ConvSpec) -> Entries:
-    """All pairs of an output and a kernel entry, [d, i, o, p]: out channel, channel of its group, output
-    position and tap, the last two one dimension per spatial axis."""
-    dims = (spec.out_channels, spec.group_channels, *(a.out_size for a in spec.axes), *kernel_taps(spec))
-    d, i, *rest = grid(dims, spec.index_dtype)
-    positions, taps = rest[: len(spec.axes)], rest[len(spec.axes) :]
-    columns = _columns(spec, d, i, positions, taps)
-    return Entries(dims, row_of(spec, positions, d), columns, tap_of(spec, taps, i, d))
-
-
-def spread_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The values of :func:`entries`: [d, i, p] -> [d, i, 1, p]."""
-    return jnp.expand_dims(out_first(spec, kernel), range(2, 2 + len(spec.axes)))
-
-
-def _columns(spec: ConvSpec, d: Ints, i: Ints, positions: Sequence[Ints], taps: Sequence[Ints]) -> Ints:
-    """The column that row ``(d, positions)`` reads through kernel entry ``(i, taps)``.
-
-    ``in_size`` where the tap reads padding: a scatter drops what is one past the end (-1 would wrap).
-    """
-    read, valid = [], True
-    for axis, o, p in zip(spec.axes, positions, taps, strict=True):
-        t, reads = axis.input_of(o, p)
-        read.append(t)
-        valid = valid & reads
-    return jnp.where(valid, column_of(spec, read, in_channel(spec, d, i)), spec.in_size)
-
-
-def _scatter(spec: ConvSpec, shape: tuple[int, int], places: jax.Array, values: jax.Array) -> jax.Array:
-    """A matrix of zeros to which every value is added at its place."""
-    zeros = jnp.zeros(math.prod(shape), values.dtype)
-    return _put(spec, zeros, places, jnp.broadcast_to(values, places.shape)).reshape(shape)
-
-
-def _put(spec: ConvSpec, flat: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
-    """Every value added at its place, or or-ed if bool. What is one past the end is dropped.
-
-    Two taps meet in one entry in boundary modes only. Elsewhere the places are declared unique: the
-    scatter is then fast and deterministic on GPU, and can be transposed everywhere.
-    """
-    if not spec.collides:
-        return flat.at[places].set(values, mode="drop", unique_indices=True)
-    put = flat.at[places].max if values.dtype == jnp.bool_ else flat.at[places].add
-    return put(values, mode="drop")
-
-
-def _copy(axis: Axis, t: Ints, q: Ints) -> tuple[Ints, Ints]:
-    """``(j, valid)``: the ``q``-th padded position that is a copy of input position ``t``.
-
-    The positions sorted by source hold the copies of each input side by side.
-    """
-    if axis.pads_with_zeros:
-        return t, True
-    source = axis.source(lax.iota(t.dtype, axis.padded_size))
-    order = jnp.argsort(source, stable=True).astype(t.dtype)
-    at = jnp.searchsorted(source[order], t).astype(t.dtype) + q
-    j = order[jnp.minimum(at, axis.padded_size - 1)]
-    return j, (at < axis.padded_size) & (axis.source(j) == t)
 
 
 def _index(name: str, values: Any, shape: tuple[int, ...], spec: ConvSpec) -> tuple[jax.Array, jax.Array]:

@@ -34,6 +34,7 @@ from jaxconv_fc import correlation, native
 from jaxconv_fc.arguments import Array, check_summable
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.layout import from_canonical, to_canonical
+from jaxconv_fc.numerics import summed
 from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
 from jaxconv_fc.spec import ConvSpec, as_operand
 
@@ -293,8 +294,7 @@ def vmap_or_sum(
 ) -> Callable[..., jax.Array]:
     """``compute`` over a batch axis of some operands; the sum over this axis unless the result keeps it."""
     mapped = jax.vmap(compute, tuple(in_axes))
-    # A sum has the dtype of its terms: by default jnp widens small integers.
-    return mapped if kept else lambda *operands: mapped(*operands).sum(0, dtype=operands[0].dtype)
+    return mapped if kept else lambda *operands: summed(mapped(*operands), 0)
 
 
 @partial(jax.jit, static_argnames=("out", "spec", "batches", "precision", "sharding"))

@@ -187,19 +187,27 @@ class Bound(NamedTuple):
 
 
 class PlatformForms(NamedTuple):
-    """A function in two forms that give equal results. A platform traces only the form that it runs."""
+    """A function in forms that give equal results. A platform traces only the form that it runs."""
 
-    default: Bound  # for CPU and GPU
+    default: Bound  # for CPU, and where nothing else is said
+    gpu: Bound
     tpu: Bound
+    transposed: Bound | None = None  # () -> the forms of its transpose; None: JAX transposes each form
 
     def each(self, change: Callable[..., Any], *given: Any) -> PlatformForms:
-        """Both forms changed: ``change(form, *given, *operands)``."""
-        return PlatformForms(*(Bound(change, (form, *given)) for form in self))
+        """Every form changed: ``change(form, *given, *operands)``."""
+        return PlatformForms(*(Bound(change, (form, *given)) for form in self[:3]))
 
 
-def platform_forms(default: Callable[..., Any], tpu: Callable[..., Any], *given: Any) -> PlatformForms:
-    """The forms ``default(*given, *operands)`` and ``tpu(*given, *operands)``."""
-    return PlatformForms(Bound(default, given), Bound(tpu, given))
+def platform_forms(
+    default: Callable[..., Any],
+    tpu: Callable[..., Any],
+    *given: Any,
+    gpu: Callable[..., Any] | None = None,
+    transposed: Bound | None = None,
+) -> PlatformForms:
+    """The forms ``default(*given, *operands)``, and alike for GPU (the default if None) and TPU."""
+    return PlatformForms(*(Bound(fn, given) for fn in (default, gpu or default, tpu)), transposed=transposed)
 
 
 def by_platform(form: PlatformForms, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
@@ -228,6 +236,7 @@ def _lowered(of: str, ctx: Any, *operands: Any, form: PlatformForms, **_: Any) -
 
 
 mlir.register_lowering(platform_p, partial(_lowered, "default"))
+mlir.register_lowering(platform_p, partial(_lowered, "gpu"), platform="gpu")
 mlir.register_lowering(platform_p, partial(_lowered, "tpu"), platform="tpu")
 
 
@@ -245,7 +254,7 @@ def _platform_transpose(ct: Any, *operands: Any, form: PlatformForms, linear: in
     cotangents: list[Any] = [None] * len(operands)
     for i, aval in enumerate(avals):
         if ad.is_undefined_primal(operands[i]) and not isinstance(ct, ad.Zero):
-            pulled = form.each(_pulled, tuple(avals), i)
+            pulled = form.transposed() if form.transposed else form.each(_pulled, tuple(avals), i)
             cotangents[i] = by_platform(pulled, aval, ct, *operands[linear:])
     return cotangents
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
+from jaxconv_fc import scatter
 
 COUNT = count("GEOMETRIES", 20)
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work
@@ -134,6 +135,31 @@ def test_matrix_vjp_is_the_vjp_of_as_matrix(geometry, rng):
         fc.matrix_vjp(spec, cotangent), oracle.matrix_gradient(cotangent, geometry), rtol=1e-12
     )
     assert matrix.shape == spec.shape
+
+
+@ALL
+@pytest.mark.parametrize("form", [scatter.sums, scatter.sums_on_gpu])
+def test_sums_in_both_orders(geometry, form, rng):
+    """The order of a CPU and that of a GPU."""
+    spec = geometry.spec()
+    matrix = integers(rng, spec.shape)
+    got = jax.jit(partial(form, spec, lambda entry: entry))(matrix)
+    np.testing.assert_array_equal(got, oracle.matrix_gradient(matrix, geometry))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_sums_of_narrow_types_are_not_rounded_on_the_way(dtype):
+    """1,000 ones: bfloat16 has no 257, so it would stay at 256. Integers wrap around, as they should."""
+    spec = fc.conv_spec((1, 1, 1000), (1, 1, 1), (1,), "VALID")
+    ones = jnp.ones(spec.in_shape, dtype)
+    want = np.sum(np.ones(1000, dtype), dtype=dtype if dtype == "int8" else np.float32).astype(dtype)
+    assert fc.matrix_vjp(spec, jnp.ones(spec.shape, dtype)).item() == want
+    assert fc.kernel_vjp(spec, ones, ones).item() == want
+    one = fc.conv_spec((1, 1, 1), (1, 1, 1), (1,), "VALID")
+    batch = ones.reshape(1000, 1, 1)
+    of_batch = jax.vmap(partial(fc.apply, one), (None, 0))
+    kernel = jax.ShapeDtypeStruct(one.rhs_shape, dtype)
+    assert jax.linear_transpose(lambda kernel: of_batch(kernel, batch), kernel)(batch)[0].item() == want
 
 
 def test_per_example_gradients_by_vmap_add_up_to_the_gradient_of_the_batch(rng):

@@ -13,7 +13,7 @@ from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxconv_fc as fc
-from jaxconv_fc import adjoint, dense, selects
+from jaxconv_fc import adjoint, dense, scatter, selects
 from jaxconv_fc.sharding import PlatformForms, by_platform, platform_forms, program
 from jaxconv_fc.sparse import formats, pieces
 
@@ -26,12 +26,12 @@ MANY_TAPS = Geometry((1, 1, 4, 5), (2, 1, 3, 11), (1, 1), "SAME")  # two steps
 def forms(spec):
     """By name: the form of a TPU, and that of other platforms."""
     found = {
-        "matrix": (partial(selects.matrix, spec), partial(dense._scattered, spec)),
-        "update": (partial(selects.updated, spec), partial(dense._rewritten, spec)),
-        "sums": (partial(selects.sums, spec), partial(adjoint._gathered_sums, spec, lambda entry: entry)),
-        "patches": (partial(selects.kernel_matrix, spec), partial(adjoint._gathered_kernel_matrix, spec)),
-        "rows": (partial(dense._selected_rows, spec), partial(dense._scattered_rows, spec)),
-        "columns": (partial(dense._selected_columns, spec), partial(dense._scattered_columns, spec)),
+        "matrix": (partial(selects.matrix, spec), partial(scatter.matrix, spec)),
+        "update": (partial(selects.updated, spec), partial(scatter.updated, spec)),
+        "sums": (partial(selects.sums, spec), partial(scatter.sums, spec, dense._itself)),
+        "patches": (partial(selects.kernel_matrix, spec), partial(scatter.kernel_matrix, spec)),
+        "rows": (partial(dense._selected_rows, spec), partial(scatter.rows, spec)),
+        "columns": (partial(dense._selected_columns, spec), partial(scatter.transposed_columns, spec)),
     }
     if pieces.are_few(spec):
         found |= {
@@ -133,7 +133,7 @@ def by_tpu_form(monkeypatch):
     """Every platform runs the form of a TPU."""
 
     def by_tpu(form, *operands, **options):
-        return by_platform(PlatformForms(form.tpu, form.tpu), *operands, **options)
+        return by_platform(PlatformForms(*[form.tpu] * 3), *operands, **options)
 
     for module in (dense, adjoint, formats):
         monkeypatch.setattr(module, "by_platform", by_tpu)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.dense import as_matrix, entries, spread_kernel
+from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     Finish,
@@ -33,6 +33,7 @@ from jaxconv_fc.functions.jaxprs import (
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
 from jaxconv_fc.numerics import lengths
+from jaxconv_fc.scatter import entries, spread_kernel
 from jaxconv_fc.spec import ConvSpec
 
 # Equations that move entries, with the operands they take them from.

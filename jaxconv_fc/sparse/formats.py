@@ -231,7 +231,7 @@ def _listed(
         return jnp.zeros(0, dtype)
     dims, size, *indices = places
     default = Bound(_from_indices, (spec, scattered, dims, size, len(kernel)))
-    form = PlatformForms(default, Bound(_in_pieces, (spec, in_pieces, default, len(kernel))))
+    form = PlatformForms(default, default, Bound(_in_pieces, (spec, in_pieces, default, len(kernel))))
     result = jax.ShapeDtypeStruct((spec.nse,), dtype)
     return by_platform(form, result, *kernel, *indices, linear=len(kernel))
 

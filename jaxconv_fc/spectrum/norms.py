@@ -18,7 +18,7 @@ from jax import lax
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.layout import by_group, grid, in_channel, out_first, split_column, split_row, taps
 from jaxconv_fc.lines import input_lines, output_lines
-from jaxconv_fc.numerics import homogeneous, largest, root, squares, times_power_of_two, unit_scale
+from jaxconv_fc.numerics import homogeneous, largest, root, squares, summed, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.kinds import Kinds, line_kinds, pair_kinds
@@ -249,7 +249,7 @@ def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
         read, valid = axis.input_of(o, p)
         meets = meets & valid & (read == t)
     entries = out_first(spec, kernel).at[(d, i, *tap)].get(mode="clip")
-    return jnp.where(meets, entries, jnp.zeros((), kernel.dtype)).sum(dtype=kernel.dtype)
+    return summed(jnp.where(meets, entries, jnp.zeros((), kernel.dtype)))
 
 
 def orthogonality_residual(spec: ConvSpec, kernel: Array) -> jax.Array:
@@ -331,7 +331,7 @@ def _line_sums(spec: ConvSpec, kernel: jax.Array, power: int, rows: bool) -> jax
     kinds = [line_kinds(axis, rows) for axis in spec.axes]
     entries = _contract(by_group(spec, kernel), [k.entries for k in kinds], 3)
     value = jnp.abs(entries) if power == 1 else squares(entries)  # [g, d, i, taps or kinds of entries...]
-    value = value.sum(2 if rows else 1, dtype=value.dtype)
+    value = summed(value, 2 if rows else 1)
     return _contract(value, [k.lines for k in kinds], 2)
 
 
