@@ -1,9 +1,11 @@
 """What the first call costs: importing, tracing, compiling, the size of the program, peak memory.
 
-Each figure comes from a process of its own, so nothing is warm. Peak memory is read from /proc, on Linux.
+Each figure comes from a process of its own, so nothing is warm. Only the modules are compiled to bytecode, as
+pip leaves them. Peak memory is read from /proc, on Linux.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,7 +62,7 @@ SIZES = {
 
 def imports(rounds):
     """Milliseconds of `import jax`, and of `import jaxconv_fc` after it: medians."""
-    pairs = [[float(v) for v in _run(IMPORT).split()] for _ in range(rounds + 1)][1:]
+    pairs = [[float(v) for v in _run(IMPORT).split()] for _ in range(rounds + 1)][1:]  # the first compiles
     return {
         "jax": 1e3 * statistics.median(a for a, _ in pairs),
         "ours": 1e3 * statistics.median(b for _, b in pairs),
@@ -75,7 +77,12 @@ def first_calls(quick):
 
 
 def _run(code, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     return done.stdout

@@ -48,7 +48,7 @@ from jaxconv_fc.projection import conv_distance as conv_distance
 from jaxconv_fc.projection import detect_conv as detect_conv
 from jaxconv_fc.projection import kernel_from_matrix as kernel_from_matrix
 from jaxconv_fc.projection import nearest_conv as nearest_conv
-from jaxconv_fc.show import format_matrix as format_matrix
+from jaxconv_fc.show.text import format_matrix as format_matrix
 from jaxconv_fc.sparse.formats import as_bcoo as as_bcoo
 from jaxconv_fc.sparse.formats import as_bcsr as as_bcsr
 from jaxconv_fc.sparse.formats import as_scipy as as_scipy

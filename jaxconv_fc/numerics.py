@@ -28,8 +28,8 @@ from jax import lax
 def summed(terms: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Array:
     """The sum in the dtype of the terms.
 
-    By default jnp widens small integers, and adds bfloat16 in float32. XLA on CPU adds in bfloat16 three times
-    slower.
+    By default jnp widens small integers, and adds bfloat16 in float32. In bfloat16 XLA on CPU adds three
+    times slower.
     """
     return terms.sum(axis, dtype=None if jnp.issubdtype(terms.dtype, jnp.inexact) else terms.dtype)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy
 
 from jaxconv_fc.arguments import Array, as_int
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.sparse.entries import axis_widths
 from jaxconv_fc.sparse.formats import as_scipy, host_kernel
 from jaxconv_fc.spec import ConvSpec, check_spec
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 
 def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[slice, ...], tuple[slice, ...]]:
