@@ -141,6 +141,9 @@ def _window(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, p
     """Correlation without input dilation, of any dtype: [n, in..., c] x [taps..., c, d] -> [n, out..., d]."""
     pads = [(a.lo, a.hi) for a in axes]
     integer = jnp.issubdtype(lhs.dtype, jnp.integer)
+    if 1 < groups <= MOST_SPLIT and not integer and lhs.dtype.itemsize <= 4:
+        parts = zip(jnp.split(lhs, groups, -1), jnp.split(rhs, groups, -1), strict=True)
+        return jnp.concatenate([_window(axes, *part, 1, precision) for part in parts], -1)
     if integer or any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
         lhs = _padded(axes, lhs, 1)
         pads = [(0, 0)] * len(axes)
@@ -191,9 +194,11 @@ def complex_product(convolve: Callable[..., jax.Array], lhs: jax.Array, rhs: jax
 
 # -- few channels: term by term ------------------------------------------------------------------
 
-MOST_TERMS = 64  # of a sum that is written out
-MOST_SUMS = 32  # that are written out: each is a loop, and compiles in 20 ms
+MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
+MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
 MOST_CHANNELS = 4  # of a convolution without groups
+MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
+MOST_SPLIT = 8  # groups of a convolution that are convolutions of their own: XLA takes up to 5 times as long
 
 
 def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
@@ -208,15 +213,14 @@ def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
 def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
     """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
 
-    It is with groups: of one example (a ``vmap`` that keeps the gradient of each turns examples into groups),
-    or if they are depthwise, on images that are not small.
+    It is for one example with groups (a ``vmap`` that keeps the gradient of each turns examples into groups),
+    and for few pairs of channels: fewer where convolutions are fast, which have no groups and many examples.
     """
-    inputs, outputs = x.shape[-1] // groups, y.shape[-1] // groups
-    one = x.shape[0] == 1 and groups > 1
-    # Here an axis has the outputs of the convolution for taps, and its stride for dilation.
-    large = math.prod(a.taps for a in axes) >= 256 and all(a.rhs_dilation == 1 for a in axes)
-    few = one or (inputs == outputs == 1 < groups and large)
-    return few and math.prod(a.out_size for a in axes) <= MOST_SUMS and jnp.issubdtype(x.dtype, jnp.inexact)
+    one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
+    pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
+    few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
+    most = MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 0
+    return taps <= most and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 class _Grouped(NamedTuple):
@@ -269,17 +273,26 @@ def _sums_over_outputs(
     x = _padded(axes, x, first)
     counts, steps = [a.taps for a in axes], [a.rhs_dilation for a in axes]
     positions = tuple(range(first, first + len(axes)))
-    contracted = ((0, *positions), (0, *positions))
-    sums = []
-    for p in np.ndindex(*(a.out_size for a in axes)):
-        window = _strided(x, first, [tap * a.stride for tap, a in zip(p, axes, strict=True)], counts, steps)
-        if x.shape[at] == y.shape[at] == 1:  # [n, g, 1, o] [n, g, 1, o] -> [g, 1, last o] -> [g, 1, 1]
-            rows = (window * y).sum((0, *positions[:-1]), keepdims=True)
-            sums.append(rows.sum(positions).reshape(groups, 1, 1))
-        else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
-            sums.append(lax.dot_general(window, y, (contracted, ((at - 1,), (at - 1,))), precision))
+    windows = [
+        _strided(x, first, [tap * a.stride for tap, a in zip(p, axes, strict=True)], counts, steps)
+        for p in np.ndindex(*(a.out_size for a in axes))
+    ]
+    if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
+        y = jnp.expand_dims(y, at)
+        terms = [jnp.expand_dims(window, at + 1) * y for window in windows]
+        sums = _sums_at_once(terms, [0, *(dim + (at < dim) for dim in positions)])
+    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
+        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
+        sums = [lax.dot_general(window, y, numbers, precision) for window in windows]
     kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
     return kernel.reshape(kernel.shape[0], *(a.out_size for a in axes), -1).astype(dtype)
+
+
+def _sums_at_once(terms: Sequence[jax.Array], dims: Sequence[int]) -> Sequence[jax.Array]:
+    """The sum of each array over these dimensions, all in one loop: no product is stored, and every factor is
+    read once."""
+    zeros = [jnp.zeros((), term.dtype) for term in terms]
+    return lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), dims)
 
 
 def _strided(

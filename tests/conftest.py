@@ -55,7 +55,7 @@ def cpu_form(request, monkeypatch):
     if request.param == "convolutions":
         jax.clear_caches()
         monkeypatch.setattr(correlation, "MOST_TERMS", -1)
-        monkeypatch.setattr(correlation, "MOST_SUMS", -1)
+        monkeypatch.setattr(correlation, "MOST_DOTS", -1)
     yield request.param
     if request.param == "convolutions":
         jax.clear_caches()

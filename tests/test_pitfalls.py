@@ -179,7 +179,7 @@ def check_every_transform(name, most):
 
     With at most so many terms, products are written out as sums over taps; else they are convolutions.
     """
-    correlation.MOST_TERMS = correlation.MOST_SUMS = most
+    correlation.MOST_TERMS = correlation.MOST_DOTS = most
     geometry = ABORTING[name]
     spec = geometry.spec()
     program = partial(products, spec)
