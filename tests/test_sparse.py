@@ -155,10 +155,17 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
 
 
-@pytest.mark.parametrize("limits", [(0, 2**20, 0), (0, 0, 0)], ids=["blocks of a plan", "block by block"])
+WAYS = {"_PLANNED": 2**20, "_LISTED": 0, "_KEPT_PART": 0, "_KEPT_LINES": 2**20}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [WAYS | {"_LISTED": 2**20}, WAYS, WAYS | {"_PLANNED": 0, "_KEPT_LINES": 0}],
+    ids=["lines", "blocks of a plan", "block by block"],
+)
 def test_every_way_to_fill_the_arrays(limits, monkeypatch, rng):
     """The other tests have small matrices, whose tables are kept whole."""
-    for name, limit in zip(("_LISTED", "_PLANNED", "_KEPT_COLUMNS"), limits, strict=True):
+    for name, limit in limits.items():
         monkeypatch.setattr(host, name, limit)
     monkeypatch.setattr(formats, "host_tables", host._host_tables)  # not cached
     for geometry in CASES.values():
@@ -172,7 +179,10 @@ def test_a_matrix_shares_nothing_with_the_next(rng):
     assert first.data.base is first.indices.base is first.indptr.base  # one block, which SciPy did not copy
     for array in triple(first):
         array[:] = 1
-    np.testing.assert_array_equal(fc.as_scipy(spec, kernel).toarray(), want)
+    first.has_canonical_format = False
+    second = fc.as_scipy(spec, kernel)
+    assert second.has_canonical_format
+    np.testing.assert_array_equal(second.toarray(), want)
 
 
 def test_one_infinite_tap_stays_in_its_own_entries(rng):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -150,8 +151,8 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> scipy.sparse.csr_array:
         lambda: fill_values(spec, tables.plan, values, data),
         lambda: fill_columns(spec, tables, columns),
     )
-    matrix = scipy.sparse.csr_array((data, columns, indptr), shape=spec.shape)
-    matrix.has_canonical_format = True  # by construction; SciPy would check every entry
+    matrix = copy(tables.empty)
+    matrix.data, matrix.indices, matrix.indptr = data, columns, indptr
     return matrix
 
 
