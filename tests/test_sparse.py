@@ -1,6 +1,12 @@
 """The sparse formats, diagonals and row blocks: every entry in its place, against the oracle and lax."""
 
+import os
 import runpy
+import signal
+import threading
+import time
+import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -183,6 +189,53 @@ def test_a_matrix_shares_nothing_with_the_next(rng):
     second = fc.as_scipy(spec, kernel)
     assert second.has_canonical_format
     np.testing.assert_array_equal(second.toarray(), want)
+
+
+LARGE = fc.conv_spec((1, 8, 24, 24), (8, 8, 3, 3), (1, 1), "SAME")  # two threads fill its arrays
+
+
+def test_arrays_are_filled_while_the_second_thread_is_busy(rng):
+    kernel, release = integers(rng, LARGE.rhs_shape, np.float64), threading.Event()
+    want = fc.as_scipy(LARGE, kernel)
+    assert LARGE.nse >= host._SHARED
+    busy = host._second_thread(os.getpid()).submit(release.wait, 60)
+    got = fc.as_scipy(LARGE, kernel)
+    assert not busy.done()
+    release.set()
+    for a, b in zip(triple(got), triple(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_fills_arrays(rng):
+    """It has none of the threads of its parent."""
+    kernel = integers(rng, LARGE.rhs_shape, np.float64)
+    want = fc.as_scipy(LARGE, kernel).data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX and Python warn of locks that other threads hold
+        child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # ends a process that waits for ever
+        equal = False
+        try:
+            matrix = fc.as_scipy(LARGE, kernel)
+            equal, block = np.array_equal(matrix.data, want), weakref.ref(matrix.data.base)
+            del matrix
+            while block() is not None:  # a job that no thread takes would hold it
+                time.sleep(0.01)
+        finally:
+            os._exit(not equal)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_error_in_the_second_job_is_raised():
+    def fail():
+        raise MemoryError
+
+    for size in (1, host._SHARED):
+        with pytest.raises(MemoryError):
+            host.together(size, lambda: None, fail)
 
 
 def test_one_infinite_tap_stays_in_its_own_entries(rng):

@@ -3,6 +3,8 @@
 A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes, one per
 axis, is one regular part of the arrays: a *block*. Within a block, the value of an entry depends only on the
 out channel and on its place in the row. So the values of a block are one short row per out channel, repeated.
+Where rows are short, whole *lines* of rows are repeated: NumPy copies few long runs faster than many short
+ones.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +38,7 @@ from jaxconv_fc.sparse.entries import (
 )
 from jaxconv_fc.spec import ConvSpec
 
+_SHARED = 2**18  # entries of a matrix that two threads fill
 _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is kept
 _LISTED = 2**17  # entries of the first lines, whose taps are kept one by one
 _KEPT_PART = 2**18  # entries of one part, whose columns are kept
@@ -43,14 +47,25 @@ _KEPT_LINES = 2**19  # entries of the first lines, whose columns are kept where 
 
 def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
     """Do two jobs that fill arrays of this size: at once if these are large, else in turn."""
-    if size < 2**20:  # a thread takes 0.1 ms to start
+    if size < _SHARED:
         first()
         second()
         return
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(second)
-        first()
+    done = _second_thread(os.getpid()).submit(second)
+    first()
+    if done.cancel():  # it has not begun: the thread is busy, or has no core
+        second()
+    else:
         done.result()
+
+
+@lru_cache(1)
+def _second_thread(process: int) -> ThreadPoolExecutor:
+    """A thread that is kept: it starts a job in 20 us, a new thread takes 100.
+
+    A forked process has no threads, so it makes its own. Jobs for a thread that is not there would pile up.
+    """
+    return ThreadPoolExecutor(1)
 
 
 def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
@@ -78,12 +93,16 @@ def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
 
 
 class Block(NamedTuple):
-    """The entries of a product of classes in a list: (outputs as in ``out_shape``..., entries of a row)."""
+    """A regular part of a list of entries.
+
+    For a product of classes: (outputs as in ``out_shape``..., entries of a row).
+    For a class of lines: (parts, lines, entries of a line).
+    """
 
     start: int  # the first entry in the list
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in entries
-    channel: int  # the dimension of the out channels
+    channel: int  # the dimension of the out channels, or parts
 
     def of(self, flat: np.ndarray) -> np.ndarray:
         """The view of these entries in a list."""
@@ -124,8 +143,8 @@ def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
 class Lines(NamedTuple):
     """The entries of M by lines, and the list of the first line of each class.
 
-    A *line* holds the entries of one part of M and of one output of the outermost axis. In one part, all lines
-    of a class have the same values. Their columns are those of the first line plus one number per line.
+    A *line* holds the entries of one part of M and of one output of the outermost axis. In one part, all
+    lines of a class have the same values. Their columns are those of the first line plus one number per line.
     """
 
     size: int  # entries of the list, for one part of M
@@ -143,6 +162,7 @@ def _part(spec: ConvSpec) -> Lines:
 
 
 def _lines(spec: ConvSpec) -> Lines:
+    """All entries, by lines. The largest classes come first."""
     if not spec.axes:
         return _part(spec)
     parts = part_count(spec)
@@ -165,7 +185,7 @@ def _lines(spec: ConvSpec) -> Lines:
 
 
 class Plan(NamedTuple):
-    """How the values of some blocks come from the kernel."""
+    """How the values of some blocks come from the kernel. A row is a line in blocks of lines."""
 
     parts: int  # the kernel, with out channels first, is reshaped to (parts, kernel entries of a part)
     taps: np.ndarray  # (taps,): for the entries of one row of every block, the kernel entries in a part
@@ -174,7 +194,8 @@ class Plan(NamedTuple):
 
     def rows(self, kernel: np.ndarray) -> np.ndarray:
         """The values of the row entries of all blocks: [part, row entry]."""
-        values = kernel.reshape(self.parts, -1).take(self.taps, axis=1, mode="clip")  # the fastest: all exist
+        # No tap is out of bounds. NumPy's mode "clip" is the fastest.
+        values = kernel.reshape(self.parts, -1).take(self.taps, axis=1, mode="clip")
         if self.firsts is None:
             return values
         add = np.logical_or if kernel.dtype == bool else np.add
@@ -256,8 +277,8 @@ def fill_columns(spec: ConvSpec, tables: HostTables, columns: np.ndarray) -> Non
         _list_columns(spec, _classes(spec), stack[0])
         np.add(stack[0], tables.groups[1:], out=stack[1:])
         return
-    for block, first, moved in tables.columns:
-        np.add(first, moved, out=block.of(columns))  # [entry of a line] [part, line, 1]
+    for lines in tables.columns:
+        np.add(lines.first, lines.moved, out=lines.block.of(columns))  # [entry] [part, line, 1]
 
 
 def _list_columns(spec: ConvSpec, products: Iterable[tuple[Run, ...]], columns: np.ndarray) -> None:
@@ -279,12 +300,20 @@ def _list_columns(spec: ConvSpec, products: Iterable[tuple[Run, ...]], columns: 
 # -- what is kept of a geometry ----------------------------------------------------------------------
 
 
+class LineColumns(NamedTuple):
+    """The columns of one class of lines."""
+
+    block: Block
+    first: np.ndarray  # those of the first line in the first part of M: (entries of a line,)
+    moved: np.ndarray  # what is added to them: (parts, lines, 1)
+
+
 class HostTables(NamedTuple):
     """What depends on the geometry only. The arrays are shared: they must not be written to."""
 
     plan: Plan | None  # None where it would be large
-    columns: list[tuple[Block, np.ndarray, np.ndarray]] | None  # see `_kept_columns`; None where it is large
-    groups: np.ndarray  # (parts, 1): what is added to them in each part
+    columns: list[LineColumns] | None  # of each class of lines; None where they are large
+    groups: np.ndarray  # (parts, 1): what is added in each part to the columns of the first part
     pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
     empty: scipy.sparse.csr_array  # of this shape: a shallow copy takes less time than a new one
 
@@ -301,15 +330,14 @@ def _host_tables(spec: ConvSpec) -> HostTables:
     return HostTables(_whole_plan(spec), _kept_columns(spec, groups), groups, pointers, empty)
 
 
-def _kept_columns(spec: ConvSpec, groups: np.ndarray) -> list[tuple[Block, np.ndarray, np.ndarray]] | None:
-    """For each class of lines: where they are, the columns of the first one, and what is added to them."""
+def _kept_columns(spec: ConvSpec, groups: np.ndarray) -> list[LineColumns] | None:
     lines = _part(spec) if spec.nse <= _KEPT_PART * len(groups) else _lines(spec)
     if lines.size > _KEPT_LINES:
         return None
     columns = np.empty(lines.size, groups.dtype)
     _list_columns(spec, lines.products, columns)
     return [
-        (block, columns[entries].copy(), groups[:, None] + move.astype(groups.dtype))
+        LineColumns(block, columns[entries].copy(), groups[:, None] + move.astype(groups.dtype))
         for (block, entries), move in zip(lines.blocks, lines.moves, strict=True)
     ]
 
