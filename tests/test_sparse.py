@@ -1,6 +1,12 @@
 """The sparse formats, diagonals and row blocks: every entry in its place, against the oracle and lax."""
 
+import os
 import runpy
+import signal
+import threading
+import time
+import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -155,10 +161,17 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
 
 
-@pytest.mark.parametrize("limits", [(0, 2**20, 0), (0, 0, 0)], ids=["blocks of a plan", "block by block"])
+WAYS = {"_PLANNED": 2**20, "_LISTED": 0, "_KEPT_PART": 0, "_KEPT_LINES": 2**20}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [WAYS | {"_LISTED": 2**20}, WAYS, WAYS | {"_PLANNED": 0, "_KEPT_LINES": 0}],
+    ids=["lines", "blocks of a plan", "block by block"],
+)
 def test_every_way_to_fill_the_arrays(limits, monkeypatch, rng):
     """The other tests have small matrices, whose tables are kept whole."""
-    for name, limit in zip(("_LISTED", "_PLANNED", "_KEPT_COLUMNS"), limits, strict=True):
+    for name, limit in limits.items():
         monkeypatch.setattr(host, name, limit)
     monkeypatch.setattr(formats, "host_tables", host._host_tables)  # not cached
     for geometry in CASES.values():
@@ -172,7 +185,57 @@ def test_a_matrix_shares_nothing_with_the_next(rng):
     assert first.data.base is first.indices.base is first.indptr.base  # one block, which SciPy did not copy
     for array in triple(first):
         array[:] = 1
-    np.testing.assert_array_equal(fc.as_scipy(spec, kernel).toarray(), want)
+    first.has_canonical_format = False
+    second = fc.as_scipy(spec, kernel)
+    assert second.has_canonical_format
+    np.testing.assert_array_equal(second.toarray(), want)
+
+
+LARGE = fc.conv_spec((1, 8, 24, 24), (8, 8, 3, 3), (1, 1), "SAME")  # two threads fill its arrays
+
+
+def test_arrays_are_filled_while_the_second_thread_is_busy(rng):
+    kernel, release = integers(rng, LARGE.rhs_shape, np.float64), threading.Event()
+    want = fc.as_scipy(LARGE, kernel)
+    assert LARGE.nse >= host._SHARED
+    busy = host._second_thread(os.getpid()).submit(release.wait, 60)
+    got = fc.as_scipy(LARGE, kernel)
+    assert not busy.done()
+    release.set()
+    for a, b in zip(triple(got), triple(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_fills_arrays(rng):
+    """It has none of the threads of its parent."""
+    kernel = integers(rng, LARGE.rhs_shape, np.float64)
+    want = fc.as_scipy(LARGE, kernel).data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX and Python warn of locks that other threads hold
+        child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # ends a process that waits for ever
+        equal = False
+        try:
+            matrix = fc.as_scipy(LARGE, kernel)
+            equal, block = np.array_equal(matrix.data, want), weakref.ref(matrix.data.base)
+            del matrix
+            while block() is not None:  # a job that no thread takes would hold it
+                time.sleep(0.01)
+        finally:
+            os._exit(not equal)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_error_in_the_second_job_is_raised():
+    def fail():
+        raise MemoryError
+
+    for size in (1, host._SHARED):
+        with pytest.raises(MemoryError):
+            host.together(size, lambda: None, fail)
 
 
 def test_one_infinite_tap_stays_in_its_own_entries(rng):

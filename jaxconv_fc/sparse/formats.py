@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -150,8 +151,8 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> scipy.sparse.csr_array:
         lambda: fill_values(spec, tables.plan, values, data),
         lambda: fill_columns(spec, tables, columns),
     )
-    matrix = scipy.sparse.csr_array((data, columns, indptr), shape=spec.shape)
-    matrix.has_canonical_format = True  # by construction; SciPy would check every entry
+    matrix = copy(tables.empty)
+    matrix.data, matrix.indices, matrix.indptr = data, columns, indptr
     return matrix
 
 
@@ -159,9 +160,9 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     """The kernel as a NumPy array of its own dtype, for a builder that runs on the host."""
     if is_traced(kernel):
         raise TypeError(f"kernel is traced, {kernel}, and {name} makes NumPy arrays: use as_bcsr under jit.")
-    usable = isinstance(kernel, np.ndarray) and kernel.dtype.kind in "biufc"
-    if not usable or kernel.shape != spec.rhs_shape:
-        as_operand("kernel", kernel, spec, "rhs_shape")  # a JAX array is made only to say what is wrong
+    usable = isinstance(kernel, np.ndarray | jax.Array) and getattr(kernel.dtype, "kind", "O") in "biufc"
+    if not usable or kernel.shape != getattr(spec, "rhs_shape", None):
+        as_operand("kernel", kernel, spec, "rhs_shape")  # slow: only to say what is wrong
     values = native(np.asarray(kernel))
     if values.dtype.kind not in "biufc" or values.dtype == np.float16:
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")

@@ -3,6 +3,8 @@
 A class holds the outputs that read through the same taps (:func:`output_runs`). A product of classes, one per
 axis, is one regular part of the arrays: a *block*. Within a block, the value of an entry depends only on the
 out channel and on its place in the row. So the values of a block are one short row per out channel, repeated.
+Where rows are short, whole *lines* of rows are repeated: NumPy copies few long runs faster than many short
+ones.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
+from dataclasses import replace
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # scipy.sparse is loaded at its first use
 
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.layout import column_of, inverse, spread
 from jaxconv_fc.lines import Run, output_runs
@@ -32,21 +38,34 @@ from jaxconv_fc.sparse.entries import (
 )
 from jaxconv_fc.spec import ConvSpec
 
-_LISTED = 2**16  # entries of a matrix whose taps are kept one by one: one gather is then faster than blocks
+_SHARED = 2**18  # entries of a matrix that two threads fill
 _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is kept
-_KEPT_COLUMNS = 2**18  # entries of one part, whose columns are kept
+_LISTED = 2**17  # entries of the first lines, whose taps are kept one by one
+_KEPT_PART = 2**18  # entries of one part, whose columns are kept
+_KEPT_LINES = 2**19  # entries of the first lines, whose columns are kept where those of a part are not
 
 
 def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
     """Do two jobs that fill arrays of this size: at once if these are large, else in turn."""
-    if size < 2**20:  # a thread takes 0.1 ms to start
+    if size < _SHARED:
         first()
         second()
         return
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(second)
-        first()
+    done = _second_thread(os.getpid()).submit(second)
+    first()
+    if done.cancel():  # it has not begun: the thread is busy, or has no core
+        second()
+    else:
         done.result()
+
+
+@lru_cache(1)
+def _second_thread(process: int) -> ThreadPoolExecutor:
+    """A thread that is kept: it starts a job in 20 us, a new thread takes 100.
+
+    A forked process has no threads, so it makes its own. Jobs for a thread that is not there would pile up.
+    """
+    return ThreadPoolExecutor(1)
 
 
 def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
@@ -74,12 +93,16 @@ def fresh_arrays(*arrays: tuple[int, Any]) -> list[np.ndarray]:
 
 
 class Block(NamedTuple):
-    """The entries of a product of classes in a list: (outputs as in ``out_shape``..., entries of a row)."""
+    """A regular part of a list of entries.
+
+    For a product of classes: (outputs as in ``out_shape``..., entries of a row).
+    For a class of lines: (parts, lines, entries of a line).
+    """
 
     start: int  # the first entry in the list
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # in entries
-    channel: int  # the dimension of the out channels
+    channel: int  # the dimension of the out channels, or parts
 
     def of(self, flat: np.ndarray) -> np.ndarray:
         """The view of these entries in a list."""
@@ -93,8 +116,11 @@ def _classes(spec: ConvSpec) -> Iterator[tuple[Run, ...]]:
 
     The largest come first, so that memory pages are touched in sequence.
     """
-    ordered = [sorted(output_runs(axis), key=lambda run: -len(run.outputs)) for axis in spec.axes]
-    return itertools.product(*ordered) if spec.nse else iter(())
+    return itertools.product(*map(_ordered_runs, spec.axes)) if spec.nse else iter(())
+
+
+def _ordered_runs(axis: Axis) -> list[Run]:
+    return sorted(output_runs(axis), key=lambda run: -len(run.outputs))
 
 
 def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
@@ -111,11 +137,55 @@ def _block(spec: ConvSpec, runs: Sequence[Run], channels: int) -> Block:
     return Block(begin, (*shape, size), (*strides, 1), spec.out_order[-1])
 
 
+# -- lines -----------------------------------------------------------------------------------------
+
+
+class Lines(NamedTuple):
+    """The entries of M by lines, and the list of the first line of each class.
+
+    A *line* holds the entries of one part of M and of one output of the outermost axis. In one part, all
+    lines of a class have the same values. Their columns are those of the first line plus one number per line.
+    """
+
+    size: int  # entries of the list, for one part of M
+    products: list[tuple[Run, ...]]  # the classes of outputs in the list: `start` is the place there
+    blocks: tuple[tuple[Block, slice], ...]  # each class, (parts, lines, entries), and its place in the list
+    moves: list[np.ndarray]  # of each class: what is added to the columns of the first line, (lines, 1)
+
+
+def _part(spec: ConvSpec) -> Lines:
+    """All entries of one part as one line."""
+    parts = part_count(spec)
+    size = spec.nse // parts
+    whole = Block(0, (parts, 1, size), (size, size, 1), 0), slice(size)
+    return Lines(size, list(_classes(spec)), (whole,), [np.zeros((1, 1), int)])
+
+
+def _lines(spec: ConvSpec) -> Lines:
+    """All entries, by lines. The largest classes come first."""
+    if not spec.axes:
+        return _part(spec)
+    parts = part_count(spec)
+    outer = next(a for a in inverse(spec.out_order) if a < len(spec.axes))
+    unit = spec.nse // parts // spec.axes[outer].pair_count  # entries for each input that the output reads
+    firsts, blocks, moves, used = [], [], [], 0
+    for run in _ordered_runs(spec.axes[outer]):
+        firsts.append(replace(run, outputs=run.outputs[:1], start=used))
+        lines, size = len(run.outputs), run.width * unit
+        block = Block(run.start * unit, (parts, lines, size), (spec.nse // parts, run.stride * unit, 1), 0)
+        blocks.append((block, slice(used * unit, used * unit + size)))
+        step = column_of(spec, [run.advance * (a == outer) for a in range(len(spec.axes))], 0)
+        moves.append(step * np.arange(lines)[:, None])
+        used += run.width
+    runs = [firsts if a == outer else _ordered_runs(axis) for a, axis in enumerate(spec.axes)]
+    return Lines(used * unit, list(itertools.product(*runs)), tuple(blocks), moves)
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """How the values of some blocks come from the kernel."""
+    """How the values of some blocks come from the kernel. A row is a line in blocks of lines."""
 
     parts: int  # the kernel, with out channels first, is reshaped to (parts, kernel entries of a part)
     taps: np.ndarray  # (taps,): for the entries of one row of every block, the kernel entries in a part
@@ -124,7 +194,8 @@ class Plan(NamedTuple):
 
     def rows(self, kernel: np.ndarray) -> np.ndarray:
         """The values of the row entries of all blocks: [part, row entry]."""
-        values = kernel.reshape(self.parts, -1).take(self.taps, axis=1)
+        # No tap is out of bounds. NumPy's mode "clip" is the fastest.
+        values = kernel.reshape(self.parts, -1).take(self.taps, axis=1, mode="clip")
         if self.firsts is None:
             return values
         add = np.logical_or if kernel.dtype == bool else np.add
@@ -133,7 +204,7 @@ class Plan(NamedTuple):
 
 def fill_values(spec: ConvSpec, plan: Plan | None, kernel: np.ndarray, data: np.ndarray) -> None:
     """Fill ``data`` with the entries, from the kernel with out channels first."""
-    for part in [plan] if plan else (_plan(spec, [runs]) for runs in _classes(spec)):
+    for part in [plan] if plan else (_plan(spec, [runs], spec.out_channels) for runs in _classes(spec)):
         _repeat(part, kernel, data)
 
 
@@ -149,23 +220,25 @@ def _whole_plan(spec: ConvSpec) -> Plan | None:
     counts = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
     if spec.out_channels * spec.group_channels * math.prod(counts) > _PLANNED:
         return None
-    plan = _plan(spec, list(_classes(spec)))
-    if spec.nse > _LISTED or plan.firsts is not None or not spec.nse:
-        return plan
-    # The values are the kernel entries of the list of all entries, which is made as the values are.
-    parts = part_count(spec)
-    taps, numbers = np.empty(spec.nse, np.intp), np.arange(math.prod(spec.rhs_shape))
-    _repeat(plan, numbers, taps)
-    size = spec.nse // parts
-    return Plan(parts, taps[:size].copy(), None, ((Block(0, (parts, size), (size, 1), 0), slice(None)),))
+    lines = _lines(spec) if spec.nse and not spec.collides else None
+    parts, products = part_count(spec), list(_classes(spec))
+    # To gather an entry of the first lines takes about 1/20 of the time that a row of a block takes, and
+    # 1/5000 of that of a block.
+    if lines is None or lines.size > min(_LISTED, (5000 * len(products) + 20 * spec.out_size) // parts):
+        return _plan(spec, products, spec.out_channels)
+    # The values are the kernel entries of the list of the first lines, which is made as the values are.
+    channels, taps = spec.out_channels // parts, np.empty(lines.size, np.intp)
+    numbers = np.arange(math.prod(spec.rhs_shape) // parts)
+    _repeat(_plan(spec, lines.products, channels), numbers, taps)
+    return Plan(parts, taps, None, lines.blocks)
 
 
-def _plan(spec: ConvSpec, products: Sequence[tuple[Run, ...]]) -> Plan:
-    """The plan of the blocks of these products of classes."""
+def _plan(spec: ConvSpec, products: Sequence[tuple[Run, ...]], channels: int) -> Plan:
+    """The plan of the blocks of these products of classes, for the first out channels."""
     taps, firsts, blocks = [], [], []
     used, entries = 0, 0
     for runs in products:
-        block = _block(spec, runs, spec.out_channels)
+        block = _block(spec, runs, channels)
         tap, place = _row_taps(spec, runs)
         taps.append(tap)
         firsts.append(used + np.flatnonzero(np.diff(place, prepend=-1)))
@@ -174,7 +247,7 @@ def _plan(spec: ConvSpec, products: Sequence[tuple[Run, ...]]) -> Plan:
         used, entries = used + len(tap), entries + size
     none = [np.empty(0, np.intp)]
     meet = np.concatenate(firsts or none) if used > entries else None
-    return Plan(spec.out_channels, np.concatenate(taps or none), meet, tuple(blocks))
+    return Plan(channels, np.concatenate(taps or none), meet, tuple(blocks))
 
 
 def _row_taps(spec: ConvSpec, runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
@@ -198,20 +271,21 @@ def _row_taps(spec: ConvSpec, runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarr
 
 
 def fill_columns(spec: ConvSpec, tables: HostTables, columns: np.ndarray) -> None:
-    """Fill ``columns``: the other parts of M have those of its first one, in their own channel group."""
-    stack = columns.reshape(len(tables.groups), -1)  # [part, entry]
-    if tables.columns is None:
-        _list_columns(spec, stack[0])
-    else:
-        stack[0] = tables.columns
-    np.add(stack[0], tables.groups[1:], out=stack[1:])
+    """Fill ``columns``: all lines have the columns of the first ones, moved."""
+    if tables.columns is None:  # the other parts have those of the first one, in their own channel group
+        stack = columns.reshape(len(tables.groups), -1)  # [part, entry]
+        _list_columns(spec, _classes(spec), stack[0])
+        np.add(stack[0], tables.groups[1:], out=stack[1:])
+        return
+    for lines in tables.columns:
+        np.add(lines.first, lines.moved, out=lines.block.of(columns))  # [entry] [part, line, 1]
 
 
-def _list_columns(spec: ConvSpec, columns: np.ndarray) -> None:
-    """The columns of one part: one term depends on the output, the other on the place in the row."""
+def _list_columns(spec: ConvSpec, products: Iterable[tuple[Run, ...]], columns: np.ndarray) -> None:
+    """The columns of some classes in one part: a term of the output plus a term of the place in the row."""
     n, dtype, channels = len(spec.axes), columns.dtype, spec.out_channels // part_count(spec)
     inputs = np.arange(spec.group_channels, dtype=dtype)
-    for runs in _classes(spec):
+    for runs in products:
         block = _block(spec, runs, channels)
         widths = (*(run.width for run in runs), spec.group_channels)
         reads = [spread(run.reads.astype(dtype), widths, a) for a, run in enumerate(runs)]
@@ -226,26 +300,46 @@ def _list_columns(spec: ConvSpec, columns: np.ndarray) -> None:
 # -- what is kept of a geometry ----------------------------------------------------------------------
 
 
+class LineColumns(NamedTuple):
+    """The columns of one class of lines."""
+
+    block: Block
+    first: np.ndarray  # those of the first line in the first part of M: (entries of a line,)
+    moved: np.ndarray  # what is added to them: (parts, lines, 1)
+
+
 class HostTables(NamedTuple):
     """What depends on the geometry only. The arrays are shared: they must not be written to."""
 
     plan: Plan | None  # None where it would be large
-    columns: np.ndarray | None  # of the first part of M; None where it is large
-    groups: np.ndarray  # (parts, 1): what is added to them in each part
+    columns: list[LineColumns] | None  # of each class of lines; None where they are large
+    groups: np.ndarray  # (parts, 1): what is added in each part to the columns of the first part
     pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
+    empty: scipy.sparse.csr_array  # of this shape: a shallow copy takes less time than a new one
 
 
 def _host_tables(spec: ConvSpec) -> HostTables:
     parts, dtype = part_count(spec), np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
-    columns = None
-    if spec.nse // parts <= _KEPT_COLUMNS:
-        columns = np.empty(spec.nse // parts, dtype)
-        _list_columns(spec, columns)
     widths = [axis_widths(axis).astype(dtype) for axis in spec.axes]
     starts = [w.cumsum(dtype=dtype) - w for w in widths]
     pointers = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
     groups = group_column(spec, np.arange(parts, dtype=dtype))[:, None]
-    return HostTables(_whole_plan(spec), columns, groups, pointers)
+    empty = scipy.sparse.csr_array(spec.shape)
+    empty.indptr = pointers  # not a second array of this size
+    empty.has_canonical_format = True  # by construction; SciPy would check every entry
+    return HostTables(_whole_plan(spec), _kept_columns(spec, groups), groups, pointers, empty)
+
+
+def _kept_columns(spec: ConvSpec, groups: np.ndarray) -> list[LineColumns] | None:
+    lines = _part(spec) if spec.nse <= _KEPT_PART * len(groups) else _lines(spec)
+    if lines.size > _KEPT_LINES:
+        return None
+    columns = np.empty(lines.size, groups.dtype)
+    _list_columns(spec, lines.products, columns)
+    return [
+        LineColumns(block, columns[entries].copy(), groups[:, None] + move.astype(groups.dtype))
+        for (block, entries), move in zip(lines.blocks, lines.moves, strict=True)
+    ]
 
 
 host_tables = bounded_cache(_host_tables)
