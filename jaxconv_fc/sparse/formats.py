@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy  # scipy.sparse is loaded at its first use
 from jax import lax
 
 from jaxconv_fc.arguments import Array, native
@@ -38,6 +37,7 @@ from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
     from jax.experimental.sparse import BCOO, BCSR
+    from scipy.sparse import csr_array
 
 
 @spec_first
@@ -113,7 +113,7 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
 
 
 @spec_first
-def as_scipy(spec: ConvSpec, kernel: Array) -> scipy.sparse.csr_array:
+def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     """M as a SciPy ``csr_array``, ``as_scipy(spec, kernel).toarray() == as_matrix(spec, kernel)``.
 
     It is in canonical form and built on the host: the entries of :func:`as_bcsr` (docs/maths.md, section 9).

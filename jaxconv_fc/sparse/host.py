@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
@@ -37,6 +36,9 @@ from jaxconv_fc.sparse.entries import (
     row_starts,
 )
 from jaxconv_fc.spec import ConvSpec
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 _SHARED = 2**18  # entries of a matrix that two threads fill
 _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is kept
@@ -315,16 +317,18 @@ class HostTables(NamedTuple):
     columns: list[LineColumns] | None  # of each class of lines; None where they are large
     groups: np.ndarray  # (parts, 1): what is added in each part to the columns of the first part
     pointers: np.ndarray  # `indptr` of CSR, (out_size + 1,)
-    empty: scipy.sparse.csr_array  # of this shape: a shallow copy takes less time than a new one
+    empty: csr_array  # of this shape: a shallow copy takes less time than a new one
 
 
 def _host_tables(spec: ConvSpec) -> HostTables:
+    from scipy.sparse import csr_array
+
     parts, dtype = part_count(spec), np.int32 if spec.stored_reach <= np.iinfo(np.int32).max else np.int64
     widths = [axis_widths(axis).astype(dtype) for axis in spec.axes]
     starts = [w.cumsum(dtype=dtype) - w for w in widths]
     pointers = row_pointers(spec, widths, starts, np.arange(spec.out_channels, dtype=dtype))
     groups = group_column(spec, np.arange(parts, dtype=dtype))[:, None]
-    empty = scipy.sparse.csr_array(spec.shape)
+    empty = csr_array(spec.shape)
     empty.indptr = pointers  # not a second array of this size
     empty.has_canonical_format = True  # by construction; SciPy would check every entry
     return HostTables(_whole_plan(spec), _kept_columns(spec, groups), groups, pointers, empty)

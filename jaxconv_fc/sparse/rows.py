@@ -15,7 +15,7 @@ from jaxconv_fc.sparse.formats import as_scipy, host_kernel
 from jaxconv_fc.spec import ConvSpec, check_spec
 
 if TYPE_CHECKING:
-    import scipy.sparse
+    from scipy.sparse import csr_array
 
 
 def row_block(spec: ConvSpec, start: int, stop: int) -> tuple[ConvSpec, tuple[slice, ...], tuple[slice, ...]]:
@@ -75,7 +75,7 @@ class RowBlock(NamedTuple):
     spec: ConvSpec  # the block as a smaller convolution
     in_slice: tuple[slice, ...]  # of an input of the whole convolution
     out_slice: tuple[slice, ...]  # of its output
-    matrix: scipy.sparse.csr_array  # of shape ``spec.shape``
+    matrix: csr_array  # of shape ``spec.shape``
 
 
 def row_blocks(
