@@ -89,13 +89,14 @@ def _measure(table, rounds, args):
     found = []
     for row in itertools.islice(table.rows(args.quick), QUICK_ROWS if args.quick else None):
         start = time.perf_counter()
-        one = rows.measure(row, rounds, args.quick, args.only)
+        one = rows.measure(row, rounds if args.quick else rounds * table.times, args.quick, args.only)
         found.append(asdict(one))
         ratios = "  ".join(f"{name} {value:.3g}" for name, value in one.ratios.items())
         print(f"  {one.name}: {ratios}  [{time.perf_counter() - start:.0f} s]", flush=True)
         with contextlib.suppress(RuntimeError):
             jax.clear_caches()
     about = {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note}
+    about["times"] = table.times
     grown = {"slope": growth.slope(found)} if table in growth.TABLES else {}
     return about | grown | {"rows": found}
 

@@ -35,6 +35,7 @@ class Table:
     limit: str  # what the limit of its rows is; "" if they have none
     rows: Callable[[bool], Iterable[Row]]  # given whether the arrays are to be small
     note: str = ""
+    times: int = 1  # as many rounds as that of those of a run: calls of microseconds need more
 
 
 @dataclass

@@ -32,7 +32,7 @@ from jax.sharding import NamedSharding
 
 from jaxconv_fc import correlation, native
 from jaxconv_fc.arguments import Array, check_summable
-from jaxconv_fc.axis import Ints
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import from_canonical, to_canonical
 from jaxconv_fc.numerics import summed
 from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
@@ -383,22 +383,25 @@ def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The canonical input, padded by a boundary mode."""
     x = to_canonical(x, spec.in_order)  # [n, t, i], or with batch groups [n, t, g, i]
     x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)  # [n, t, g*i]
-    for dim, source in _sources(spec):
-        x = jnp.take(x, source, axis=dim, mode="clip")
+    for dim, axis in _extended(spec):
+        x = jnp.take(x, axis.source(lax.iota(jnp.int32, axis.padded_size)), axis=dim, mode="clip")
     return x
 
 
 def _folded(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """The transpose of :func:`_padded`: every padded position is added to its source."""
-    for dim, source in _sources(spec):
-        zeros = jnp.zeros((*x.shape[:dim], spec.axes[dim - 1].size, *x.shape[dim + 1 :]), x.dtype)
-        x = zeros.at[(slice(None),) * dim + (source,)].add(x)
+    """The transpose of :func:`_padded`: every copy in the padding is added to its source."""
+    for dim, axis in _extended(spec):
+        low, high = axis.copied
+        copies = jnp.concatenate([lax.iota(jnp.int32, low), low + axis.size + lax.iota(jnp.int32, high)])
+        added = jnp.take(x, copies, axis=dim, mode="clip")
+        x = lax.slice_in_dim(x, low, low + axis.size, axis=dim)
+        x = x.at[(slice(None),) * dim + (axis.source(copies),)].add(added)
     canonical = [spec.in_shape[i] for i in spec.in_order]
     return from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
 
 
-def _sources(spec: ConvSpec) -> Iterator[tuple[int, Ints]]:
-    """``(dim, source)`` of each axis that a boundary mode pads: position ``j`` is a copy of ``source[j]``."""
+def _extended(spec: ConvSpec) -> Iterator[tuple[int, Axis]]:
+    """``(dim, axis)`` of each axis that a boundary mode pads: position ``j`` is a copy of ``source(j)``."""
     for dim, axis in enumerate(spec.axes, start=1):
-        if not axis.pads_with_zeros and (axis.lo or axis.hi):
-            yield dim, axis.source(lax.iota(jnp.int32, axis.padded_size))
+        if any(axis.copied):
+            yield dim, axis
