@@ -110,7 +110,11 @@ def _values(result):
 
 TABLES = (
     Table(
-        "matrix_vjp", "A cotangent of M to the kernel: `matrix_vjp`", "one read of the cotangent", _matrix_vjp
+        "matrix_vjp",
+        "A cotangent of M to the kernel: `matrix_vjp`",
+        "one read of the cotangent",
+        _matrix_vjp,
+        times=2,
     ),
     Table(
         "projection",

@@ -231,6 +231,10 @@ TABLES = (
         _batches,
     ),
     Table(
-        "random_layers", "`batched_apply` on 30 random layers", "one read and one write of x", _random_layers
+        "random_layers",
+        "`batched_apply` on 30 random layers",
+        "one read and one write of x",
+        _random_layers,
+        times=4,
     ),
 )

@@ -59,6 +59,8 @@ def _body(table):
         yield f"({number}) {note}."
     if table["note"]:
         yield table["note"]
+    if table["times"] > 1:
+        yield f"Measured in {table['times']} times as many rounds as the other tables."
     if table.get("slope"):
         yield f"Slope of log(time) over log(entries) from 10,000 entries on: {table['slope']:.3f}."
 

@@ -7,7 +7,7 @@ import numpy as np
 
 import jaxconv_fc as fc
 from benchmarks import peers
-from benchmarks.layers import kernel_of
+from benchmarks.layers import NHWC, kernel_of
 from benchmarks.rows import Row, Table, jitted, text
 
 
@@ -23,6 +23,9 @@ def geometries(quick):
     return specs | {
         "16 channels, 8x8": square(16, 8),
         "16 channels, 16x16": square(16, 16),
+        "NHWC, 16 channels, 16x16": fc.conv_spec(
+            (1, 16, 16, 16), (3, 3, 16, 16), (1, 1), "SAME", dimension_numbers=NHWC
+        ),
         "circular": square(16, 16, padding_mode="circular"),
         "depthwise 7x7": fc.conv_spec((1, 64, 28, 28), (64, 1, 7, 7), (1, 1), "SAME", **deep),
         "32 channels, 32x32": square(32, 32),
@@ -95,6 +98,7 @@ TABLES = (
         _host,
         "COO to CSR starts from triples that somebody else has made. sparse-convolution makes the matrix of "
         "mode full.",
+        times=2,
     ),
     Table(
         "as_bcsr",
