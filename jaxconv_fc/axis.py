@@ -55,13 +55,19 @@ class Axis:
 
     @property
     def copied(self) -> tuple[int, int]:
-        """How many copies of inputs stand before and behind the axis: none in zeros mode."""
+        """How many copies of inputs stand before and behind the axis; 0 in zeros mode; a crop if negative."""
         return (0, 0) if self.pads_with_zeros else (self.lo, self.hi)
 
     @property
     def padded_size(self) -> int:
         """Positions of the axis with its copies, before it is dilated."""
         return self.size + sum(self.copied)
+
+    @property
+    def own(self) -> range:
+        """The padded positions that are inputs themselves. The others are copies."""
+        low = self.copied[0]
+        return range(self.padded_size)[max(0, low) : max(0, low + self.size)] or range(0)
 
     @property
     def dilated_taps(self) -> int:

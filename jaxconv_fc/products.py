@@ -391,10 +391,14 @@ def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
 def _folded(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The transpose of :func:`_padded`: every copy in the padding is added to its source."""
     for dim, axis in _extended(spec):
-        low, high = axis.copied
-        copies = jnp.concatenate([lax.iota(jnp.int32, low), low + axis.size + lax.iota(jnp.int32, high)])
+        own, counted = axis.own, partial(lax.iota, jnp.int32)
+        copies = jnp.concatenate([counted(own.start), own.stop + counted(axis.padded_size - own.stop)])
         added = jnp.take(x, copies, axis=dim, mode="clip")
-        x = lax.slice_in_dim(x, low, low + axis.size, axis=dim)
+        holes = [(0, 0, 0)] * x.ndim  # inputs that a crop has left out
+        low = own.start - axis.copied[0] if own else 0
+        holes[dim] = (low, axis.size - low - len(own), 0)
+        x = lax.slice_in_dim(x, own.start, own.stop, axis=dim)
+        x = lax.pad(x, jnp.zeros((), x.dtype), holes)
         x = x.at[(slice(None),) * dim + (axis.source(copies),)].add(added)
     canonical = [spec.in_shape[i] for i in spec.in_order]
     return from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)

@@ -55,6 +55,18 @@ def test_sources_are_numpys(mode, n):
     assert moved == ([n - 1] * len(want) if mode == "edge" else want.tolist())
 
 
+@pytest.mark.parametrize("low", [-9, -6, -2, 0, 3])
+@pytest.mark.parametrize("high", [-2, 0, 1, 7, 12])
+def test_padded_positions_that_are_inputs_themselves(low, high):
+    """Where a block of rows crops the padded axis too, maybe all its inputs."""
+    if 6 + low + high < 0:
+        return
+    axis = Axis(size=6, taps=1, mode="circular", lo=low, hi=high)
+    want = [j for j in range(6 + low + high) if 0 <= j - low < 6]
+    assert list(axis.own) == want
+    assert [int(axis.source(np.int64(j))) for j in want] == [j - low for j in want]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_tables_and_both_directions_of_the_law(mode, run_seed):
     for axis in axes(run_seed, mode, 60):

@@ -161,13 +161,18 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
 
 
-WAYS = {"_PLANNED": 2**20, "_LISTED": 0, "_KEPT_PART": 0, "_KEPT_LINES": 2**20}
+WAYS = {"_PLANNED": 2**20, "_LISTED": 0, "_KEPT_PART": 0, "_KEPT_LINES": 2**20, "_SMALL_BLOCK": 0}
 
 
 @pytest.mark.parametrize(
     "limits",
-    [WAYS | {"_LISTED": 2**20}, WAYS, WAYS | {"_PLANNED": 0, "_KEPT_LINES": 0}],
-    ids=["lines", "blocks of a plan", "block by block"],
+    [
+        WAYS | {"_LISTED": 2**20},
+        WAYS,
+        WAYS | {"_PLANNED": 0, "_KEPT_LINES": 0},
+        WAYS | {"_PLANNED": 0, "_SMALL_BLOCK": 2**40},
+    ],
+    ids=["lines", "blocks of a plan", "block by block", "entry by entry"],
 )
 def test_every_way_to_fill_the_arrays(limits, monkeypatch, rng):
     """The other tests have small matrices, whose tables are kept whole."""

@@ -32,7 +32,7 @@ from jaxconv_fc.sparse.entries import (
     part_count,
     row_pointers,
 )
-from jaxconv_fc.sparse.host import fill_columns, fill_values, fresh_arrays, host_tables, together
+from jaxconv_fc.sparse.host import fill, fresh_arrays, host_tables
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
@@ -146,11 +146,7 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     index, rows = tables.pointers.dtype, len(tables.pointers)
     data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
     indptr[:] = tables.pointers
-    together(
-        spec.nse,
-        lambda: fill_values(spec, tables.plan, values, data),
-        lambda: fill_columns(spec, tables, columns),
-    )
+    fill(spec, tables, values, data, columns)
     matrix = copy(tables.empty)
     matrix.data, matrix.indices, matrix.indptr = data, columns, indptr
     return matrix

@@ -4,7 +4,7 @@ A class holds the outputs that read through the same taps (:func:`output_runs`).
 axis, is one regular part of the arrays: a *block*. Within a block, the value of an entry depends only on the
 out channel and on its place in the row. So the values of a block are one short row per out channel, repeated.
 Where rows are short, whole *lines* of rows are repeated: NumPy copies few long runs faster than many short
-ones.
+ones. Where blocks are many and small, every entry is written to its place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.layout import column_of, inverse, spread
-from jaxconv_fc.lines import Run, output_runs
+from jaxconv_fc.lines import Run, output_lines, output_runs
 from jaxconv_fc.sparse.entries import (
     axis_widths,
     entry_order,
@@ -45,6 +45,7 @@ _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is 
 _LISTED = 2**17  # entries of the first lines, whose taps are kept one by one
 _KEPT_PART = 2**18  # entries of one part, whose columns are kept
 _KEPT_LINES = 2**19  # entries of the first lines, whose columns are kept where those of a part are not
+_SMALL_BLOCK = 2**13  # entries of a block, on average, that are listed in less time than the block is made
 
 
 def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
@@ -204,6 +205,20 @@ class Plan(NamedTuple):
         return add.reduceat(values, self.firsts, axis=1, dtype=kernel.dtype)
 
 
+def fill(
+    spec: ConvSpec, tables: HostTables, kernel: np.ndarray, data: np.ndarray, columns: np.ndarray
+) -> None:
+    """Fill ``data``, from the kernel with out channels first, and ``columns``."""
+    if tables.by_entry:
+        fill_by_entry(spec, tables.groups, kernel, data, columns)
+        return
+    together(
+        spec.nse,
+        lambda: fill_values(spec, tables.plan, kernel, data),
+        lambda: fill_columns(spec, tables, columns),
+    )
+
+
 def fill_values(spec: ConvSpec, plan: Plan | None, kernel: np.ndarray, data: np.ndarray) -> None:
     """Fill ``data`` with the entries, from the kernel with out channels first."""
     for part in [plan] if plan else (_plan(spec, [runs], spec.out_channels) for runs in _classes(spec)):
@@ -299,6 +314,67 @@ def _list_columns(spec: ConvSpec, products: Iterable[tuple[Run, ...]], columns: 
         np.add(outside, inside.transpose(entry_order(spec)).reshape(-1), out=block.of(columns))
 
 
+# -- entry by entry ----------------------------------------------------------------------------------
+
+
+def in_small_blocks(spec: ConvSpec) -> bool:
+    """Whether blocks are many and small, and their plan is large: the kernel is as large as the image."""
+    if spec.nse <= _PLANNED or spec.collides:
+        return False
+    samples = [output_lines(axis).samples for axis in spec.axes]
+    rows = math.prod(int((a.table(o) >= 0).sum()) for a, o in zip(spec.axes, samples, strict=True))
+    blocks = math.prod(map(len, samples))
+    planned = spec.out_channels * spec.group_channels * rows <= _PLANNED
+    return not planned and spec.nse < _SMALL_BLOCK * blocks
+
+
+def fill_by_entry(
+    spec: ConvSpec, groups: np.ndarray, kernel: np.ndarray, data: np.ndarray, columns: np.ndarray
+) -> None:
+    """Fill ``data``, from the kernel with out channels first, and ``columns``: each entry at its place.
+
+    ``groups``: what is added in each part to the columns of the first part.
+    """
+    parts, n = len(groups), len(spec.axes)
+    pairs = [_pairs(axis, groups.dtype) for axis in spec.axes]
+    dims = (*(len(pair.t) for pair in pairs), spec.group_channels, spec.out_channels // parts)
+    pairs = [Pairs(*(spread(v, dims, a) for v in pair)) for a, pair in enumerate(pairs)]
+    rank, width = [pair.rank for pair in pairs], [pair.width for pair in pairs]
+    i, d = (spread(np.arange(dims[a], dtype=groups.dtype), dims, a) for a in (n, n + 1))
+    place = row_starts(spec, width, [pair.start for pair in pairs], d)[0]
+    place = place + offset_in_row(spec, rank, width, i)
+    place = np.broadcast_to(place, dims).ravel().astype(np.intp)
+    tap = reduce(
+        lambda index, a: index * spec.axes[a].taps + pairs[a].p, range(n), d * spec.group_channels + i
+    )
+    tap = np.broadcast_to(tap, dims).ravel().astype(np.intp)
+    column = column_of(spec, [pair.t for pair in pairs], i) + group_column(spec, d)
+    stack = columns.reshape(parts, -1)  # [part, entry]
+    stack[0, place] = np.broadcast_to(column, dims).ravel()
+    np.add(stack[0], groups[1:], out=stack[1:])
+    for values, taps in zip(data.reshape(parts, -1), kernel.reshape(parts, -1), strict=True):
+        values[place] = taps.take(tap, mode="clip")
+
+
+class Pairs(NamedTuple):
+    """All pairs of an output of an axis and an input that it reads, sorted: arrays (pairs,)."""
+
+    t: np.ndarray  # the input
+    p: np.ndarray  # the tap that reads it
+    rank: np.ndarray  # how many inputs before t the output reads
+    width: np.ndarray  # how many inputs the output reads
+    start: np.ndarray  # how many pairs stand before those of the output
+
+
+def _pairs(axis: Axis, dtype: Any) -> Pairs:
+    o, t, p = axis.reads(np.arange(axis.out_size))
+    order = np.argsort(o * axis.size + t, kind="stable")  # fast where they are in order, as in zeros mode
+    o, t, p = (v[order] for v in (o, t, p))
+    widths = np.bincount(o, minlength=axis.out_size)
+    starts = (widths.cumsum() - widths)[o]
+    return Pairs(*(v.astype(dtype) for v in (t, p, np.arange(len(o)) - starts, widths[o], starts)))
+
+
 # -- what is kept of a geometry ----------------------------------------------------------------------
 
 
@@ -313,6 +389,7 @@ class LineColumns(NamedTuple):
 class HostTables(NamedTuple):
     """What depends on the geometry only. The arrays are shared: they must not be written to."""
 
+    by_entry: bool  # instead of in blocks: then there is no plan, and no columns are kept
     plan: Plan | None  # None where it would be large
     columns: list[LineColumns] | None  # of each class of lines; None where they are large
     groups: np.ndarray  # (parts, 1): what is added in each part to the columns of the first part
@@ -331,7 +408,9 @@ def _host_tables(spec: ConvSpec) -> HostTables:
     empty = csr_array(spec.shape)
     empty.indptr = pointers  # not a second array of this size
     empty.has_canonical_format = True  # by construction; SciPy would check every entry
-    return HostTables(_whole_plan(spec), _kept_columns(spec, groups), groups, pointers, empty)
+    by_entry = in_small_blocks(spec)
+    plan, columns = (None, None) if by_entry else (_whole_plan(spec), _kept_columns(spec, groups))
+    return HostTables(by_entry, plan, columns, groups, pointers, empty)
 
 
 def _kept_columns(spec: ConvSpec, groups: np.ndarray) -> list[LineColumns] | None:
