@@ -211,7 +211,7 @@ def _random_layers(quick):
 
 COPY = "one read and one write of x and y"
 TABLES = (
-    *(Table(verb, f"One example: `{verb}`", COPY, partial(_products, verb, 1)) for verb in VERBS),
+    *(Table(verb, f"One example: `{verb}`", COPY, partial(_products, verb, 1), times=3) for verb in VERBS),
     *(
         Table(
             f"{verb}_batch",

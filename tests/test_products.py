@@ -14,6 +14,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
+from jaxconv_fc import correlation
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
@@ -74,6 +75,19 @@ def test_products_are_the_oracles(geometry, dtype, cpu_form, rng):
     assert back.shape == spec.in_shape
     np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
     np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
+
+
+@pytest.mark.parametrize("most", [0, 10**6], ids=["products of matrices", "one loop"])
+@pytest.mark.parametrize("name", ["grouped", "depthwise", "batch groups", "NHWC", "CWNH", "symmetric"])
+def test_both_sums_over_outputs(name, most, monkeypatch, rng):
+    """The kernel gradient of one example with groups, or with few channels, on a CPU."""
+    jax.clear_caches()
+    monkeypatch.setattr(correlation, "MOST_PAIRS", most)
+    geometry = CASES[name]
+    _, x, y = arrays(geometry, rng, "float32")
+    got = fc.kernel_vjp(geometry.spec(), x, y)
+    np.testing.assert_array_equal(got, oracle.kernel_gradient(x, y, geometry))
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
