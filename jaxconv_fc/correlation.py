@@ -3,9 +3,9 @@
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
 input is cropped). A few groups are convolutions of their own. A convolution of few channels is written out as
-a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take this
-way on every platform: it multiplies them by ``dot_general``. :mod:`jaxconv_fc.native` has the forms for GPU
-and TPU.
+a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take
+this way on every platform: it multiplies them by ``dot_general``. :mod:`jaxconv_fc.native` has the forms for
+GPU and TPU.
 """
 
 from __future__ import annotations
