@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxconv_fc as fc
 from jaxconv_fc import adjoint, dense, scatter, selects
-from jaxconv_fc.sharding import PlatformForms, by_platform, platform_forms, program
+from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, platform_forms, program
 from jaxconv_fc.sparse import formats, pieces
 
 COUNT = count("GEOMETRIES", 8)
@@ -200,6 +200,22 @@ def test_a_platform_lowers_its_own_form_only():
     assert float(scaled(v, w)) == 9
     assert jax.grad(scaled)(v, w) == 3
     assert float(export.export(jax.jit(scaled), platforms=("cpu", "cuda", "tpu"))(v, w).call(v, w)) == 9
+
+
+@pytest.mark.parametrize(("platform", "factor"), [("cpu", 2), ("cuda", 5), ("rocm", 5), ("tpu", 3)])
+def test_each_platform_has_its_form(platform, factor):
+    """And a transpose of its own, where one is given."""
+    back = Bound(platform_forms, (lambda y: y * 7, lambda y: y * 7))
+    form = platform_forms(lambda v: v * 2, lambda v: v * 3, gpu=lambda v: v * 5, transposed=back)
+    scale = program(lambda v: by_platform(form, v, v))
+    v = jax.ShapeDtypeStruct((2,), np.float32)
+
+    def factors(fn):
+        text = export.export(jax.jit(fn), platforms=[platform])(v).mlir_module()
+        return {f for f in (2, 3, 5, 7) if f"dense<{f:.6e}>" in text}
+
+    assert factors(scale) == {factor}
+    assert factors(lambda y: jax.linear_transpose(scale, v)(y)[0]) == {7}
 
 
 # what a TPU gets -------------------------------------------------------------------------------------
