@@ -81,6 +81,28 @@ def kernel_gradient(
     return jnp.moveaxis(kernel, 0, -2)
 
 
+def fold(axis: Axis, x: jax.Array, dim: int) -> jax.Array:
+    """The transpose of padding dimension ``dim`` with copies: each is added to its source."""
+    count, own = partial(lax.iota, jnp.int32), axis.own
+    copies = jnp.concatenate([count(own.start), own.stop + count(axis.padded_size - own.stop)])
+    added = jnp.take(x, copies, axis=dim, mode="clip")
+    return own_positions(axis, x, dim).at[(slice(None),) * dim + (axis.source(copies),)].add(added)
+
+
+def own_positions(axis: Axis, x: jax.Array, dim: int) -> jax.Array:
+    """The padded positions that are inputs themselves; zeros for inputs that a crop has left out."""
+    own = axis.own
+    return among_zeros(axis, x, dim, own, own.start - axis.copied[0] if own else 0)
+
+
+def among_zeros(axis: Axis, x: jax.Array, dim: int, part: range, at: int) -> jax.Array:
+    """Some padded positions, as inputs from number ``at`` on, among zeros for all other inputs."""
+    zeros = [(0, 0, 0)] * x.ndim
+    zeros[dim] = (at, axis.size - at - len(part), 0)
+    x = lax.slice_in_dim(x, part.start, part.stop, axis=dim)
+    return lax.pad(x, jnp.zeros((), x.dtype), zeros)
+
+
 def by_residues(
     axes: Sequence[Axis], batch: int, rhs: jax.Array, window: Callable[[Sequence[Axis], jax.Array], jax.Array]
 ) -> jax.Array:
@@ -281,7 +303,7 @@ def _sums_over_outputs(
     if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
         y = jnp.expand_dims(y, at)
         terms = [jnp.expand_dims(window, at + 1) * y for window in windows]
-        sums = _sums_at_once(terms, [0, *(dim + (at < dim) for dim in positions)])
+        sums = _sums_at_once(terms, 0, *(dim + (at < dim) for dim in positions))
     else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
         numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
         sums = [lax.dot_general(window, y, numbers, precision) for window in windows]
@@ -289,11 +311,14 @@ def _sums_over_outputs(
     return kernel.reshape(kernel.shape[0], *(a.out_size for a in axes), -1).astype(dtype)
 
 
-def _sums_at_once(terms: Sequence[jax.Array], dims: Sequence[int]) -> Sequence[jax.Array]:
-    """The sum of each array over these dimensions, all in one loop: no product is stored, and every factor is
-    read once."""
+def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
+    """The sum of each array over these dimensions. All but the last one are summed in one loop: no product is
+    stored, and every factor is read once. The last is summed apart: one long chain of additions would round
+    ten times as much."""
+    *others, last = dims
     zeros = [jnp.zeros((), term.dtype) for term in terms]
-    return lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), dims)
+    rows = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), others)
+    return [row.sum(last - sum(dim < last for dim in others)) for row in rows]
 
 
 def _strided(

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxconv_fc import correlation
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.correlation import by_residues, complex_product
+from jaxconv_fc.correlation import among_zeros, by_residues, complex_product, own_positions
 
 MOST_AXES = 3  # spatial axes of one convolution on a GPU
+MOST_COPIES = 8  # in the padding of an axis, that are added one by one, in one loop
 
 
 class Form(NamedTuple):
@@ -38,6 +40,20 @@ class Form(NamedTuple):
 
 IMAGES = Form((0, -1), (-1, -2), (0, -1))  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
 KERNELS = Form((-1, 0), (-1, 0), (-2, -1))  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+
+
+def fold(axis: Axis, x: jax.Array, dim: int) -> jax.Array:
+    """The transpose of padding dimension ``dim`` with copies: each is added to its source.
+
+    A few copies without a scatter, which is slow on TPU, and of no fixed order on GPU.
+    """
+    copies = [*range(axis.own.start), *range(axis.own.stop, axis.padded_size)]
+    if len(copies) > MOST_COPIES:
+        return correlation.fold(axis, x, dim)
+    return sum(
+        (among_zeros(axis, x, dim, range(j, j + 1), axis.source(j)) for j in copies),
+        own_positions(axis, x, dim),
+    )
 
 
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int, precision: Any) -> jax.Array:

@@ -313,15 +313,19 @@ batching.primitive_batchers[product_p] = _batched
 
 
 class Forms(NamedTuple):
-    """How one kind of platform correlates. Both functions take ``(axes, a, b, groups, precision)``."""
+    """How one kind of platform correlates. The first two take ``(axes, a, b, groups, precision)``."""
 
     correlate: Callable[..., jax.Array]  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
     kernel_gradient: Callable[..., jax.Array]  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+    fold: Callable[[Axis, jax.Array, int], jax.Array]  # (axis, x, dim): its copies are added to their sources
 
 
-PORTABLE = Forms(correlation.correlate, correlation.kernel_gradient)
-CHANNELS_FIRST = Forms(*(partial(form, channels_first=True) for form in PORTABLE))  # of the caller's arrays
-NATIVE = Forms(native.correlate, native.kernel_gradient)
+PORTABLE = Forms(correlation.correlate, correlation.kernel_gradient, correlation.fold)
+CHANNELS_FIRST = PORTABLE._replace(  # of the caller's arrays
+    correlate=partial(correlation.correlate, channels_first=True),
+    kernel_gradient=partial(correlation.kernel_gradient, channels_first=True),
+)
+NATIVE = Forms(native.correlate, native.kernel_gradient, native.fold)
 
 
 def lowering(forms: Forms) -> Any:
@@ -353,7 +357,7 @@ def _transposed(forms: Forms, spec: ConvSpec, precision: Any, kernel: jax.Array,
     axes = [a.on_padded.transpose() for a in spec.axes]
     y, kernel = to_canonical(y, spec.out_order), flipped_kernel(spec, kernel)
     x = forms.correlate(axes, y, kernel, spec.groups, precision)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
-    return _folded(spec, x)
+    return _folded(forms, spec, x)
 
 
 def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -388,18 +392,10 @@ def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
     return x
 
 
-def _folded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+def _folded(forms: Forms, spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The transpose of :func:`_padded`: every copy in the padding is added to its source."""
     for dim, axis in _extended(spec):
-        own, counted = axis.own, partial(lax.iota, jnp.int32)
-        copies = jnp.concatenate([counted(own.start), own.stop + counted(axis.padded_size - own.stop)])
-        added = jnp.take(x, copies, axis=dim, mode="clip")
-        holes = [(0, 0, 0)] * x.ndim  # inputs that a crop has left out
-        low = own.start - axis.copied[0] if own else 0
-        holes[dim] = (low, axis.size - low - len(own), 0)
-        x = lax.slice_in_dim(x, own.start, own.stop, axis=dim)
-        x = lax.pad(x, jnp.zeros((), x.dtype), holes)
-        x = x.at[(slice(None),) * dim + (axis.source(copies),)].add(added)
+        x = forms.fold(axis, x, dim)
     canonical = [spec.in_shape[i] for i in spec.in_order]
     return from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
 

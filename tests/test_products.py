@@ -14,7 +14,8 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
-from jaxconv_fc import correlation
+from jaxconv_fc import correlation, native
+from jaxconv_fc.axis import Axis
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
@@ -88,6 +89,18 @@ def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     got = fc.kernel_vjp(geometry.spec(), x, y)
     np.testing.assert_array_equal(got, oracle.kernel_gradient(x, y, geometry))
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("fold", [correlation.fold, native.fold])
+@pytest.mark.parametrize(("low", "high"), [(2, 1), (9, 4), (0, -2), (-3, 2), (-9, 12), (0, 0)])
+@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+def test_copies_are_added_to_their_sources(fold, low, high, mode, rng):
+    """Few and many, and where a block of rows crops the inputs: the forms of a CPU and of GPU and TPU."""
+    axis = Axis(size=5, taps=1, mode=mode, lo=low, hi=high)
+    x = integers(rng, (2, axis.padded_size, 3), np.float64)
+    want = np.zeros((2, 5, 3))
+    np.add.at(want, (slice(None), axis.source(np.arange(axis.padded_size))), x)
+    np.testing.assert_array_equal(fold(axis, jnp.asarray(x), 1), want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
