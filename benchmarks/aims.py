@@ -109,7 +109,7 @@ def _guarded():
     return {
         "as_matrix / jnp.full": (as_matrix, full, 2.5),
         "as_matrix / vmap(conv)(eye)": (as_matrix, peers.vmap_eye(dense, kernel), 0.6),
-        "matrix_vjp / one read": (jitted(partial(fc.matrix_vjp, dense), matrix), read, 4),
+        "matrix_vjp / one read": (jitted(partial(fc.matrix_vjp, dense), matrix), read, 2.5),
         "batched_apply / lax, depthwise": (
             jitted(partial(fc.batched_apply, depthwise), deep, xs),
             lax_batch,
