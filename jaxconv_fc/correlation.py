@@ -236,8 +236,9 @@ def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
 def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
     """Whether a sum for every tap is faster than a convolution with ``y`` as its kernel.
 
-    It is for one example with groups (a ``vmap`` that keeps the gradient of each turns examples into groups),
-    and for few pairs of channels: fewer where convolutions are fast, which have no groups and many examples.
+    It is for one example with groups. A ``vmap`` that keeps the gradient of each turns examples into groups.
+    It is also for few pairs of channels in a group. Convolutions are fastest for many examples without
+    groups, so there the pairs must be fewest.
     """
     one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
     pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)

@@ -45,11 +45,11 @@ KERNELS = Form((-1, 0), (-1, 0), (-2, -1))  # [n, t, g*i] [n, o, g*e] -> [p, i, 
 def fold(axis: Axis, x: jax.Array, dim: int) -> jax.Array:
     """The transpose of padding dimension ``dim`` with copies: each is added to its source.
 
-    A few copies without a scatter, which is slow on TPU, and of no fixed order on GPU.
+    A few copies are added without a scatter. A scatter is slow on TPU, and has no fixed order on GPU.
     """
-    copies = [*range(axis.own.start), *range(axis.own.stop, axis.padded_size)]
-    if len(copies) > MOST_COPIES:
+    if axis.padded_size - len(axis.own) > MOST_COPIES:
         return correlation.fold(axis, x, dim)
+    copies = [*range(axis.own.start), *range(axis.own.stop, axis.padded_size)]
     return sum(
         (among_zeros(axis, x, dim, range(j, j + 1), axis.source(j)) for j in copies),
         own_positions(axis, x, dim),

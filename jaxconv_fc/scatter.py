@@ -95,10 +95,9 @@ def updated(spec: ConvSpec, old: jax.Array, kernel: jax.Array) -> jax.Array:
     """M, with the values of ``old`` (spec.shape) in place of its structural zeros."""
     places, values = entries(spec).places(spec), spread_kernel(spec, kernel)
     flat, values = old.ravel(), jnp.broadcast_to(values, places.shape)
-    if not spec.collides:
-        return flat.at[places].set(values, mode="drop", unique_indices=True).reshape(spec.shape)
-    cleared = flat.at[places].set(jnp.zeros((), old.dtype), mode="drop")
-    return _put(spec, cleared, places, values).reshape(spec.shape)
+    if spec.collides:  # values will be added
+        flat = flat.at[places].set(jnp.zeros((), old.dtype), mode="drop")
+    return _put(spec, flat, places, values).reshape(spec.shape)
 
 
 def sums(spec: ConvSpec, of: Callable[..., jax.Array], matrix: jax.Array, *constants: jax.Array) -> jax.Array:

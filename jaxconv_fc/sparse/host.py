@@ -25,7 +25,7 @@ import numpy as np
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.layout import column_of, inverse, spread
-from jaxconv_fc.lines import Run, output_lines, output_runs
+from jaxconv_fc.lines import Run, output_runs
 from jaxconv_fc.sparse.entries import (
     axis_widths,
     entry_order,
@@ -45,7 +45,7 @@ _PLANNED = 2**20  # values in the rows of all blocks of a matrix, whose plan is 
 _LISTED = 2**17  # entries of the first lines, whose taps are kept one by one
 _KEPT_PART = 2**18  # entries of one part, whose columns are kept
 _KEPT_LINES = 2**19  # entries of the first lines, whose columns are kept where those of a part are not
-_SMALL_BLOCK = 2**13  # entries of a block, on average, that are listed in less time than the block is made
+_SMALL_BLOCK = 2**13  # entries of a block: fewer take less time one by one than the block takes to make
 
 
 def together(size: int, first: Callable[[], None], second: Callable[[], None]) -> None:
@@ -232,11 +232,14 @@ def _repeat(plan: Plan, kernel: np.ndarray, data: np.ndarray) -> None:
         view[...] = spread(rows[:, entries], view.shape, block.channel, view.ndim - 1)
 
 
-def _whole_plan(spec: ConvSpec) -> Plan | None:
-    """The plan of all blocks; None if their rows together are large."""
+def _row_values(spec: ConvSpec) -> int:
+    """How many values the rows of all blocks have together."""
     counts = [sum(len(run.taps) for run in output_runs(axis)) for axis in spec.axes]
-    if spec.out_channels * spec.group_channels * math.prod(counts) > _PLANNED:
-        return None
+    return spec.out_channels * spec.group_channels * math.prod(counts)
+
+
+def _whole_plan(spec: ConvSpec) -> Plan:
+    """The plan of all blocks."""
     lines = _lines(spec) if spec.nse and not spec.collides else None
     parts, products = part_count(spec), list(_classes(spec))
     # To gather an entry of the first lines takes about 1/20 of the time that a row of a block takes, and
@@ -318,14 +321,9 @@ def _list_columns(spec: ConvSpec, products: Iterable[tuple[Run, ...]], columns: 
 
 
 def in_small_blocks(spec: ConvSpec) -> bool:
-    """Whether blocks are many and small, and their plan is large: the kernel is as large as the image."""
-    if spec.nse <= _PLANNED or spec.collides:
-        return False
-    samples = [output_lines(axis).samples for axis in spec.axes]
-    rows = math.prod(int((a.table(o) >= 0).sum()) for a, o in zip(spec.axes, samples, strict=True))
-    blocks = math.prod(map(len, samples))
-    planned = spec.out_channels * spec.group_channels * rows <= _PLANNED
-    return not planned and spec.nse < _SMALL_BLOCK * blocks
+    """Whether blocks are many and small, as where the kernel is as large as the image, and no taps meet."""
+    blocks = math.prod(len(output_runs(axis)) for axis in spec.axes)
+    return spec.nse < _SMALL_BLOCK * blocks and not spec.collides
 
 
 def fill_by_entry(
@@ -408,8 +406,10 @@ def _host_tables(spec: ConvSpec) -> HostTables:
     empty = csr_array(spec.shape)
     empty.indptr = pointers  # not a second array of this size
     empty.has_canonical_format = True  # by construction; SciPy would check every entry
-    by_entry = in_small_blocks(spec)
-    plan, columns = (None, None) if by_entry else (_whole_plan(spec), _kept_columns(spec, groups))
+    planned = _row_values(spec) <= _PLANNED
+    by_entry = not planned and in_small_blocks(spec)
+    plan = _whole_plan(spec) if planned else None
+    columns = None if by_entry else _kept_columns(spec, groups)
     return HostTables(by_entry, plan, columns, groups, pointers, empty)
 
 
