@@ -4,10 +4,9 @@
     python -m benchmarks --guard
 
 The contestants of a row do the same job. They are timed in turns in one process, so their ratios hold on
-a machine that is not quiet. A table is written as soon as it is complete: results.json and results.md, at
-the end results.png. ``pip install '.[bench]'`` brings the other libraries. What is not installed is left out,
-and the table says so. asdex needs a Python and a JAX of its own: where they are not the current ones, the
-command makes an environment for it.
+a machine that is not quiet. A table is written as soon as it is complete: results.json and results.md.
+``pip install '.[bench]'`` brings the other libraries. What is not installed is left out, and the table says
+so: asdex needs Python 3.12.
 
 ``--quick`` takes one small row of each table and compares the results of the contestants: its times mean
 nothing. ``--guard`` measures a few ratios and fails where one of them is far from what it was. ``--summary``

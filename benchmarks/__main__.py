@@ -19,11 +19,9 @@ import jaxconv_fc as fc
 from benchmarks import (
     aims,
     dense,
-    environments,
     first_call,
     functions,
     gradients,
-    growth,
     products,
     report,
     rows,
@@ -33,7 +31,7 @@ from benchmarks import (
 
 TABLES = {
     table.name: table
-    for module in (dense, sparse, products, gradients, functions, spectrum, growth)
+    for module in (dense, sparse, products, gradients, functions, spectrum)
     for table in module.TABLES
 }
 
@@ -52,7 +50,6 @@ def main():
         "--summary", action="store_true", help="print the README's table, of committed results"
     )
     parser.add_argument("--guard", action="store_true", help="a few ratios only; fails where one is far off")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # one peer, in an environment of its own
     args = parser.parse_args()
     if args.summary:
         print(report.summary(args.out))
@@ -69,16 +66,10 @@ def main():
         if name in TABLES:
             results["tables"].append(_measure(TABLES[name], rounds, args))
             _write(results, args.out)
-    if args.only:
-        return 0
-    if not args.quick:
-        environments.merged(results["tables"], environments.beside_asdex(args.out, rounds, wanted))
     if "first_call" in wanted:
         results["imports"] = first_call.imports(rounds)
         results["first_calls"] = dict(first_call.first_calls(args.quick))
     _write(results, args.out)
-    with contextlib.suppress(ImportError):
-        report.picture(results, args.out / "results.png")
     for aim in results["aims"]:
         print(f"{'met   ' if aim['met'] else 'MISSED'} {aim['aim']}: {aim['seen']}")
     return 0
@@ -89,7 +80,7 @@ def _measure(table, rounds, args):
     found = []
     for row in itertools.islice(table.rows(args.quick), QUICK_ROWS if args.quick else None):
         start = time.perf_counter()
-        one = rows.measure(row, rounds if args.quick else rounds * table.times, args.quick, args.only)
+        one = rows.measure(row, rounds if args.quick else rounds * table.times, args.quick)
         found.append(asdict(one))
         ratios = "  ".join(f"{name} {value:.3g}" for name, value in one.ratios.items())
         print(f"  {one.name}: {ratios}  [{time.perf_counter() - start:.0f} s]", flush=True)
@@ -97,8 +88,7 @@ def _measure(table, rounds, args):
             jax.clear_caches()
     about = {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note}
     about["times"] = table.times
-    grown = {"slope": growth.slope(found)} if table in growth.TABLES else {}
-    return about | grown | {"rows": found}
+    return about | {"rows": found}
 
 
 def _about(rounds):

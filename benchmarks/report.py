@@ -1,4 +1,4 @@
-"""Results as Markdown and as a picture."""
+"""Results as Markdown."""
 
 import itertools
 import json
@@ -61,8 +61,6 @@ def _body(table):
         yield table["note"]
     if table["times"] > 1:
         yield f"Measured in {table['times']} times as many rounds as the other tables."
-    if table.get("slope"):
-        yield f"Slope of log(time) over log(entries) from 10,000 entries on: {table['slope']:.3f}."
 
 
 def _cell(row, peer, notes):
@@ -167,90 +165,3 @@ def _summed(table, peer):
 
 
 UNLIMITED = ("apply", "apply_transpose", "kernel_vjp", "batched")  # their limit says little to a reader
-
-
-# -- picture ------------------------------------------------------------------------------------------
-
-SHOWN = (
-    "dense",
-    "as_scipy",
-    "as_bcsr",
-    "matrix_vjp",
-    "apply_transpose",
-    "batched",
-    "matrix_of",
-    "spectral_norm",
-)
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#000000",
-    "#999999",
-)  # Okabe, Ito
-MARKS = "osD^vPX*"
-
-
-def picture(results, path):
-    """Times over ours, on a logarithmic axis: one panel for each of the main tables."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tables = [_single(table) for table in results["tables"] if table["name"] in SHOWN]
-    if not tables:
-        return
-    columns = 2
-    lines = -(-len(tables) // columns)
-    counts = [
-        max((len(t["rows"]) for t in tables[i : i + columns]), default=1)
-        for i in range(0, len(tables), columns)
-    ]
-    figure, panels = plt.subplots(
-        lines,
-        columns,
-        figsize=(15, 1.0 * lines + 0.27 * sum(counts)),
-        layout="constrained",
-        squeeze=False,
-        gridspec_kw={"height_ratios": [n + 3 for n in counts]},
-    )
-    for axes, table in itertools.zip_longest(panels.ravel(), tables):
-        if table is None:
-            axes.set_visible(False)
-        else:
-            _panel(axes, table)
-    figure.suptitle(f"Times over those of jaxconv_fc: {results['machine']}", fontsize=12)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _single(table):
-    """A long table without its rows in double precision."""
-    rows = [row for row in table["rows"] if len(table["rows"]) <= 16 or "float64" not in row["name"]]
-    return table | {"rows": rows}
-
-
-def _panel(axes, table):
-    names = [row["name"] for row in table["rows"]]
-    peers = list(dict.fromkeys(name for row in table["rows"] for name in row["ratios"] if name != "limit"))
-    axes.axvline(1, color="0.3", linewidth=1)
-    if table["limit"]:
-        points = [(1 / row["ratios"]["limit"], i) for i, row in enumerate(table["rows"])]
-        axes.plot(
-            *zip(*points, strict=True), "|", color="0.3", markersize=11, markeredgewidth=2, label="limit"
-        )
-    for peer, colour, mark in zip(peers, itertools.cycle(COLOURS), itertools.cycle(MARKS), strict=False):
-        points = [(row["ratios"][peer], i) for i, row in enumerate(table["rows"]) if peer in row["ratios"]]
-        if points:
-            axes.plot(*zip(*points, strict=True), mark, color=colour, label=peer, markersize=6)
-    axes.set(xscale="log", yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6))
-    axes.set_yticklabels(names, fontsize=8)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
-    axes.set_title(table["title"].replace("`", ""), fontsize=9)
-    axes.grid(axis="x", color="0.9")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -50,15 +50,14 @@ class Measured:
     prepared: dict[str, float] = field(default_factory=dict)  # seconds that a peer took before the first call
 
 
-def measure(row: Row, rounds: int, compare: bool, only: str | None = None) -> Measured:
-    """Times of all contestants of a row, or of ours beside one peer."""
+def measure(row: Row, rounds: int, compare: bool) -> Measured:
+    """Times of all contestants of a row."""
     found = Measured(row.name, row.size)
     calls = {"ours": row.ours()}
     if row.limit:
         calls["limit"] = row.limit()
     for name, maker in row.peers.items():
-        if only in (None, name):
-            _prepare(name, maker, calls, found, compare)
+        _prepare(name, maker, calls, found, compare)
     if compare:
         _compare(row, {name: call for name, call in calls.items() if name != "limit"})
     found.seconds = interleaved(calls, rounds)
