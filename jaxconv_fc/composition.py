@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.arguments import Array, check_steps
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import from_canonical, grid, inverse, to_canonical
 from jaxconv_fc.sharding import program
@@ -119,6 +119,7 @@ def _composed_axis(i: int, second: Axis, first: Axis) -> Axis:
         lhs_dilation=inner.lhs_dilation * second.lhs_dilation,
         rhs_dilation=steps.dilation,
     ).ending_at(second.out_size)
+    check_steps(i, composed)
     if first.pads_with_zeros:
         return composed
     padded = replace(composed, size=first.size, lo=first.lo, hi=first.hi, mode=first.mode)

@@ -91,9 +91,9 @@ def input_lines(axis: Axis) -> Lines:
         related = _related_outputs(axis.transpose())
     else:  # keep the longest part that no copy is made of
         related = range(axis.size)
-        _, copied, _ = axis.reads(axis.border(direct))
+        copied = np.unique(axis.source(axis.copied_positions))
         copied = copied[(copied >= regular.start) & (copied < regular.stop)]
-        ends = np.concatenate([[regular.start - 1], np.unique(copied), [regular.stop]])
+        ends = np.concatenate([[regular.start - 1], copied, [regular.stop]])
         longest = int(np.argmax(np.diff(ends)))
         regular = range(int(ends[longest]) + 1, int(ends[longest + 1]))
     return Lines(axis.size, related, regular, s // math.gcd(s, l))

@@ -86,13 +86,7 @@ class ConvSpec:
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The relation of each spatial axis, in the order of ``window_strides``. Steps that int32 does not
-        hold are replaced by smaller ones that relate the same positions, where these are known."""
-        return tuple(axis.within_int32() for axis in self._given_axes)
-
-    @property
-    def _given_axes(self) -> tuple[Axis, ...]:
-        """The spatial axes with the steps of the arguments."""
+        """The relation of each spatial axis, in the order of ``window_strides``."""
         sizes = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
         taps = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
         steps = (self.window_strides, self.padding, self.lhs_dilation, self.rhs_dilation)
@@ -298,7 +292,7 @@ def conv_spec(
 
     Raises:
       TypeError: an argument is of the wrong kind, or traced. All of them must be static.
-      ValueError: an argument has a wrong value.
+      ValueError: an argument has a wrong value, such as a stride, dilation or pad beyond ``2**31 - 1``.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((8, 3, 32, 32), (16, 3, 3, 3), (2, 2), "SAME")
@@ -319,8 +313,8 @@ def conv_spec(
     mode = resolve_mode(padding_mode)
     unpadded = ((0, 0),) * dims
     spec = ConvSpec(lhs, rhs, strides, unpadded, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
-    spec = replace(spec, padding=resolve_padding(padding, spec._given_axes))
-    for i, axis in enumerate(spec._given_axes):
+    spec = replace(spec, padding=resolve_padding(padding, spec.axes))
+    for i, axis in enumerate(spec.axes):
         check_axis(i, axis, rhs)
     return spec
 
