@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -81,6 +81,7 @@ class ConvSpec:
     feature_group_count: int
     batch_group_count: int
     padding_mode: str
+    _repr_html_: ClassVar[Callable[[ConvSpec], str]]  # show/text.py sets it: a table for notebooks
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -202,11 +203,6 @@ class ConvSpec:
         lhs[batch], lhs[feature] = lhs[batch] // groups, lhs[feature] * groups
         return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
 
-    def _repr_html_(self) -> str:
-        from jaxconv_fc.show.html import spec_table  # further down the list of files, and for notebooks only
-
-        return spec_table(self)
-
     def having(self, axes: Sequence[Axis]) -> ConvSpec:
         """The same geometry with the sizes, steps and padding of other spatial axes."""
         lhs = list(self.lhs_shape)
@@ -246,7 +242,7 @@ class ConvSpec:
     @property
     def index_dtype(self) -> Any:
         """The narrowest integer dtype that holds every position; ValueError if JAX has none now."""
-        return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self)
+        return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self.shape)
 
 
 @names_of_lax
@@ -332,9 +328,9 @@ _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
 def spec_first(builder: _Builder) -> _Builder:
-    """``builder(spec, kernel)``, with :func:`check_spec` where it is called with a kernel alone.
+    """``builder(spec, kernel)``, where ``builder(kernel)`` raises that ``spec`` is missing.
 
-    Python would then say that the kernel is missing.
+    Python takes the only argument for ``spec``, and would raise that ``kernel`` is missing.
     """
 
     @wraps(builder)
