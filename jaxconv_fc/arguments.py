@@ -97,13 +97,13 @@ def resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
         )
     if all(isinstance(layout, str) for layout in numbers):
         return _resolve_letters(tuple(numbers), rank)
-    names = ("lhs_spec", "rhs_spec", "out_spec")
-    specs = [as_ints(f"dimension_numbers.{n}", v, least=0) for n, v in zip(names, numbers, strict=True)]
-    for name, spec in zip(names, specs, strict=True):
-        if sorted(spec) != list(range(rank)):
+    specs = []
+    for name, axes in zip(("lhs_spec", "rhs_spec", "out_spec"), numbers, strict=True):
+        specs.append(as_ints(f"dimension_numbers.{name}", axes, least=0))
+        if sorted(specs[-1]) != list(range(rank)):
             raise ValueError(
                 f"dimension_numbers.{name} must be a permutation of 0..{rank - 1} for {rank}-dimensional "
-                f"arrays, got {spec}."
+                f"arrays, got {specs[-1]}."
             )
     return lax.ConvDimensionNumbers(*specs)
 
@@ -269,18 +269,12 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
 
 def check_steps(i: int, axis: Axis) -> None:
     """ValueError if int32 does not hold the steps and pads of spatial axis ``i``, or int64 its counts."""
-    steps = {
-        "window_strides": (axis.stride,),
-        "lhs_dilation": (axis.lhs_dilation,),
-        "rhs_dilation": (axis.rhs_dilation,),
-        "padding": (axis.lo, axis.hi),
-    }
-    for name, got in steps.items():
-        if max(map(abs, got)) > _INT32:
-            shown = got if name == "padding" else got[0]
-            raise ValueError(
-                f"{name}[{i}] must be at most 2**31 - 1 = {_INT32}, got {shown}. Use a smaller one."
-            )
+    names = "window_strides", "lhs_dilation", "rhs_dilation", "padding", "padding"
+    steps = axis.stride, axis.lhs_dilation, axis.rhs_dilation, axis.lo, axis.hi
+    for name, step in zip(names, steps, strict=True):
+        if abs(step) > _INT32:
+            limit = f"at most 2**31 - 1 = {_INT32}"
+            raise ValueError(f"{name}[{i}] must be {limit}, got {step}. Use a smaller one.")
     if axis.reach * axis.taps > 2**62:
         raise ValueError(
             f"spatial axis {i} must have at most 2**62 pairs of a position and a tap, got {axis.reach:,} "
