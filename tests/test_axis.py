@@ -62,6 +62,8 @@ def test_padded_positions_that_are_inputs_themselves(low, high):
     want = [j for j in range(6 + low + high) if 0 <= j - low < 6]
     assert list(axis.own) == want
     assert [int(axis.source(np.int64(j))) for j in want] == [j - low for j in want]
+    occur = np.bincount(axis.source(np.arange(axis.padded_size)), minlength=1)
+    assert axis.copies == max(1, occur.max())
 
 
 @pytest.mark.parametrize("mode", MODES)
