@@ -19,7 +19,7 @@ from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import sum_forms
 from jaxconv_fc.layout import from_canonical
-from jaxconv_fc.memory import check_dense
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.products import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -118,7 +118,7 @@ def kernel_matrix(spec: ConvSpec, x: Array) -> jax.Array:
      [3 4]]
     """
     x = as_operand("x", x, spec, "in_shape")
-    check_dense("kernel_matrix", spec, (spec.out_size, math.prod(spec.rhs_shape)), x.dtype, "kernel_vjp")
+    check_array("kernel_matrix", (spec.out_size, math.prod(spec.rhs_shape)), x.dtype, "kernel_vjp", spec.nse)
     return _kernel_matrix(spec, x)
 
 

@@ -22,6 +22,8 @@ Array = jax.Array | np.ndarray
 
 _MODE_OF_ALIAS = {alias: name for name, mode in MODES.items() for alias in mode.aliases}
 _PADDINGS = ("VALID", "SAME", "SAME_LOWER")
+_INT32 = 2**31 - 1
+_MOST_COPIES = 2**24  # of inputs in the padding of one axis: counts list them
 
 
 def _reject_traced(name: str, value: Any) -> None:
@@ -95,13 +97,13 @@ def resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
         )
     if all(isinstance(layout, str) for layout in numbers):
         return _resolve_letters(tuple(numbers), rank)
-    names = ("lhs_spec", "rhs_spec", "out_spec")
-    specs = [as_ints(f"dimension_numbers.{n}", v, least=0) for n, v in zip(names, numbers, strict=True)]
-    for name, spec in zip(names, specs, strict=True):
-        if sorted(spec) != list(range(rank)):
+    specs = []
+    for name, axes in zip(("lhs_spec", "rhs_spec", "out_spec"), numbers, strict=True):
+        specs.append(as_ints(f"dimension_numbers.{name}", axes, least=0))
+        if sorted(specs[-1]) != list(range(rank)):
             raise ValueError(
                 f"dimension_numbers.{name} must be a permutation of 0..{rank - 1} for {rank}-dimensional "
-                f"arrays, got {spec}."
+                f"arrays, got {specs[-1]}."
             )
     return lax.ConvDimensionNumbers(*specs)
 
@@ -235,10 +237,11 @@ def _named_padding(padding: str, axes: Sequence[Axis]) -> tuple[tuple[int, int],
 
 
 def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
-    """ValueError if spatial axis ``i`` has no taps, or a padding without meaning."""
+    """ValueError if spatial axis ``i`` has no taps, too large steps, or a padding without meaning."""
     pads = (axis.lo, axis.hi)
     if axis.taps == 0:
         raise ValueError(f"rhs_shape {rhs} must have at least 1 tap on spatial axis {i}, got 0.")
+    check_steps(i, axis)
     if axis.pads_with_zeros:
         if axis.span < 0:
             size = dilated(axis.size, axis.lhs_dilation)
@@ -252,10 +255,30 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
             f"padding[{i}]={pads} is negative, which has no meaning with padding_mode={axis.mode!r}. "
             "Slice the input instead, or use padding_mode='zeros'."
         )
+    if sum(pads) > _MOST_COPIES:
+        raise ValueError(
+            f"padding[{i}]={pads} with padding_mode={axis.mode!r} must make at most {_MOST_COPIES} copies, "
+            f"got {sum(pads)}. Use smaller pads, or padding_mode='zeros'."
+        )
     if axis.size == 0 and max(pads) > 0:
         raise ValueError(
             f"padding[{i}]={pads} with padding_mode={axis.mode!r} has nothing to copy from: spatial axis "
             f"{i} is empty. Use padding_mode='zeros'."
+        )
+
+
+def check_steps(i: int, axis: Axis) -> None:
+    """ValueError if int32 does not hold the steps and pads of spatial axis ``i``, or int64 its counts."""
+    names = "window_strides", "lhs_dilation", "rhs_dilation", "padding", "padding"
+    steps = axis.stride, axis.lhs_dilation, axis.rhs_dilation, axis.lo, axis.hi
+    for name, step in zip(names, steps, strict=True):
+        if abs(step) > _INT32:
+            limit = f"at most 2**31 - 1 = {_INT32}"
+            raise ValueError(f"{name}[{i}] must be {limit}, got {step}. Use a smaller one.")
+    if axis.reach * axis.taps > 2**62:
+        raise ValueError(
+            f"spatial axis {i} must have at most 2**62 pairs of a position and a tap, got {axis.reach:,} "
+            f"positions and {axis.taps:,} taps. Use smaller sizes, steps or pads."
         )
 
 

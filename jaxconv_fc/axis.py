@@ -15,17 +15,13 @@ host makes the small tables that it needs, and a traced program makes its index 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.lattice import small_steps, solve_congruence
-from jaxconv_fc.modes import MODES, Ints, Windows
-
-_INT32, _INT64 = int(np.iinfo(np.int32).max), int(np.iinfo(np.int64).max)
+from jaxconv_fc.modes import MODES, Ints
 
 
 def dilated(size: int, dilation: int) -> int:
@@ -145,8 +141,8 @@ class Axis:
 
     def table(self, outputs: np.ndarray) -> np.ndarray:
         """``table[i, p]``: the input that ``outputs[i]`` reads; -1 where the tap reads padding or a hole."""
-        t, valid = self.input_of(self._exact(outputs)[:, None], self._exact(np.arange(self.taps)))
-        return np.where(valid, t, -1).astype(np.int64)
+        t, valid = self.input_of(outputs.astype(np.int64)[:, None], np.arange(self.taps))
+        return np.where(valid, t, -1)
 
     def reads(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All ``(i, t, p)``: ``outputs[i]`` reads input ``t`` through tap ``p``."""
@@ -157,77 +153,73 @@ class Axis:
     def readers(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All ``(i, o, p)``: output ``o`` reads ``inputs[i]`` through tap ``p``; inputs ascend."""
         # Direct outputs, by the law: o[i, p] reads inputs[i], which is its only copy, through tap p.
-        j = self._exact(inputs) + self.copied[0]
-        o, valid = self.output_of(j[:, None], self._exact(np.arange(self.taps)))
+        j = inputs.astype(np.int64) + self.copied[0]
+        o, valid = self.output_of(j[:, None], np.arange(self.taps))
         i, p = np.nonzero(valid & (o >= self.direct.start) & (o < self.direct.stop))
         # The others, by what they read: inputs[at] == t, where t is among the inputs.
         border = self.border(self.direct)
         which, t, tap = self.reads(border)
         at = np.searchsorted(inputs, t)
         met = inputs[np.minimum(at, len(inputs) - 1)] == t if len(inputs) else np.zeros(len(t), bool)
-        found = (i, at[met]), (o[i, p].astype(np.int64), border[which[met]]), (p, tap[met])
+        found = (i, at[met]), (o[i, p], border[which[met]]), (p, tap[met])
         return tuple(map(np.concatenate, found))  # type: ignore[return-value]
 
-    def _exact(self, positions: np.ndarray) -> np.ndarray:
-        """Positions in 64 bits, or as Python ints where those would overflow."""
-        return positions.astype(np.int64 if self.reach <= _INT64 else object)
+    @property
+    def copied_positions(self) -> np.ndarray:
+        """The padded positions that are copies, ascending."""
+        return np.concatenate([np.arange(self.own.start), np.arange(self.own.stop, self.padded_size)])
 
     @cached_property
     def copies(self) -> int:
-        """How often the input position that is copied most often occurs among the padded ones.
-
-        It is next to an end of the axis, where copies begin or a mirror stands, or it is the first padded
-        position: modulo the period of the mode, some positions occur once more, and those begin there.
-        """
-        n, (before, behind) = self.size, self.copied
-        if not self.padded_size:
-            return 1
-        candidates = {0, 1, n - 2, n - 1, self.source(0)} & set(range(n))
-        return max(MODES[self.mode].copies(t, n, -before, n + behind) for t in candidates)
+        """How often the input position that is copied most often occurs among the padded ones."""
+        t, counts = np.unique(self.source(self.copied_positions), return_counts=True)
+        itself = (t + self.copied[0] >= self.own.start) & (t + self.copied[0] < self.own.stop)
+        return int((counts + itself).max(initial=1))
 
     @property
     def tap_counts(self) -> np.ndarray:
         """Of each tap, how many outputs read an input through it: shape (taps,), O(1) per tap
         (docs/maths.md, section 3)."""
-        padded, period = self.on_padded, self.out_period
-        s, l, m = padded.stride, padded.lhs_dilation, padded.out_size
-        if not padded.size:
-            return np.zeros(self.taps, np.int64)
-        g = math.gcd(s, l)
-        b = self._exact(np.arange(self.taps)) * padded.rhs_dilation - padded.lo  # o*s + b == t*l
-        # The outputs are those between the two ends of the axis that equal the residue modulo l/g.
-        residue = -b // g % period * pow(s // g, -1, period) % period
-        first = np.maximum(0, -(b // s))  # ceil(-b / s)
-        last = np.minimum(m - 1, (l * (padded.size - 1) - b) // s)
-        counts = np.maximum(0, (last - residue) // period - (first - 1 - residue) // period)
-        return np.where(b % g == 0, counts, 0).astype(np.int64)
+        padded = self.on_padded
+        s, l = self.stride, self.lhs_dilation
+        b = np.arange(self.taps) * self.rhs_dilation - padded.lo  # o*s + b == t*l
+        last = np.minimum(self.out_size - 1, (l * (padded.size - 1) - b) // s)
+        return _count_multiples(l, s, b, np.maximum(0, -(b // s)), last)
 
     @cached_property
     def pair_count(self) -> int:
-        """How many pairs (output, input) are related: the factor of this axis in nse.
+        """How many pairs (output, input) are related: the factor of this axis in nse."""
+        return int(self.tap_counts.sum()) - self._meetings
 
-        In closed form per residue of the outputs. Only where a mode mirrors the axis are the outputs that
-        read padding looked at one by one.
-        """
-        if self.pads_with_zeros and self.stride < self.lhs_dilation:  # fewer residues that way round
-            return self.transpose().pair_count
-        return sum(MODES[self.mode].distinct(windows, self.size) for windows in self._windows())
-
-    @cached_property
+    @property
     def collides(self) -> bool:
         """Whether some output reads one input through two taps: more triples (o, t, p) than pairs (o, t)."""
-        if self.pads_with_zeros:  # any two of (o, p, t) determine the third
-            return False
-        return sum(w.outputs * w.taps for w in self._windows()) > self.pair_count  # all taps read inputs
+        return self._meetings > 0
 
-    def _windows(self) -> Iterator[Windows]:
-        """What the outputs of each residue read: positions from the first input on, copies included."""
-        period, before = self.out_period, self.copied[0]
-        for c in range(min(period, self.out_size)):
-            axis = self.on_padded._phase(c).axis
-            outputs = -(-(self.out_size - c) // period)
-            if axis.taps:
-                yield Windows(-axis.lo - before, axis.stride, outputs, axis.rhs_dilation, axis.taps)
+    @cached_property
+    def _meetings(self) -> int:
+        """How many triples (o, t, p) there are such that o reads t through another tap before p too.
+
+        Its cost is that of a list of the copies.
+        """
+        if self.pads_with_zeros:  # any two of (o, p, t) determine the third
+            return 0
+        # All positions j that output o reads are equal modulo `step`. If it reads j through tap p, it reads
+        # j - gap through tap p - gap*l/r, unless that is negative. So count, for neighbours j - gap and j
+        # among the copies of one input, itself included, the taps gap*l/r <= p < taps that read j.
+        s, l, r, m = self.stride, self.lhs_dilation, self.rhs_dilation, self.out_size
+        step, j = r // math.gcd(r, l), self.copied_positions
+        inputs = self.source(j) + self.copied[0]
+        j = np.concatenate([j, inputs[(inputs >= self.own.start) & (inputs < self.own.stop)]])
+        t = self.source(j)
+        order = np.lexsort((j, j % step, t))
+        j, gap, further = j[order[1:]], np.diff(j[order]), np.diff(t[order])
+        # An input is in the list once for each of its copies, which are neighbours with gap 0.
+        met = (further == 0) & (gap % step == 0) & (gap > 0)
+        j, gap = j[met], gap[met]
+        # o*s == j*l - p*r  for  0 <= o < m
+        first = np.maximum(gap * l // r, -(((m - 1) * s - j * l) // r))
+        return int(_count_multiples(s, -r, j * l, first, np.minimum(self.taps - 1, j * l // r)).sum())
 
     @property
     def out_period(self) -> int:
@@ -317,18 +309,19 @@ class Axis:
     def _sources(self, i0: int, i1: int) -> tuple[int, int]:
         """``(t0, t1)``: positions ``i0`` to ``i1``, counted from the first input, are copies of the inputs
         ``t0`` to ``t1``, and of the same ones if the axis is cut to these."""
-        n, below, above = self.size, max(0, -i0), max(0, i1 - self.size)
-        if not below and not above:
+        n, source = self.size, MODES[self.mode].source
+        if i0 >= 0 and i1 <= n:
             return i0, i1
-        depth = MODES[self.mode].depth(max(below, above), n)
-        if depth > n or (below and above):
+        if i0 < 0 and i1 > n:
             return 0, n
-        return (0, min(n, max(i1, depth))) if below else (max(0, min(i0, n - depth)), n)
+        if i0 < 0:
+            return 0, max(i1, int(source(np.arange(i0, 0), n).max()) + 1)
+        return min(i0, int(source(np.arange(n, i1), n).min())), n
 
     def polyphase(self) -> list[Phase]:
         """Split a zeros-mode axis by output residue so that no ``lhs_dilation`` is left
-        (docs/maths.md, section 8)."""
-        return [self._phase(c) for c in range(self.out_period)]
+        (docs/maths.md, section 8). Residues that no output has are left out, but for the first."""
+        return [self._phase(c) for c in range(min(self.out_period, max(1, self.out_size)))]
 
     def _phase(self, c: int) -> Phase:
         """The outputs ``o = c + L*q``, with ``L = out_period``, as outputs ``q`` of an axis."""
@@ -336,54 +329,13 @@ class Axis:
         # with P = l/gcd(r, l).  Divided by l, the relation of o = c + L*q, p and t is an axis again:
         #     q * (L*s/l) + p' * (P*r/l) - lo' == t,        lo' = -(c*s + p0*r - lo) / l
         s, l, r = self.stride, self.lhs_dilation, self.rhs_dilation
-        period, step = self.out_period, l // math.gcd(r, l)
-        first = solve_congruence(r, self.lo - c * s, l)
-        taps = range(self.taps)[first::step] if first is not None else range(0)
+        period = self.out_period
+        first, step, some = _multiples(l, r, c * s - self.lo)
+        taps = range(self.taps)[first::step] if some else range(0)
         lo = -((c * s + taps.start * r - self.lo) // l)
         axis = Axis(self.size, len(taps), period * s // l, lo, rhs_dilation=step * r // l)
         outputs = -(-self.out_size // period)  # of every phase; the last ones may make a spare output
         return Phase(taps, axis.ending_at(outputs))
-
-    def within_int32(self) -> Axis:
-        """The same relation in steps whose reach int32 holds; the axis itself where none is known.
-
-        In zeros mode such steps exist if the sizes allow them: they need to relate the same triples
-        (o, p, t) only. A boundary mode keeps its padding, and loses the steps that relate nothing.
-        """
-        if self.reach <= _INT32 or max(self.size, self.taps, self.out_size) > _INT32:
-            return self
-        shorter = self._in_small_steps() if self.pads_with_zeros else self._without_idle_steps()
-        return shorter if shorter.reach <= _INT32 else self
-
-    def _in_small_steps(self) -> Axis:
-        sizes = (self.out_size, self.taps, self.size)
-        steps = (self.stride, self.rhs_dilation, self.lhs_dilation)
-        (s, r, l), point = small_steps(sizes, steps, self._points())
-        # Without a related point, the window begins behind the last position.
-        lo = point[0] * s + point[1] * r - point[2] * l if point else -dilated(self.size, l)
-        return Axis(self.size, self.taps, s, lo, lhs_dilation=l, rhs_dilation=r).ending_at(self.out_size)
-
-    def _points(self) -> Iterator[tuple[int, int, int]]:
-        """The first two related points ``(o, p, t)`` of every tap, which span all related points."""
-        s, l, period = self.stride, self.lhs_dilation, self.out_period
-        for p in range(self.taps if self.size else 0):
-            b = p * self.rhs_dilation - self.lo  # o*s + b == t*l
-            residue = solve_congruence(s, -b, l)
-            if residue is not None:
-                first = max(0, -(b // s))  # ceil(-b / s), where t is not negative
-                first += (residue - first) % period
-                for o in (first, first + period):
-                    if o < self.out_size and (o * s + b) // l < self.size:
-                        yield o, p, (o * s + b) // l
-
-    def _without_idle_steps(self) -> Axis:
-        """One output needs no stride, and one tap no dilation; a common factor of all steps is left out."""
-        l = self.lhs_dilation if self.padded_size > 1 else 1
-        r = self.rhs_dilation if self.taps > 1 else 1
-        slack = dilated(self.padded_size, l) - dilated(self.taps, r)
-        g = math.gcd(l, r, self.stride) if self.out_size > 1 else math.gcd(l, r)
-        s = self.stride // g if self.out_size > 1 else max(0, slack) // g + 1
-        return replace(self, stride=s, lhs_dilation=l // g, rhs_dilation=r // g)
 
 
 class Phase(NamedTuple):
@@ -391,3 +343,17 @@ class Phase(NamedTuple):
 
     taps: range  # the taps that it reads through
     axis: Axis  # its own relation, without lhs_dilation; tap p' is taps[p']
+
+
+def _multiples(l: int, a: int, b: Ints) -> tuple[Ints, int, Any]:
+    """``(first, step, some)``: ``l`` divides ``a*x + b`` for the ``x = first + i*step``, if for ``some`` x at
+    all; ``0 <= first < step``."""
+    g = math.gcd(a, l)
+    step = l // g
+    return -(b // g) % step * pow(a // g, -1, step) % step, step, b % g == 0
+
+
+def _count_multiples(l: int, a: int, b: np.ndarray, start: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """For how many ``start <= x <= last`` the number ``a*x + b`` is a multiple of ``l``."""
+    first, step, some = _multiples(l, a, b)
+    return np.where(some, np.maximum(0, (last - first) // step - (start - 1 - first) // step), 0)

@@ -8,27 +8,26 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 LIMIT = 2**23  # bytes that one cache may hold
 
 
-def bounded_cache(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def bounded_cache(function: _Function) -> _Function:
     """Keep the results of ``function`` for hashable arguments: the latest ones, up to ``LIMIT`` bytes.
 
     One result may be as large as a layer, so the bound counts bytes and not results. A single result above
     the limit is not kept. ``held()`` of the decorated function returns the bytes that it holds.
     """
-    results: OrderedDict[Any, tuple[_R, int]] = OrderedDict()
+    results: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
     lock = Lock()
 
     @wraps(function)
-    def cached(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def cached(*args: Any, **kwargs: Any) -> Any:
         key = (args, tuple(kwargs.items()))
         with lock:
             if key in results:
@@ -42,7 +41,7 @@ def bounded_cache(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return result
 
     cached.held = lambda: sum(size for _, size in results.values())  # type: ignore[attr-defined]
-    return cached
+    return cached  # type: ignore[return-value]
 
 
 def size_of(value: Any) -> int:

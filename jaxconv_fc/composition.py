@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.arguments import Array, check_steps
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import from_canonical, grid, inverse, to_canonical
 from jaxconv_fc.sharding import program
@@ -56,7 +55,14 @@ def compose(second: tuple[ConvSpec, Array], first: tuple[ConvSpec, Array]) -> tu
     pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
     axes = [_composed_axis(i, *pair) for i, pair in enumerate(pairs)]
     _check_exact(spec2, spec1, pairs)
-    spec = _composed_spec(spec2, spec1, order, axes)
+    out, groups = spec2.dimension_numbers.out_spec, math.gcd(spec1.groups, spec2.groups)
+    kernel_shape = (*(a.taps for a in axes), spec1.in_channels // groups, spec2.out_channels)
+    spec = replace(  # with the input layout of the first and the output layout of the second
+        spec1.having(axes),
+        rhs_shape=tuple(kernel_shape[i] for i in inverse(spec1.kernel_order)),
+        dimension_numbers=spec1.dimension_numbers._replace(out_spec=(*out[:2], *(out[2 + j] for j in order))),
+        feature_group_count=groups,
+    )
     return spec, _composed_kernel(spec, spec2, spec1, kernel2, kernel1)
 
 
@@ -64,13 +70,27 @@ def compose(second: tuple[ConvSpec, Array], first: tuple[ConvSpec, Array]) -> tu
 def _composed_kernel(
     spec: ConvSpec, spec2: ConvSpec, spec1: ConvSpec, kernel2: jax.Array, kernel1: jax.Array
 ) -> jax.Array:
-    order, groups = _next_axes(spec2, spec1), spec.groups
-    steps = [_tap_steps(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
-    taps2 = jnp.transpose(kernel2, (*(spec2.kernel_order[j] for j in order), *spec2.kernel_order[-2:]))
-    taps1 = to_canonical(kernel1, spec1.kernel_order)
-    taps2, taps1 = _regroup(taps2, spec2.groups, groups), _regroup(taps1, spec1.groups, groups)
-    kernel = _sum_of_products(steps, [a.taps for a in spec.axes], taps2, taps1, groups)
-    return from_canonical(kernel, spec.kernel_order)
+    """``K[q] = sum of K1[p1] K2[p2]`` over the taps that make tap q.
+
+    A scatter-add of all products of taps, so that any dtype works.
+    """
+    d, groups, order = len(spec.axes), spec.groups, _next_axes(spec2, spec1)
+    kernel2 = jnp.transpose(kernel2, (*(spec2.kernel_order[j] for j in order), *spec2.kernel_order[-2:]))
+    kernel2 = _regroup(kernel2, spec2.groups, groups)  # [taps2..., between, group, out]
+    kernel1 = _regroup(to_canonical(kernel1, spec1.kernel_order), spec1.groups, groups)
+    # [taps1..., in, group, between] x [taps2..., between, group, out] -> [group, taps1..., in, taps2..., out]
+    between = (([d + 2], [d]), ([d + 1], [d + 1]))
+    products = lax.dot_general(kernel1, kernel2, between, precision="highest")
+    products = jnp.moveaxis(products, (1 + d, 0), (-3, -2))  # [taps1..., taps2..., in, group, out]
+    inputs, _, outputs = channels = products.shape[2 * d :]
+    if d:  # [taps1..., taps2..., in, group, out] -> [taps..., in, group, out]
+        p = grid(products.shape[: 2 * d], jnp.int32)
+        steps = [_tap_steps(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]
+        made = tuple(p[a] * first + p[d + a] * second for a, (first, second, _) in enumerate(steps))
+        taps = (a.taps for a in spec.axes)
+        products = jnp.zeros((*taps, *channels), products.dtype).at[made].add(products)
+    products = products.reshape(*products.shape[:d], inputs, groups * outputs)
+    return from_canonical(products, spec.kernel_order)
 
 
 def _without_batch_groups(spec: ConvSpec, name: str) -> ConvSpec:
@@ -110,15 +130,16 @@ def _composed_axis(i: int, second: Axis, first: Axis) -> Axis:
         )
     # o*s2 + p2*r2 - lo2 == u*l2  times s1,  plus  u*s1 + p1*r1 - lo1 == t*l1  times l2,  is
     # o*(s1*s2) + (p1*e1 + p2*e2) - (s1*lo2 + l2*lo1) == t*(l1*l2)
-    steps = _tap_steps(second, inner)
+    step1, step2, dilation = _tap_steps(second, inner)
     composed = Axis(
         size=inner.size,
-        taps=(inner.taps - 1) * steps.first + (second.taps - 1) * steps.second + 1,
+        taps=(inner.taps - 1) * step1 + (second.taps - 1) * step2 + 1,
         stride=inner.stride * second.stride,
         lo=inner.stride * second.lo + second.lhs_dilation * inner.lo,
         lhs_dilation=inner.lhs_dilation * second.lhs_dilation,
-        rhs_dilation=steps.dilation,
+        rhs_dilation=dilation,
     ).ending_at(second.out_size)
+    check_steps(i, composed)
     if first.pads_with_zeros:
         return composed
     padded = replace(composed, size=first.size, lo=first.lo, hi=first.hi, mode=first.mode)
@@ -130,18 +151,11 @@ def _composed_axis(i: int, second: Axis, first: Axis) -> Axis:
     return padded
 
 
-class _TapSteps(NamedTuple):
-    """Taps p1 and p2 make tap ``p1*first + p2*second`` of an axis with this kernel dilation."""
-
-    first: int  # e1/g
-    second: int  # e2/g
-    dilation: int  # g
-
-
-def _tap_steps(second: Axis, first: Axis) -> _TapSteps:
+def _tap_steps(second: Axis, first: Axis) -> tuple[int, int, int]:
+    """``(e1/g, e2/g, g)``: taps p1 and p2 make tap ``p1*e1/g + p2*e2/g`` of kernel dilation g."""
     e1, e2 = first.rhs_dilation * second.lhs_dilation, second.rhs_dilation * first.stride
     g = math.gcd(e1, e2)
-    return _TapSteps(e1 // g, e2 // g, g)
+    return e1 // g, e2 // g, g
 
 
 def _check_exact(spec2: ConvSpec, spec1: ConvSpec, pairs: Sequence[tuple[Axis, Axis]]) -> None:
@@ -178,45 +192,13 @@ def _virtual_reads(second: Axis, first: Axis) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _regroup(kernel: jax.Array, groups: int, fewer: int) -> jax.Array:
-    """A canonical kernel of ``groups`` groups as one of ``fewer``: zeros between the merged groups."""
+    """A canonical kernel of ``groups`` groups as [taps..., in, group, out] of ``fewer``, zeros between merged
+    ones."""
     taps, (inputs, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     merged = groups // fewer
     # (taps..., merged, in, fewer, merged, out): 0 off the diagonal of the two merged axes
     blocks = kernel.reshape(*taps, 1, inputs, fewer, merged, outputs // groups)
     eye = jnp.eye(merged, dtype=kernel.dtype).reshape(merged, 1, 1, merged, 1)
     eye = jnp.expand_dims(eye, range(len(taps)))
-    return jnp.where(eye != 0, blocks, jnp.zeros((), kernel.dtype)).reshape(*taps, merged * inputs, outputs)
-
-
-def _sum_of_products(
-    steps: Sequence[_TapSteps], taps: Sequence[int], kernel2: jax.Array, kernel1: jax.Array, groups: int
-) -> jax.Array:
-    """``K[q] = sum of K1[p1] K2[p2]`` over the taps that make tap q, for canonical kernels.
-
-    A scatter-add of all products of taps, so that any dtype works.
-    """
-    d = len(steps)
-    kernel1 = kernel1.reshape(*kernel1.shape[:-1], groups, kernel1.shape[-1] // groups)
-    kernel2 = kernel2.reshape(*kernel2.shape[:-1], groups, kernel2.shape[-1] // groups)
-    # [taps1..., in, group, between] x [taps2..., between, group, out] -> [group, taps1..., in, taps2..., out]
-    between = (([d + 2], [d]), ([d + 1], [d + 1]))
-    products = lax.dot_general(kernel1, kernel2, between, precision="highest")
-    products = jnp.moveaxis(products, (1 + d, 0), (-3, -2))  # [taps1..., taps2..., in, group, out]
-    inputs, _, outputs = channels = products.shape[2 * d :]
-    if d:  # [taps1..., taps2..., in, group, out] -> [taps..., in, group, out]
-        p = grid(products.shape[: 2 * d], jnp.int32)
-        made = tuple(p[a] * step.first + p[d + a] * step.second for a, step in enumerate(steps))
-        products = jnp.zeros((*taps, *channels), products.dtype).at[made].add(products)
-    return products.reshape(*taps, inputs, groups * outputs)
-
-
-def _composed_spec(spec2: ConvSpec, spec1: ConvSpec, order: Sequence[int], axes: Sequence[Axis]) -> ConvSpec:
-    """The geometry of these axes, with the input layout of the first and the output layout of the second."""
-    out, groups = spec2.dimension_numbers.out_spec, math.gcd(spec1.groups, spec2.groups)
-    kernel_shape = (*(a.taps for a in axes), spec1.in_channels // groups, spec2.out_channels)
-    return replace(
-        spec1.having(axes),
-        rhs_shape=tuple(kernel_shape[i] for i in inverse(spec1.kernel_order)),
-        dimension_numbers=spec1.dimension_numbers._replace(out_spec=(*out[:2], *(out[2 + j] for j in order))),
-        feature_group_count=groups,
-    )
+    blocks = jnp.where(eye != 0, blocks, jnp.zeros((), kernel.dtype))
+    return blocks.reshape(*taps, merged * inputs, fewer, outputs // fewer)

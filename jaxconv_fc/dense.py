@@ -14,7 +14,7 @@ from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.layout import grid, split_row
 from jaxconv_fc.layout import taps as kernel_taps
-from jaxconv_fc.memory import check_dense, fits_in_memory
+from jaxconv_fc.memory import check_array, fits_in_memory
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
@@ -51,7 +51,7 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     smaller = "as_bcsr" if fits_in_memory(spec.nbytes(kernel.dtype).bcsr) else "row_blocks"
-    check_dense("as_matrix", spec, spec.shape, kernel.dtype, f"{smaller} or apply")
+    check_array("as_matrix", spec.shape, kernel.dtype, f"{smaller} or apply", spec.nse)
     return _matrix(spec, kernel)
 
 
@@ -203,7 +203,7 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     index, inside = _index("rows", rows, spec.out_shape, spec)
     shape = (index.shape[0], spec.in_size)
-    check_dense("matrix_rows", spec, shape, kernel.dtype, "fewer rows at a time")
+    check_array("matrix_rows", shape, kernel.dtype, "fewer rows at a time", spec.nse)
     return _fill(_rows(spec, kernel, index), inside)
 
 
@@ -247,7 +247,7 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     index, inside = _index("columns", columns, spec.in_shape, spec)
     shape = (index.shape[0], spec.out_size)
-    check_dense("matrix_columns", spec, shape[::-1], kernel.dtype, "fewer columns at a time")
+    check_array("matrix_columns", shape[::-1], kernel.dtype, "fewer columns at a time", spec.nse)
     return _fill(_transposed_columns(spec, kernel, index), inside).T
 
 

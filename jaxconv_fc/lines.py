@@ -91,9 +91,9 @@ def input_lines(axis: Axis) -> Lines:
         related = _related_outputs(axis.transpose())
     else:  # keep the longest part that no copy is made of
         related = range(axis.size)
-        _, copied, _ = axis.reads(axis.border(direct))
+        copied = np.unique(axis.source(axis.copied_positions))
         copied = copied[(copied >= regular.start) & (copied < regular.stop)]
-        ends = np.concatenate([[regular.start - 1], np.unique(copied), [regular.stop]])
+        ends = np.concatenate([[regular.start - 1], copied, [regular.stop]])
         longest = int(np.argmax(np.diff(ends)))
         regular = range(int(ends[longest]) + 1, int(ends[longest + 1]))
     return Lines(axis.size, related, regular, s // math.gcd(s, l))
@@ -152,17 +152,13 @@ def output_runs(axis: Axis) -> tuple[Run, ...]:
     cycle = int(widths[repeated].sum())  # pairs of one period
     skipped = (len(inside) // lines.period - 1) * cycle  # pairs of those periods that no sample is of
     starts = np.cumsum(widths) - widths + np.where(outputs >= inside.stop, skipped, 0)
-    return tuple(
-        _run(table[i], range(o, inside.stop if repeated[i] else o + 1, lines.period), axis, starts[i], cycle)
-        for i, o in enumerate(outputs.tolist())
-        if widths[i]
-    )
-
-
-def _run(reads: np.ndarray, outputs: range, axis: Axis, start: int, cycle: int) -> Run:
-    """The class of ``outputs``, from what the first of them reads through each tap (-1: nothing)."""
-    taps = np.flatnonzero(reads >= 0)
-    taps = taps[np.argsort(reads[taps], kind="stable")]
-    inputs, firsts = np.unique(reads[taps], return_index=True)
-    advance = outputs.step * axis.stride // axis.lhs_dilation if len(outputs) > 1 else 0
-    return Run(outputs, inputs, advance, taps, firsts, int(start), cycle)
+    runs = []
+    for i in np.flatnonzero(widths):
+        o = int(outputs[i])
+        like = range(o, inside.stop if repeated[i] else o + 1, lines.period)
+        taps = np.flatnonzero(table[i] >= 0)
+        taps = taps[np.argsort(table[i, taps], kind="stable")]
+        inputs, firsts = np.unique(table[i, taps], return_index=True)
+        advance = lines.period * axis.stride // axis.lhs_dilation if len(like) > 1 else 0
+        runs.append(Run(like, inputs, advance, taps, firsts, int(starts[i]), cycle))
+    return tuple(runs)

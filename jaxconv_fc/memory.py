@@ -6,17 +6,13 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.arguments import as_int
-
-if TYPE_CHECKING:  # spec.py imports this file
-    from jaxconv_fc.spec import ConvSpec
-
 
 _memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2**30)
 
@@ -53,37 +49,34 @@ def memory_limit(nbytes: int) -> Iterator[None]:
         _memory_limit.reset(token)
 
 
-def check_dense(name: str, spec: ConvSpec, shape: tuple[int, ...], dtype: Any, instead: str) -> None:
-    """ValueError if a dense array of this shape is beyond the memory limit or the index range."""
-    entries, dtype = math.prod(shape), jnp.dtype(dtype)
+def check_array(
+    name: str, shape: tuple[int, ...], dtype: Any, instead: str, stored: int | None = None
+) -> None:
+    """ValueError if the array that ``name`` makes is beyond the memory limit. ``instead`` says what to use.
+
+    An array with ``stored`` entries of M is made by index on a device: its places must be within the index
+    range too.
+    """
+    entries, sizes, dtype = math.prod(shape), " x ".join(f"{n:,}" for n in shape), jnp.dtype(dtype)
     nbytes = entries * dtype.itemsize
-    if not fits_in_memory(nbytes):
-        sizes = " x ".join(f"{n:,}" for n in shape)
-        need = f"{name}: {sizes} {dtype.name} = {readable(nbytes)} dense; {spec.nse:,} stored entries"
-        raise _beyond_limit(need, nbytes, instead)
-    if entries > np.iinfo(np.int32).max:
-        index_dtype(entries, spec)
+    need = f"{name}: {sizes} {dtype.name} = {readable(nbytes)}"
+    check_bytes(need if stored is None else f"{need} dense; {stored:,} stored entries", nbytes, instead)
+    if stored is not None:
+        index_dtype(entries, shape)
 
 
-def check_array(name: str, shape: tuple[int, ...], dtype: Any, instead: str) -> None:
-    """ValueError if an array of this shape is beyond the memory limit."""
-    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if not fits_in_memory(nbytes):
-        sizes = " x ".join(f"{n:,}" for n in shape)
-        raise _beyond_limit(f"{name}: {sizes} {np.dtype(dtype)} = {readable(nbytes)}", nbytes, instead)
-
-
-def check_stored(name: str, spec: ConvSpec, nbytes: int, instead: str = "row_blocks or apply") -> None:
+def check_stored(name: str, stored: int, nbytes: int, instead: str = "row_blocks or apply") -> None:
     """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
+    check_bytes(f"{name}: {stored:,} stored entries need {readable(nbytes)}", nbytes, instead)
+
+
+def check_bytes(need: str, nbytes: int, instead: str) -> None:
+    """ValueError if ``nbytes`` are beyond the memory limit: what needs them, and what to do."""
     if not fits_in_memory(nbytes):
-        raise _beyond_limit(f"{name}: {spec.nse:,} stored entries need {readable(nbytes)}", nbytes, instead)
-
-
-def _beyond_limit(need: str, nbytes: int, instead: str) -> ValueError:
-    return ValueError(
-        f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())}: "
-        f"`with jaxconv_fc.memory_limit({nbytes}):`."
-    )
+        raise ValueError(
+            f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())}: "
+            f"`with jaxconv_fc.memory_limit({nbytes}):`."
+        )
 
 
 def fits_in_memory(nbytes: int) -> bool:
@@ -91,21 +84,17 @@ def fits_in_memory(nbytes: int) -> bool:
     return nbytes <= _memory_limit.get()
 
 
-def index_dtype(largest: int, spec: ConvSpec) -> Any:
-    """int32 where ``largest`` fits, else int64 with x64, else a ValueError."""
+def index_dtype(largest: int, shape: tuple[int, ...]) -> Any:
+    """int32 where ``largest`` fits, else int64 with x64, else a ValueError with the shape of the matrix."""
     if largest <= np.iinfo(np.int32).max:
         return jnp.int32
-    if largest > np.iinfo(np.int64).max:
-        raise ValueError(
-            f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs positions up to {largest:,}, "
-            "beyond 64 bits. Use smaller strides, dilations and pads."
-        )
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+    if largest <= np.iinfo(np.int64).max and jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         return jnp.int64
-    raise ValueError(
-        f"a matrix of {spec.out_size:,} x {spec.in_size:,} entries needs indices up to {largest:,}, beyond "
-        "int32. Enable 64-bit indices with jax.config.update('jax_enable_x64', True)."
-    )
+    fix = "int32. Enable 64-bit indices with jax.config.update('jax_enable_x64', True)."
+    if largest > np.iinfo(np.int64).max:
+        fix = "int64. Use row_blocks or apply."
+    sizes = " x ".join(f"{n:,}" for n in shape)
+    raise ValueError(f"a matrix of {sizes} entries needs indices up to {largest:,}, beyond {fix}")
 
 
 def readable(nbytes: int) -> str:

@@ -7,7 +7,7 @@ neurons. A field is therefore one index array per dimension, and a chain of conv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
@@ -18,7 +18,6 @@ import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.arguments import as_int
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import group_of, inverse
 from jaxconv_fc.memory import check_array
 from jaxconv_fc.spec import ConvSpec, check_spec
 
@@ -37,8 +36,6 @@ __all__ = [
 Index = int | Sequence[int]
 Chain = ConvSpec | Sequence[ConvSpec]
 _Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the type of a product
-
-_BLOCK = 2**20  # pairs of a position and a tap that are looked at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +106,7 @@ def receptive_field(spec: Chain, out_index: Index) -> Field:
     ((2, 5, 5), 12)
     """
     specs = _chain(spec)
-    index = _index("out_index", out_index, specs[-1].out_shape)
+    index = _as_index("out_index", out_index, specs[-1].out_shape)
     sets = reduce(_read_by, reversed(specs), [np.array([i]) for i in index])
     return Field(specs[0].in_shape, tuple(sets))
 
@@ -136,7 +133,7 @@ def projective_field(spec: Chain, in_index: Index) -> Field:
     (array([0, 1]), array([0, 1, 4]))
     """
     specs = _chain(spec)
-    index = _index("in_index", in_index, specs[0].in_shape)
+    index = _as_index("in_index", in_index, specs[0].in_shape)
     sets = reduce(_readers_of, specs, [np.array([i]) for i in index])
     return Field(specs[-1].out_shape, tuple(sets))
 
@@ -190,7 +187,7 @@ def row(spec: ConvSpec, out_index: Index) -> int:
     (5, 7)
     """
     check_spec(spec)
-    return _place(_index("out_index", out_index, spec.out_shape), spec.out_shape)
+    return _place(_as_index("out_index", out_index, spec.out_shape), spec.out_shape)
 
 
 def position(spec: ConvSpec, row: int) -> tuple[int, ...]:
@@ -211,7 +208,7 @@ def position(spec: ConvSpec, row: int) -> tuple[int, ...]:
     (1, 0, 1)
     """
     check_spec(spec)
-    return _index("row", as_int("row", row), spec.out_shape)
+    return _as_index("row", as_int("row", row), spec.out_shape)
 
 
 def column(spec: ConvSpec, in_index: Index) -> int:
@@ -232,7 +229,7 @@ def column(spec: ConvSpec, in_index: Index) -> int:
     11
     """
     check_spec(spec)
-    return _place(_index("in_index", in_index, spec.in_shape), spec.in_shape)
+    return _place(_as_index("in_index", in_index, spec.in_shape), spec.in_shape)
 
 
 def input_position(spec: ConvSpec, column: int) -> tuple[int, ...]:
@@ -254,10 +251,10 @@ def input_position(spec: ConvSpec, column: int) -> tuple[int, ...]:
     (1, 0, 2)
     """
     check_spec(spec)
-    return _index("column", as_int("column", column), spec.in_shape)
+    return _as_index("column", as_int("column", column), spec.in_shape)
 
 
-def _index(name: str, index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _as_index(name: str, index: Index, shape: tuple[int, ...]) -> tuple[int, ...]:
     """An index in ``shape`` with no negative numbers, from such an index or from a place in the ravel."""
     if not isinstance(index, Sequence | np.ndarray) or (isinstance(index, np.ndarray) and not index.ndim):
         place = _from_front(name, as_int(name, index), math.prod(shape))
@@ -303,40 +300,47 @@ def _chain(spec: Chain) -> list[ConvSpec]:
     return specs
 
 
+def _relations(spec: ConvSpec) -> Iterator[tuple[Axis, int, int | None, int]]:
+    """``(axis, i, o, block)``: dimensions i of the input and o of the output, related as by the axis.
+
+    A block of outputs reads what one output of the axis reads: the out channels of a group, one position.
+    """
+    *spatial, channel = spec.out_order
+    *ins, last = spec.in_order
+    for axis, i, o in zip(spec.axes, ins, spatial, strict=False):
+        yield axis, i, o, 1
+    block, size = max(1, spec.out_channels // spec.groups), spec.group_channels
+    if spec.batch_group_count > 1:  # group g reads all channels of batch entry g
+        yield Axis(spec.groups, 1), ins[-1], channel, block
+        yield Axis(size, size), last, None, 1
+    else:  # group g reads the channels g*C/G + i
+        yield Axis(spec.in_channels, size, max(1, size)), last, channel, block
+
+
 def _read_by(outputs: Sequence[np.ndarray], spec: ConvSpec) -> list[np.ndarray]:
     """The inputs that some of the outputs read."""
-    *positions, d = (outputs[i] for i in spec.out_order)
-    reads = [_union(lambda o, a=a: a.reads(o)[1], a, o) for a, o in zip(spec.axes, positions, strict=True)]
-    groups, channels = np.unique(group_of(spec, d)), np.arange(spec.group_channels)
-    if spec.batch_group_count > 1:  # group g reads all channels of batch entry g
-        sets = [*reads, groups, channels]
-    else:  # group g reads the channels g*C/G + i
-        sets = [*reads, (groups[:, None] * spec.group_channels + channels).ravel()]
-    return [sets[i] for i in inverse(spec.in_order)]
+    sets = {}
+    for axis, i, o, block in _relations(spec):
+        positions = np.unique(outputs[o] // block) if o is not None else np.arange(1)
+        sets[i] = _union(axis.reads, axis, positions)
+    return [sets[i] for i in range(len(sets))]
 
 
 def _readers_of(inputs: Sequence[np.ndarray], spec: ConvSpec) -> list[np.ndarray]:
     """The outputs that read some of the inputs."""
-    *positions, c = (inputs[i] for i in spec.in_order)
-    if spec.batch_group_count > 1:
-        *positions, batch = positions
-        groups = batch if len(c) else c
-    else:
-        groups = np.unique(c // max(1, spec.group_channels))
-    reads = [_union(lambda t, a=a: a.readers(t)[1], a, t) for a, t in zip(spec.axes, positions, strict=True)]
-    block = spec.out_channels // spec.groups
-    sets = [*reads, (groups[:, None] * block + np.arange(block)).ravel()]
-    return [sets[i] for i in inverse(spec.out_order)]
+    sets = {}
+    for axis, i, o, block in _relations(spec):
+        if o is not None:
+            readers = _union(axis.readers, axis, inputs[i])
+            sets[o] = (readers[:, None] * block + np.arange(block)).ravel()
+    return [sets[o] if all(map(len, inputs)) else np.arange(0) for o in range(len(sets))]
 
 
-def _union(related: Callable[[np.ndarray], np.ndarray], axis: Axis, positions: np.ndarray) -> np.ndarray:
-    """All positions that are related with some of the given ones, ascending."""
-    block = max(1, _BLOCK // axis.taps)
-    starts = range(0, max(1, len(positions)), block)
-    return np.unique(np.concatenate([np.unique(related(positions[i : i + block])) for i in starts]))
-
-
-# -- relations: per dimension, which final outputs an index reaches ----------------------------------
+def _union(related: Callable[[np.ndarray], Any], axis: Axis, positions: np.ndarray) -> np.ndarray:
+    """All positions that are related with some of the given ones, ascending; a million pairs at a time."""
+    step = max(1, 2**20 // max(1, axis.taps))
+    starts = range(0, max(1, len(positions)), step)
+    return np.unique(np.concatenate([np.unique(related(positions[k : k + step])[1]) for k in starts]))
 
 
 def _reach(specs: Sequence[ConvSpec]) -> list[_Relation]:
@@ -346,36 +350,24 @@ def _reach(specs: Sequence[ConvSpec]) -> list[_Relation]:
     """
     reach = [scipy.sparse.eye_array(n, dtype=bool, format="csr") for n in specs[-1].out_shape]
     for spec in reversed(specs):
-        *outputs, d = (reach[i] for i in spec.out_order)
-        spatial = [_product(_readers(a), r) for a, r in zip(spec.axes, outputs, strict=True)]
-        channels = np.arange(spec.in_channels // spec.batch_group_count)
-        groups = np.arange(spec.groups)
-        by_group = _product(_pairs(group_of(spec, np.arange(spec.out_channels)), groups).T.tocsr(), d)
-        if spec.batch_group_count > 1:  # every channel of a batch entry reaches the same outputs
-            sets = [*spatial, by_group, _pairs(0 * channels, np.arange(1))]
-        else:
-            sets = [*spatial, _product(_pairs(channels // max(1, spec.group_channels), groups), by_group)]
-        reach = [sets[i] for i in inverse(spec.in_order)]
+        sets = {}
+        for axis, i, o, block in _relations(spec):
+            check_array("coverage", (axis.out_size, axis.taps), np.int64, "projective_field")
+            outputs = reach[o] if o is not None else scipy.sparse.eye_array(1, dtype=bool, format="csr")
+            if block > 1:
+                d = np.arange(outputs.shape[0])
+                outputs = _chained(d // block, d, len(d) // block, outputs)
+            q, t, _ = axis.reads(np.arange(min(axis.out_size, outputs.shape[0])))
+            sets[i] = _chained(t, q, axis.size, outputs)
+        reach = [sets[i] for i in range(len(sets))]
     return reach
 
 
-def _readers(axis: Axis) -> _Relation:
-    """(inputs, outputs): True where the output reads the input."""
-    check_array("coverage", (axis.out_size, axis.taps), np.int64, "projective_field")
-    o, t, _ = axis.reads(np.arange(axis.out_size))
-    return scipy.sparse.csr_array((np.ones(len(o), bool), (t, o)), shape=(axis.size, axis.out_size))
-
-
-def _pairs(of: np.ndarray, values: np.ndarray) -> _Relation:
-    """(indices, values): True where the value of the index is this one."""
-    return scipy.sparse.csr_array(
-        (np.ones(len(of), bool), (np.arange(len(of)), of)), shape=(len(of), len(values))
-    )
-
-
-def _product(first: _Relation, second: _Relation) -> _Relation:
-    """The boolean product of two relations."""
-    most = min(int(np.diff(second.indptr)[first.indices].sum()), first.shape[0] * second.shape[1])
+def _chained(index: np.ndarray, related: np.ndarray, size: int, second: _Relation) -> _Relation:
+    """The boolean product of the relation of these pairs, with indices below ``size``, and a second one."""
+    shape = size, second.shape[0]
+    first = scipy.sparse.csr_array((np.ones(len(index), bool), (index, related)), shape=shape)
+    most = min(int(np.diff(second.indptr)[first.indices].sum()), size * second.shape[1])
     check_array("coverage", (most,), np.int64, "projective_field")
     return scipy.sparse.csr_array(first @ second)
 

@@ -260,9 +260,8 @@ def _evaluate(
         forms = PORTABLE
     if forms is PORTABLE and spec.in_order[-1] == 0:  # channels stand before positions
         forms = CHANNELS_FIRST
-    for axis in spec.axes:
-        if not axis.pads_with_zeros:  # the padded input is read through indices of 32 bits
-            axis.check_held_by(np.int32)
+    for axis in spec.axes:  # XLA would make the padding, and read copies through indices of 32 bits
+        axis.check_held_by(np.int32)
     roles = OPERANDS[out]
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
     stacked = _lead(batches, "k")

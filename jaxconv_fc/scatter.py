@@ -49,7 +49,7 @@ class Entries(NamedTuple):
         compared in half the time of two.
         """
         height, width = spec.shape if shape is None else shape
-        dtype = index_dtype(height * width, spec)
+        dtype = index_dtype(height * width, (height, width))
         rows, columns = self.rows.astype(dtype), self.columns.astype(dtype)
         inside = (rows < height) & (columns < width)
         return jnp.broadcast_to(jnp.where(inside, rows * width + columns, height * width), self.dims)

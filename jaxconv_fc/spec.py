@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -81,18 +81,13 @@ class ConvSpec:
     feature_group_count: int
     batch_group_count: int
     padding_mode: str
+    _repr_html_: ClassVar[Callable[[ConvSpec], str]]  # show/text.py sets it: a table for notebooks
 
     # -- sizes ---------------------------------------------------------------------------------
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """The relation of each spatial axis, in the order of ``window_strides``. Steps that int32 does not
-        hold are replaced by smaller ones that relate the same positions, where these are known."""
-        return tuple(axis.within_int32() for axis in self._given_axes)
-
-    @property
-    def _given_axes(self) -> tuple[Axis, ...]:
-        """The spatial axes with the steps of the arguments."""
+        """The relation of each spatial axis, in the order of ``window_strides``."""
         sizes = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
         taps = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
         steps = (self.window_strides, self.padding, self.lhs_dilation, self.rhs_dilation)
@@ -208,11 +203,6 @@ class ConvSpec:
         lhs[batch], lhs[feature] = lhs[batch] // groups, lhs[feature] * groups
         return replace(spec, lhs_shape=tuple(lhs), feature_group_count=groups, batch_group_count=1)
 
-    def _repr_html_(self) -> str:
-        from jaxconv_fc.show.html import spec_table  # further down the list of files, and for notebooks only
-
-        return spec_table(self)
-
     def having(self, axes: Sequence[Axis]) -> ConvSpec:
         """The same geometry with the sizes, steps and padding of other spatial axes."""
         lhs = list(self.lhs_shape)
@@ -252,7 +242,7 @@ class ConvSpec:
     @property
     def index_dtype(self) -> Any:
         """The narrowest integer dtype that holds every position; ValueError if JAX has none now."""
-        return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self)
+        return index_dtype(max(self.in_size, self.out_size, *(a.reach for a in self.axes), 0), self.shape)
 
 
 @names_of_lax
@@ -298,7 +288,7 @@ def conv_spec(
 
     Raises:
       TypeError: an argument is of the wrong kind, or traced. All of them must be static.
-      ValueError: an argument has a wrong value.
+      ValueError: an argument has a wrong value, such as a stride, dilation or pad beyond ``2**31 - 1``.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((8, 3, 32, 32), (16, 3, 3, 3), (2, 2), "SAME")
@@ -319,8 +309,8 @@ def conv_spec(
     mode = resolve_mode(padding_mode)
     unpadded = ((0, 0),) * dims
     spec = ConvSpec(lhs, rhs, strides, unpadded, lhs_dil, rhs_dil, numbers, groups, batch_groups, mode)
-    spec = replace(spec, padding=resolve_padding(padding, spec._given_axes))
-    for i, axis in enumerate(spec._given_axes):
+    spec = replace(spec, padding=resolve_padding(padding, spec.axes))
+    for i, axis in enumerate(spec.axes):
         check_axis(i, axis, rhs)
     return spec
 
@@ -338,9 +328,9 @@ _Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
 def spec_first(builder: _Builder) -> _Builder:
-    """``builder(spec, kernel)``, with :func:`check_spec` where it is called with a kernel alone.
+    """``builder(spec, kernel)``, where ``builder(kernel)`` raises that ``spec`` is missing.
 
-    Python would then say that the kernel is missing.
+    Python takes the only argument for ``spec``, and would raise that ``kernel`` is missing.
     """
 
     @wraps(builder)

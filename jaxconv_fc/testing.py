@@ -85,7 +85,7 @@ def assert_transpose(spec: ConvSpec, kernel: Array, *, key: jax.Array | None = N
     y = _random(jax.random.key(0) if key is None else key, spec.out_shape, kernel.dtype)
     expected = _wide(matrix).T @ _wide(y).ravel()
     size = np.abs(_wide(matrix)).T @ np.abs(_wide(y)).ravel()  # |M|^T |y|
-    bound = _gamma(kernel.dtype, _terms(spec, outputs=True)) * size
+    bound = _gamma(spec, kernel.dtype, outputs=True) * size
     x_bar = apply_transpose(spec, kernel, y, precision="highest")
     _close(spec, "apply_transpose and M.T @ y", x_bar, expected, bound)
     if jnp.issubdtype(kernel.dtype, jnp.inexact):  # JAX gives integers no tangents
@@ -131,7 +131,7 @@ def assert_matches_lax(
     with jax.default_device(jax.devices("cpu")[0]):
         on_cpu = (jnp.asarray(np.asarray(array)) for array in (kernel, x))
         expected = _wide(_lax(spec, *on_cpu)).ravel()
-    bound = 2 * _gamma(kernel.dtype, _terms(spec)) * _magnitude(spec, kernel, x).ravel()
+    bound = 2 * _gamma(spec, kernel.dtype) * _magnitude(spec, kernel, x).ravel()
     product = _wide(as_matrix(spec, kernel)) @ _wide(x).ravel()
     _close(spec, "M @ x and lax", product, expected, bound)
     _close(spec, "apply and lax", apply(spec, kernel, x, precision="highest"), expected, bound)
@@ -147,9 +147,8 @@ def _lax(spec: ConvSpec, kernel: jax.Array, x: jax.Array) -> jax.Array:
         interior = axis.lhs_dilation - 1
         holes[i] = (axis.on_padded.lo, axis.on_padded.hi, interior)
         pads[i] = axis.copied
-    lhs = jnp.pad(lhs, pads, mode=MODES[spec.padding_mode].numpy_name)
     y = lax.conv_general_dilated(
-        lax.pad(lhs, zero, holes),
+        lax.pad(jnp.pad(lhs, pads, mode=MODES[spec.padding_mode].numpy_name), zero, holes),
         kernel,
         spec.window_strides,
         "VALID",
@@ -170,23 +169,19 @@ def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _wide(array: Any) -> np.ndarray:
     """The same numbers in int64, float64 or complex128, where products and sums are nearly exact."""
-    kind = np.asarray(array).dtype.kind
-    return np.asarray(array).astype(
-        np.complex128 if kind == "c" else np.int64 if kind in "iub" else np.float64
-    )
+    array = np.asarray(array)
+    return array.astype(np.int64 if array.dtype.kind in "iub" else np.result_type(array.dtype, np.float64))
 
 
-def _terms(spec: ConvSpec, *, outputs: bool = False) -> int:
-    """Upper bound on the number of terms that an entry of ``M x``, or of ``M^T y``, is the sum of, plus 2."""
-    channels = spec.out_channels // spec.groups if outputs else spec.group_channels
-    copies = math.prod(a.copies for a in spec.axes) if outputs else 1
-    return channels * copies * math.prod(a.taps for a in spec.axes) + 2
+def _gamma(spec: ConvSpec, dtype: Any, *, outputs: bool = False) -> float:
+    """The bound ``n u / (1 - n u)`` on the relative error of a sum of n products; 0 for integers.
 
-
-def _gamma(dtype: Any, terms: int) -> float:
-    """The bound ``n u / (1 - n u)`` on the relative error of a sum of n products; 0 for integers."""
+    No entry of ``M x``, or with ``outputs`` of ``M^T y``, is the sum of more.
+    """
     if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0
+    channels = spec.out_channels // spec.groups if outputs else spec.group_channels
+    terms = channels * math.prod(a.taps * (a.copies if outputs else 1) for a in spec.axes) + 2
     complexity = 4 if jnp.issubdtype(dtype, jnp.complexfloating) else 1  # products of complex numbers
     rounding = complexity * terms * float(jnp.finfo(dtype).eps) / 2
     return rounding / (1 - rounding) if rounding < 1 else math.inf

@@ -4,6 +4,7 @@
 """
 
 import math
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import oracle
 import pytest
 from geometries import MODES, random_axis
 
-from jaxconv_fc import lattice, lines, modes
+from jaxconv_fc import lines, modes
 from jaxconv_fc.axis import Axis
 
 COPYING = MODES[1:]  # all modes but zeros
@@ -49,10 +50,6 @@ def test_sources_are_numpys(mode, n):
     np.testing.assert_array_equal(axis.source(j.astype(object)), want)
     np.testing.assert_array_equal(jax.jit(axis.source)(j), want)
     assert [axis.source(int(v)) for v in j] == want.tolist()
-    # Beyond all machine integers: position j + 2*n*(n - 1)*BIG is a copy of the same input, but for edge.
-    far = Axis(n, 1, lo=axis.lo, hi=10**40, mode=mode)
-    moved = [far.source(int(v) + 2 * n * max(1, n - 1) * 10**30) for v in j]
-    assert moved == ([n - 1] * len(want) if mode == "edge" else want.tolist())
 
 
 @pytest.mark.parametrize("low", [-9, -6, -2, 0, 3])
@@ -65,6 +62,8 @@ def test_padded_positions_that_are_inputs_themselves(low, high):
     want = [j for j in range(6 + low + high) if 0 <= j - low < 6]
     assert list(axis.own) == want
     assert [int(axis.source(np.int64(j))) for j in want] == [j - low for j in want]
+    occur = np.bincount(axis.source(np.arange(axis.padded_size)), minlength=1)
+    assert axis.copies == max(1, occur.max())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -125,7 +124,7 @@ def test_sizes_and_classes_of_outputs(mode, run_seed):
             low, length = axis.lo, axis.lo + axis.hi + (l * (n - 1) + 1 if n else 0)
         else:
             low, length = l * axis.lo, l * (n + axis.lo + axis.hi - 1) + 1 if n else 0
-        first = np.arange(400) * axis.stride - low  # of the window, in dilated steps from the first input on
+        first = np.arange(600) * axis.stride - low  # of the window, in dilated steps from the first input on
         last = first + (axis.taps - 1) * axis.rhs_dilation
         fits = last < length - low
         assert axis.out_size == fits.sum(), axis
@@ -157,7 +156,7 @@ def test_phases_have_no_input_dilation_and_are_the_axis_together(run_seed):
     for axis in axes(run_seed, "zeros", 60):
         found = set()
         phases = axis.polyphase()
-        assert len(phases) == axis.out_period
+        assert len(phases) == min(axis.out_period, max(1, axis.out_size))
         for c, phase in enumerate(phases):
             assert phase.axis.lhs_dilation == 1
             for q, t, p in oracle.related(phase.axis):
@@ -185,54 +184,7 @@ def test_rows_are_an_axis_over_the_inputs_that_they_read(mode, run_seed):
             assert all(first <= t * axis.lhs_dilation < last for t in inputs), axis
 
 
-@pytest.mark.parametrize("factor", [BIG, 10**25, 3 * 10**11 + 7])
-def test_steps_within_int32_relate_the_same_points(factor, run_seed):
-    """Strides, dilations and pads of any size, with and without a common factor."""
-    rng = np.random.default_rng([run_seed, factor % 1000])
-    few = lambda high: int(rng.integers(0, high))  # noqa: E731
-    for number in range(150):
-        axis = random_axis(rng, "zeros")
-        s, l, r, lo = axis.stride, axis.lhs_dilation, axis.rhs_dilation, axis.lo
-        s, lo, l, r = [
-            (s * factor, lo * factor, l * factor, r * factor),
-            (s * factor + few(4), lo, l, r),
-            (s * factor, lo * factor + few(5) - 2, l * factor, r),
-            (s, lo * factor + few(5) - 2, l * factor + few(2), r * factor),
-        ][number % 4]
-        axis = Axis(axis.size, axis.taps, s, lo, lhs_dilation=l, rhs_dilation=r).ending_at(few(7))
-        small = axis.within_int32()
-        assert (small.size, small.taps, small.out_size) == (axis.size, axis.taps, axis.out_size)
-        assert oracle.related(small) == oracle.related(axis), (axis, small)
-        assert small.reach < 2**31, (axis, small)
-        assert axis.pair_count == small.pair_count, axis
-        outputs = np.arange(axis.out_size)
-        np.testing.assert_array_equal(axis.table(outputs), small.table(outputs), str(axis))
-
-
-@pytest.mark.parametrize("mode", COPYING)
-def test_steps_that_relate_nothing_are_left_out_of_a_boundary_mode(mode):
-    one = Axis(5, 3, BIG, 1, 1, mode=mode)  # one output: any stride
-    common = Axis(5, 3, 2 * BIG, 1, 1, 3 * BIG, BIG, mode)  # a common factor of all steps
-    for axis in (one, common):
-        small = axis.within_int32()
-        assert small.reach < 2**31
-        assert oracle.related(small) == oracle.related(axis) != set()
-    padded = Axis(5, 3, BIG, BIG, BIG, mode=mode)  # its padding is kept, so there is no smaller form
-    assert padded.within_int32() is padded
-    assert padded.reach > 2**31
-
-
 # counting --------------------------------------------------------------------------------------------------
-
-
-def test_sums_of_floors_and_points_below_a_line(rng):
-    for _ in range(200):
-        count, a, b, divisor = (int(v) for v in rng.integers((0, 0, 0, 1), 30))
-        assert lattice.floor_sum(count, a, b, divisor) == sum((a * x + b) // divisor for x in range(count))
-        bound, s, r = int(rng.integers(-20, 90)), *(int(v) for v in rng.integers(1, 9, 2))
-        outputs, taps = (int(v) for v in rng.integers(1, 12, 2))
-        below = sum(q * s + p * r < bound for q in range(outputs) for p in range(taps))
-        assert lattice.count_below(bound, s, outputs, r, taps) == below
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -257,22 +209,21 @@ def test_counts_of_random_axes(mode, run_seed):
         np.testing.assert_array_equal(lines.gram(axis), gram, str(axis))
 
 
-PERIODS = [("circular", 5, 1), ("reflect", 8, 2), ("symmetric", 10, 2)]
+def test_a_long_dilation_has_the_phases_of_its_outputs():
+    far = Axis(3, 2, 1, 1, 3, 2**31 - 1).ending_at(4)
+    assert [list(phase.taps) for phase in far.polyphase()] == [[1], [0], [], []]
 
 
-@pytest.mark.parametrize(("mode", "period", "each"), PERIODS)
-def test_pads_of_any_size_are_counted_by_their_periods(mode, period, each):
-    """A period more of padding is `each` copies more of every input inside."""
-    for lo, hi in ((0, 0), (3, 1), (7, 12)):
-        near, far = (Axis(5, 3, 1, lo + more, hi, mode=mode) for more in (0, period * 10**30))
-        assert far.copies == near.copies + each * 10**30
-        per_period = Axis(5, 3, 1, period + 2, 0, mode=mode).pair_count
-        per_period -= Axis(5, 3, 1, 2, 0, mode=mode).pair_count
-        assert far.pair_count == near.pair_count + per_period * 10**30
-        assert far.collides == (far.pair_count < 3 * (near.padded_size - 2 + period * 10**30))
-    edge = Axis(5, 3, 1, 10**30, 2, mode="edge")
-    assert edge.copies == 10**30 + 1
-    assert edge.pair_count == Axis(5, 3, 1, 10, 2, mode="edge").pair_count + 10**30 - 10
+@pytest.mark.parametrize("mode", COPYING)
+def test_counts_of_a_wide_window_take_little_memory(mode):
+    """10**10 pairs (output, tap) at each end. Copies from within a window add no input to those it has."""
+    taps = 10**5 + 1
+    axis = Axis(10**6, taps, 1, taps // 2, taps // 2, mode=mode)
+    tracemalloc.start()
+    within = Axis(axis.size, taps, 1, axis.lo, axis.hi).pair_count
+    assert axis.pair_count == (axis.size * taps if mode == "circular" else within)
+    assert tracemalloc.get_traced_memory()[1] < 2**25
+    tracemalloc.stop()
 
 
 def test_counts_of_long_axes_are_closed_forms():

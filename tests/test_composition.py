@@ -110,6 +110,13 @@ def test_what_a_boundary_mode_made_is_neither_padded_nor_cropped(pads, word):
         fc.compose((second, jnp.ones((1, 1, 2))), (first, jnp.ones((1, 1, 2))))
 
 
+def test_steps_whose_product_is_beyond_int32_are_refused():
+    first = fc.conv_spec((1, 1, 5), (1, 1, 1), (2**16,), "VALID")
+    second = fc.conv_spec((1, 1, 1), (1, 1, 1), (2**15,), "VALID")
+    with pytest.raises(ValueError, match=r"window_strides\[0\] must be at most .*got 2147483648"):
+        fc.compose((second, jnp.ones((1, 1, 1))), (first, jnp.ones((1, 1, 1))))
+
+
 def test_groups_that_share_no_factor_become_one(rng):
     first = Geometry((1, 6, 4), (6, 3, 2), (1,), "VALID", feature_group_count=2)
     second = Geometry((1, 6, 3), (6, 2, 2), (1,), "VALID", feature_group_count=3)

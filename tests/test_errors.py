@@ -65,6 +65,7 @@ def int32_overflow():
         return jax.eval_shape(partial(fc.as_matrix, wide), kernel)
 
 
+BEYOND = "at most 2**31 - 1 = 2147483647", str(2**31)
 AT_LEAST_1 = "must be at least 1"
 STATIC = ("must be static", "static_argnames")
 EMPTY_AXIS = {"lhs_shape": (1, 4, 0, 8), "padding": [(1, 1), (0, 0)]}
@@ -214,6 +215,29 @@ TABLE = [
         ["3,211,264 x 150,528 float32 = 1,801 GiB dense; 86,188,800 stored entries", "apply"],
     ),
     ("41", int32_overflow, ValueError, ["65,536 x 65,536", "x64"]),
+    ("41: stride", partial(spec, window_strides=(1, 2**31)), ValueError, ["window_strides[1]", *BEYOND]),
+    ("41: lhs_dilation", partial(spec, lhs_dilation=(2**31, 1)), ValueError, ["lhs_dilation[0]", *BEYOND]),
+    ("41: rhs_dilation", partial(spec, rhs_dilation=(1, 2**31)), ValueError, ["rhs_dilation[1]", *BEYOND]),
+    ("41: pad", partial(spec, padding=[(1, 1), (0, 2**31)]), ValueError, ["padding[1]", *BEYOND]),
+    ("41: crop", partial(spec, padding=[(2**31, -(2**31)), (0, 0)]), ValueError, ["padding[0]", *BEYOND]),
+    (
+        "41: copies",
+        partial(spec, padding=[(2**24, 1), (0, 0)], padding_mode="circular"),
+        ValueError,
+        ["padding[0]", "circular", "at most 16777216 copies", "16777217"],
+    ),
+    (
+        "41: named padding",
+        partial(spec, rhs_shape=(6, 4, 7, 7), rhs_dilation=(2**30, 1), padding="SAME"),
+        ValueError,
+        ["padding[0]", "2147483647", str(3 * 2**30)],
+    ),
+    (
+        "41: beyond 64 bits",
+        partial(spec, lhs_shape=(1, 4, 2**40, 8), lhs_dilation=(2**30, 1)),
+        ValueError,
+        ["spatial axis 0", "2**62", "3 taps"],
+    ),
     ("42: x", verb("apply", KERNEL, X[None]), ValueError, ["x", "(4, 8, 8)", "(1, 4, 8, 8)", "vmap"]),
     ("42: ravel", verb("apply", KERNEL, X.ravel()), ValueError, ["x", "(4, 8, 8)", "(256,)"]),
     ("42: y", verb("apply_transpose", KERNEL, Y[1:]), ValueError, ["y", "(6, 6, 6)", "(5, 6, 6)"]),

@@ -247,6 +247,8 @@ HUGE = [
     (((1, 3, 224, 224), (64, 3, 3, 3), (1, 1), "SAME"), 86_188_800),
     (((1, 10**4, *[10**5] * 3), (10**4, 10**4, 3, 3, 3), (1,) * 3, "SAME"), 10**8 * (3 * 10**5 - 2) ** 3),
     (((1, 1, 10**6), (1, 1, 2), (2,), "VALID"), 10**6),
+    (((1, 64, 224, 224, 224), (64, 64, 3, 3, 3), (1, 1, 1), "SAME"), 64 * 64 * (3 * 224 - 2) ** 3),
+    (((1, 1, 10**6), (1, 1, 10**3), (1,), "SAME"), 10**9 - 500 * 501 // 2 - 499 * 500 // 2),
 ]
 
 
@@ -279,16 +281,6 @@ def test_an_input_beyond_int32_with_few_entries():
     assert fc.as_bcsr(spec, np.array([[[5.0]]])).indices.tolist() == [0, 2**30, 2**31]
     with jax.enable_x64(False), pytest.raises(ValueError, match="jax_enable_x64"):
         fc.as_bcsr(spec, np.ones((1, 1, 1), np.float32))
-
-
-def test_a_crop_beyond_int32():
-    """Cropped at one end and padded at the other: nothing is read, in 32 bits too."""
-    spec = fc.conv_spec((1, 1, 3), (1, 1, 2), (1,), [(-3 * 10**9, 3 * 10**9)])
-    kernel = np.ones((1, 1, 2), np.float32)
-    assert spec.shape == (2, 3)
-    for wide in (True, False):
-        with jax.enable_x64(wide):
-            np.testing.assert_array_equal(fc.as_matrix(spec, kernel), np.zeros((2, 3)))
 
 
 def test_sizes_are_printed_in_the_largest_unit_that_is_not_beyond_them():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxconv_fc.html import table
 from jaxconv_fc.memory import readable
 from jaxconv_fc.spec import ConvSpec
 
@@ -71,8 +72,6 @@ class ConvSites(list[ConvSite]):
         return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
     def _repr_html_(self) -> str:
-        from jaxconv_fc.show.html import table  # further down the list of files, and for notebooks only
-
         return table(self._cells(), _WORDS) if self else repr(self)
 
     def _cells(self) -> list[tuple[str, ...]]:

@@ -23,9 +23,10 @@ Cumulative = Callable[[np.ndarray, np.ndarray], np.ndarray]
 def stored_counts(spec: ConvSpec, row_edges: np.ndarray, column_edges: np.ndarray) -> np.ndarray:
     """``counts[i, j]``: how many entries ``M[row_edges[i]:row_edges[i+1], column_edges[j]:...]`` stores.
 
-    A place in a ravel is below x if and only if, at one level j, its first j digits are those of x, the next
-    is smaller, and the rest are any. The digits are its index. So the places below x are a disjoint union of
-    products of intervals. M is a product of relations, one per axis, hence::
+    Take the place of a neuron in the ravel and its index, one number per dimension. A place is smaller than x
+    if its index agrees with that of x in the first j dimensions and is smaller in the next, for one level j.
+    So for each level, the indices of smaller places are a product of intervals. M is a product of relations,
+    one per axis, hence::
 
         #(row < x, column < y) = sum over levels j, k of  product over axes of  #(pairs in O_j x I_k)
     """

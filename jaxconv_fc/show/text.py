@@ -1,10 +1,11 @@
-"""M as text, the way a textbook prints it, and the names of kernel entries."""
+"""M as text, the way a textbook prints it, the names of kernel entries, and a geometry as a table."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import product
 from string import ascii_lowercase
 
@@ -12,15 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.arguments import Array
+from jaxconv_fc.html import table
 from jaxconv_fc.layout import in_channel, split_column, split_row, tap_of
-from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
+from jaxconv_fc.memory import readable
+from jaxconv_fc.spec import ConvSpec, as_operand, check_spec, conv_spec
 
 
 class MatrixText(str):
     """The text of a matrix. A notebook shows it as a table: bars become borders, and zeros are pale."""
 
     def _repr_html_(self) -> str:
-        return _html(self)
+        lines = []
+        for line in self.splitlines():
+            cells = []
+            for separator, entry in re.findall(r"([ |\[]*)([^ |\]]+)", line):
+                style = "text-align:center;padding:2px 6px"
+                style += f";border-left:{separator.count('|')}px solid" if "|" in separator else ""
+                style += ";opacity:0.3" if entry == "0" else ""
+                cells.append(f'<td style="{style}">{entry}</td>')
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        return f'<table style="border-collapse:collapse;font-family:monospace">{"".join(lines)}</table>'
 
 
 def format_matrix(
@@ -61,35 +73,18 @@ def format_matrix(
         cells = ["..." if c is None else text(entries.get(c, [])) for c in columns]
         lines.append(cells if row is not None else None)
     width = max((len(v) for line in lines if line for v in line if v != "..."), default=1)
-    return MatrixText("\n".join("..." if v is None else _line(spec, columns, v, width) for v in lines))
+    return MatrixText("\n".join("..." if v is None else _bracketed(spec, columns, v, width) for v in lines))
 
 
-def _html(text: str) -> str:
-    lines = []
-    for line in text.splitlines():
-        cells = [_html_cell(*pair) for pair in re.findall(r"([ |\[]*)([^ |\]]+)", line)]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<table style="border-collapse:collapse;font-family:monospace">{"".join(lines)}</table>'
-
-
-def _html_cell(separator: str, text: str) -> str:
-    style = "text-align:center;padding:2px 6px"
-    style += f";border-left:{separator.count('|')}px solid" if "|" in separator else ""
-    style += ";opacity:0.3" if text == "0" else ""
-    return f'<td style="{style}">{text}</td>'
-
-
-def _line(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], width: int) -> str:
+def _bracketed(spec: ConvSpec, columns: Sequence[int | None], cells: Sequence[str], width: int) -> str:
+    """One row. Before a column stands a bar for each inner axis of the input whose index is 0 again there."""
     parts = []
     for column, cell in zip(columns, cells, strict=True):
-        separator = " " if column is None or not parts or parts[-1] == "..." else _separator(spec, column)
-        parts += [separator] * bool(parts) + [cell if cell == "..." else cell.rjust(width)]
+        bars = "|" * sum(column % block == 0 for block in blocks(spec.in_shape)) if column is not None else ""
+        if parts:
+            parts.append(" " if parts[-1] == "..." else bars or " ")
+        parts.append(cell if cell == "..." else cell.rjust(width))
     return f"[{''.join(parts)}]"
-
-
-def _separator(spec: ConvSpec, column: int) -> str:
-    """The text before a column: a bar for each inner axis of the input whose index is 0 again there."""
-    return "|" * sum(column % block == 0 for block in blocks(spec.in_shape)) or " "
 
 
 def blocks(shape: Sequence[int]) -> list[int]:
@@ -136,3 +131,23 @@ def _ends(size: int, most: int) -> list[int | None]:
     if size <= most:
         return list(range(size))
     return [*range((most + 1) // 2), None, *range(size - most // 2, size)]
+
+
+def _spec_table(spec: ConvSpec) -> str:
+    """The arguments of a geometry that are not the default, and the size of M; M itself too, if small."""
+    ones = (1,) * len(spec.axes)
+    default = conv_spec((1, 1, *ones), (1, 1, *ones), ones, "VALID")
+    always = "lhs_shape", "rhs_shape", "window_strides", "padding"
+    values = [(field.name, getattr(spec, field.name)) for field in fields(spec)]
+    rows = [(n, str(value)) for n, value in values if n in always or value != getattr(default, n)]
+    rows.append(("in_shape → out_shape", f"{spec.in_shape} → {spec.out_shape}"))
+    density = spec.nse / max(1, spec.out_size * spec.in_size)
+    rows.append(("M", f"{spec.out_size:,} × {spec.in_size:,}, {spec.nse:,} stored ({density:.2%})"))
+    sizes = spec.nbytes("float32")._asdict().items()
+    rows.append(("float32", ", ".join(f"{name} {readable(size)}" for name, size in sizes)))
+    small = spec.out_size <= 16 and spec.in_size <= 32
+    return table(rows, (0, 1), head=False) + (format_matrix(spec)._repr_html_() if small else "")
+
+
+# Notebooks look for it there. The geometry itself knows nothing of text.
+ConvSpec._repr_html_ = _spec_table

@@ -177,7 +177,7 @@ def group_column(spec: ConvSpec, d: Ints) -> Ints:
 
 def entry_dtype(spec: ConvSpec) -> Any:
     """The narrowest integer dtype that holds every position and every index of an entry."""
-    wide = index_dtype(spec.stored_reach, spec)
+    wide = index_dtype(spec.stored_reach, spec.shape)
     return wide if wide == jnp.int64 else spec.index_dtype
 
 

@@ -72,7 +72,7 @@ def as_bcoo(spec: ConvSpec, kernel: Array) -> BCOO:
     [2 1 2 1 2] [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("as_bcoo", spec, spec.nbytes(kernel.dtype).bcoo)
+    check_stored("as_bcoo", spec.nse, spec.nbytes(kernel.dtype).bcoo)
     from jax.experimental.sparse import BCOO
 
     return BCOO(_coo(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
@@ -106,7 +106,7 @@ def as_bcsr(spec: ConvSpec, kernel: Array) -> BCSR:
     [  2  21 210]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("as_bcsr", spec, spec.nbytes(kernel.dtype).bcsr)
+    check_stored("as_bcsr", spec.nse, spec.nbytes(kernel.dtype).bcsr)
     from jax.experimental.sparse import BCSR
 
     return BCSR(_csr(spec, kernel), shape=spec.shape, indices_sorted=True, unique_indices=True)
@@ -141,7 +141,7 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
      [0. 1. 2.]]
     """
     values = out_first(spec, host_kernel("as_scipy", spec, kernel))
-    check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
+    check_stored("as_scipy", spec.nse, spec.nbytes(values.dtype).bcsr)
     tables = host_tables(spec)
     index, rows = tables.pointers.dtype, len(tables.pointers)
     data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
@@ -300,10 +300,10 @@ def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
     3 [0 1 1 1]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    check_stored("diagonals", spec, spec.nbytes(kernel.dtype).bcoo)  # the entries are made first
+    check_stored("diagonals", spec.nse, spec.nbytes(kernel.dtype).bcoo)  # the entries are made first
     offsets = _offsets(spec)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
-    check_stored("diagonals", spec, nbytes)
+    check_stored("diagonals", spec.nse, nbytes)
     return dict(zip(offsets.tolist(), _diagonals(spec, kernel), strict=True))  # one row each
 
 

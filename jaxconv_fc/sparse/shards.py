@@ -105,7 +105,7 @@ def shard_bcoo(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | None 
     kernel, mesh, axis_name = _on_mesh(spec, kernel, mesh, axis_name)
     counts = np.diff(_shard_starts(spec, mesh.shape[axis_name]))
     nbytes = int(counts.max()) * (kernel.dtype.itemsize + 2 * jnp.dtype(entry_dtype(spec)).itemsize)
-    check_stored("shard_bcoo", spec, nbytes, "more devices, or apply")
+    check_stored("shard_bcoo", spec.nse, nbytes, "more devices, or apply")
     full = bool((counts == counts.max()).all())
     arrays = _sparse_shards(spec, kernel, mesh=mesh, axis_name=axis_name)
     from jax.experimental.sparse import BCOO

@@ -28,7 +28,7 @@ from jax import lax
 
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import by_group
-from jaxconv_fc.memory import check_dense
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.operands import as_image
 
@@ -122,7 +122,7 @@ class Blocks:
     def check_memory(self, name: str, dtype: Any, instead: str) -> None:
         """ValueError if the blocks of a kernel of this dtype are beyond the memory limit."""
         dtype = np.result_type(dtype, np.complex64) if any(a.wraps for a in self.axes) else dtype
-        check_dense(name, self.spec, (self.spec.groups * self.count, *self.shape), dtype, instead)
+        check_array(name, (self.spec.groups * self.count, *self.shape), dtype, instead, self.spec.nse)
 
     # -- frequencies ---------------------------------------------------------------------------
 
