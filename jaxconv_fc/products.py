@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.jet import jet_rules
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding
 
 from jaxconv_fc import correlation, native
@@ -236,6 +237,13 @@ def _batched(
     return _bind(*fronted, out=out, batches=(label, *batches), sharding=sharding, **params), 0
 
 
+def _taylor(primals: Any, series: Any, **params: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """``c[n] = sum_i a[i] * b[n-i]`` of the terms of two Taylor series, for ``jax.experimental.jet``."""
+    a, b = ([value, *terms] for value, terms in zip(primals, series, strict=True))
+    value, *terms = (sum(_bind(a[i], b[n - i], **params) for i in range(n + 1)) for n in range(len(a)))
+    return value, terms  # type: ignore[return-value]
+
+
 def _lowered(forms: Forms, a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
     """The product inside a program. Explicit mesh axes are made automatic around it."""
     evaluate = partial(_evaluate, forms, **params)
@@ -297,16 +305,11 @@ def vmap_or_sum(
     return mapped if kept else lambda *operands: summed(mapped(*operands), 0)
 
 
-@partial(jax.jit, static_argnames=("out", "spec", "batches", "precision", "sharding"))
-def _compiled(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
-    """The product as a program of its own."""
-    return product_p.bind(a, b, **params)
-
-
-product_p.def_impl(_compiled)
+product_p.def_impl(partial(xla.apply_primitive, product_p))  # a program of its own, under disable_jit too
 product_p.def_abstract_eval(_abstract)
 ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
 batching.primitive_batchers[product_p] = _batched
+jet_rules[product_p] = _taylor
 
 
 # -- one lowering per kind of platform ----------------------------------------------------------

@@ -88,7 +88,7 @@ def pictures(call):
 
 
 def blocks(spec, kernel):
-    return [(block.out_slice, block.matrix.toarray()) for block in fc.row_blocks(spec, kernel, 400)]
+    return [(str(block.out_slice), block.matrix.toarray()) for block in fc.row_blocks(spec, kernel, 400)]
 
 
 TABLE = {
