@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from jaxconv_fc.arguments import Array, as_array, check_summable
 from jaxconv_fc.correlation import is_narrow
@@ -31,8 +32,9 @@ def batched_apply(
     - ``"sparse"``: ``as_bcsr(spec, kernel)`` times all examples at once;
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
-    By default it takes the convolution on GPU and TPU. On CPU it takes M for 16 examples or more, if the
-    kernel is as large as the image, if channels are few and taps many, or if entries have 64 bits.
+    By default it takes the convolution on GPU and TPU, and where the count is symbolic (``jax.export``). On
+    CPU it takes M for 16 examples or more, if the kernel is as large as the image, if channels are few and
+    taps many, or if entries have 64 bits.
 
     Args:
       spec: the geometry.
@@ -66,8 +68,8 @@ def batched_apply(
             "xs[None] for one example."
         )
     check_summable("kernel", kernel, "xs", stack)
-    if method is None and explicit_mesh((kernel, stack)) is not None:
-        method = "convolution"  # the only one that keeps the stack partitioned
+    if method is None and (is_symbolic_dim(stack.shape[0]) or explicit_mesh((kernel, stack)) is not None):
+        method = "convolution"  # right for every count, and the only one that keeps the stack partitioned
     if method is None:
         method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
     if method not in METHODS:

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental.jet import jet_rules
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding
@@ -291,18 +292,31 @@ def _evaluate(
     compute = partial(_PRODUCTS[out], forms, spec, precision)
     for i in reversed(stacked):
         in_axes = [0 if role in batches[i] else None for role in roles]
-        compute = vmap_or_sum(compute, in_axes, out in batches[i])
+        each = _loop if is_symbolic_dim(sizes[i]) else jax.vmap  # a convolution has a fixed number of groups
+        compute = vmap_or_sum(compute, in_axes, out in batches[i], each)
     result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
     result = result.reshape(*(sizes[i] for i in order(out)), *getattr(spec, _SHAPES[out]))
     return jnp.moveaxis(result, range(len(order(out))), [_lead(batches, out).index(i) for i in order(out)])
 
 
 def vmap_or_sum(
-    compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool
+    compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool, each: Any = jax.vmap
 ) -> Callable[..., jax.Array]:
     """``compute`` over a batch axis of some operands; the sum over this axis unless the result keeps it."""
-    mapped = jax.vmap(compute, tuple(in_axes))
+    mapped = each(compute, tuple(in_axes))
     return mapped if kept else lambda *operands: summed(mapped(*operands), 0)
+
+
+def _loop(compute: Callable[..., jax.Array], in_axes: Sequence[int | None]) -> Callable[..., jax.Array]:
+    """``jax.vmap(compute, in_axes)`` as a loop."""
+
+    def mapped(*operands: jax.Array) -> jax.Array:
+        def step(i: jax.Array) -> jax.Array:
+            return compute(*(v if d is None else v[i] for v, d in zip(operands, in_axes, strict=True)))
+
+        return lax.map(step, jnp.arange(next(v.shape[0] for v, d in zip(operands, in_axes) if d == 0)))
+
+    return mapped
 
 
 product_p.def_impl(partial(xla.apply_primitive, product_p))  # a program of its own, under disable_jit too
