@@ -112,21 +112,21 @@ def test_find_convs():
     assert "2x4 -> 2x4" in repr(site)
 
 
-NAMES = [name for name, row in TABLE.items() if row.jit]
+# All of them take minutes.
+MAPPED = [name for name, row in TABLE.items() if row.jit] if count("MODES", 0) else ["spectrum.power_step"]
 
 
-@pytest.mark.parametrize("name", NAMES if count("MODES", 0) else [])
+@pytest.mark.parametrize("name", MAPPED)
 def test_a_vmap_of_every_function(name, round_trip):
     """Over a stack of kernels, inputs and outputs."""
     kernel, x, y = functions.samples()
 
     def of(_, scales):
-        return jax.vmap(lambda t: TABLE[name].call(functions.SPEC, kernel * t, x, y * t))(scales)
+        results = jax.vmap(lambda t: TABLE[name].call(functions.SPEC, kernel * t, x, y * t))(scales)
+        return jax.tree.leaves(results)  # JAX cannot write sparse matrices to a file
 
     scales = np.linspace(1, 2, 16, dtype=np.float32)
     program = round_trip(of, kernel, scales)
     for size in SIZES[:2]:
-        got, want = program(kernel, scales[:size]), of(kernel, scales[:size])
-        assert jax.tree.structure(got) == jax.tree.structure(want)
-        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        for ours, theirs in zip(program(kernel, scales[:size]), of(kernel, scales[:size]), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
