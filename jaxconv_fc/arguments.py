@@ -145,7 +145,7 @@ def check_channels(
     for i in numbers.lhs_spec[1:]:
         if is_symbolic_dim(lhs[i]):
             raise TypeError(
-                f"lhs_shape[{i}] must be an int, got the symbolic size {lhs[i]}: it is part of the shape of M. "
+                f"lhs_shape[{i}] must be an int, got the symbolic size {lhs[i]}: it sets the shape of M. "
                 "Only the batch may be symbolic. Export one program for each size."
             )
     batch, channels = lhs[numbers.lhs_spec[0]], lhs[numbers.lhs_spec[1]]

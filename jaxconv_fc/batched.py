@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.export import is_symbolic_dim
 
 from jaxconv_fc.arguments import Array, as_array, check_summable
 from jaxconv_fc.correlation import is_narrow
@@ -68,10 +67,11 @@ def batched_apply(
             "xs[None] for one example."
         )
     check_summable("kernel", kernel, "xs", stack)
-    if method is None and (is_symbolic_dim(stack.shape[0]) or explicit_mesh((kernel, stack)) is not None):
-        method = "convolution"  # right for every count, and the only one that keeps the stack partitioned
-    if method is None:
-        method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
+    count = stack.shape[0]
+    if method is None and isinstance(count, int) and explicit_mesh((kernel, stack)) is None:
+        method = fastest_method(spec, count, kernel.dtype, jax.default_backend())
+    elif method is None:  # it suits every symbolic count, and alone keeps the stack partitioned
+        method = "convolution"
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, or None to choose, got {method!r}.")
     if method == "convolution":

@@ -311,10 +311,9 @@ def _loop(compute: Callable[..., jax.Array], in_axes: Sequence[int | None]) -> C
     """``jax.vmap(compute, in_axes)`` as a loop."""
 
     def mapped(*operands: jax.Array) -> jax.Array:
-        def step(i: jax.Array) -> jax.Array:
-            return compute(*(v if d is None else v[i] for v, d in zip(operands, in_axes, strict=True)))
-
-        return lax.map(step, jnp.arange(next(v.shape[0] for v, d in zip(operands, in_axes) if d == 0)))
+        pairs = list(zip(operands, in_axes, strict=True))
+        count = next(v.shape[0] for v, d in pairs if d is not None)
+        return lax.map(lambda i: compute(*(v if d is None else v[i] for v, d in pairs)), jnp.arange(count))
 
     return mapped
 

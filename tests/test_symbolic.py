@@ -17,7 +17,7 @@ import jaxconv_fc as fc
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 SIZES = 1, 3, 16
-OPTIONS = "window_strides padding lhs_dilation rhs_dilation dimension_numbers".split()
+OPTIONS = ["window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"]
 
 
 def convolution(spec, kernel, x):
