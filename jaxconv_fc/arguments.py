@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.modes import MODES
@@ -45,7 +46,7 @@ def brief(value: Any) -> str:
 def as_int(name: str, value: Any, least: int | None = None) -> int:
     _reject_traced(name, value)
     try:
-        if isinstance(value, bool | np.bool_):
+        if isinstance(value, bool | np.bool_) or is_symbolic_dim(value):
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -56,18 +57,22 @@ def as_int(name: str, value: Any, least: int | None = None) -> int:
     return number
 
 
-def as_ints(name: str, values: Any, *, length: int | None = None, least: int = 1) -> tuple[int, ...]:
+def as_ints(
+    name: str, values: Any, *, length: int | None = None, least: int = 1, symbolic: bool = False
+) -> tuple[int, ...]:
+    """The values as ints. Those that are a symbolic size stay what they are if ``symbolic``."""
     _reject_traced(name, values)
     array = isinstance(values, np.ndarray) and values.ndim > 1
     if array or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
         hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
         raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {brief(values)}.{hint}")
-    numbers = tuple(as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
+    kept = [symbolic and is_symbolic_dim(v) for v in values]
+    numbers = tuple(v if kept[i] else as_int(f"{name}[{i}]", v, least=None) for i, v in enumerate(values))
     if length is not None and len(numbers) != length:
         raise ValueError(
             f"{name} must have {length} entries, one per spatial axis, got {len(numbers)}: {numbers}."
         )
-    if any(v < least for v in numbers):
+    if any(v < least for v, any_size in zip(numbers, kept, strict=True) if not any_size):
         raise ValueError(f"{name} must be at least {least} in every entry, got {numbers}.")
     return numbers
 
@@ -139,6 +144,12 @@ def check_channels(
     groups: int,
     batch_groups: int,
 ) -> None:
+    for i in numbers.lhs_spec[1:]:
+        if is_symbolic_dim(lhs[i]):
+            raise TypeError(
+                f"lhs_shape[{i}] must be an int, got the symbolic size {lhs[i]}: it sets the shape of M. "
+                "Only the batch may be symbolic. Export one program for each size."
+            )
     batch, channels = lhs[numbers.lhs_spec[0]], lhs[numbers.lhs_spec[1]]
     features, group_channels = rhs[numbers.rhs_spec[0]], rhs[numbers.rhs_spec[1]]
     if groups > 1 and batch_groups > 1:

@@ -31,8 +31,9 @@ def batched_apply(
     - ``"sparse"``: ``as_bcsr(spec, kernel)`` times all examples at once;
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
-    By default it takes the convolution on GPU and TPU. On CPU it takes M for 16 examples or more, if the
-    kernel is as large as the image, if channels are few and taps many, or if entries have 64 bits.
+    By default it takes the convolution on GPU and TPU, and where the count is symbolic (``jax.export``). On
+    CPU it takes M for 16 examples or more, if the kernel is as large as the image, if channels are few and
+    taps many, or if entries have 64 bits.
 
     Args:
       spec: the geometry.
@@ -66,10 +67,11 @@ def batched_apply(
             "xs[None] for one example."
         )
     check_summable("kernel", kernel, "xs", stack)
-    if method is None and explicit_mesh((kernel, stack)) is not None:
-        method = "convolution"  # the only one that keeps the stack partitioned
-    if method is None:
-        method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
+    count = stack.shape[0]
+    if method is None and isinstance(count, int) and explicit_mesh((kernel, stack)) is None:
+        method = fastest_method(spec, count, kernel.dtype, jax.default_backend())
+    elif method is None:  # it suits every symbolic count, and alone keeps the stack partitioned
+        method = "convolution"
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, or None to choose, got {method!r}.")
     if method == "convolution":

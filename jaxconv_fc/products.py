@@ -26,8 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.jet import jet_rules
+from jax.export import is_symbolic_dim
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import NamedSharding
 
 from jaxconv_fc import correlation, native
@@ -236,6 +238,13 @@ def _batched(
     return _bind(*fronted, out=out, batches=(label, *batches), sharding=sharding, **params), 0
 
 
+def _taylor(primals: Any, series: Any, **params: Any) -> tuple[jax.Array, list[jax.Array]]:
+    """``c[n] = sum_i a[i] * b[n-i]`` of the terms of two Taylor series, for ``jax.experimental.jet``."""
+    a, b = ([value, *terms] for value, terms in zip(primals, series, strict=True))
+    value, *terms = (sum(_bind(a[i], b[n - i], **params) for i in range(n + 1)) for n in range(len(a)))
+    return value, terms  # type: ignore[return-value]
+
+
 def _lowered(forms: Forms, a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
     """The product inside a program. Explicit mesh axes are made automatic around it."""
     evaluate = partial(_evaluate, forms, **params)
@@ -282,30 +291,37 @@ def _evaluate(
     compute = partial(_PRODUCTS[out], forms, spec, precision)
     for i in reversed(stacked):
         in_axes = [0 if role in batches[i] else None for role in roles]
-        compute = vmap_or_sum(compute, in_axes, out in batches[i])
+        each = _loop if is_symbolic_dim(sizes[i]) else jax.vmap  # a convolution has a fixed number of groups
+        compute = vmap_or_sum(compute, in_axes, out in batches[i], each)
     result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
     result = result.reshape(*(sizes[i] for i in order(out)), *getattr(spec, _SHAPES[out]))
     return jnp.moveaxis(result, range(len(order(out))), [_lead(batches, out).index(i) for i in order(out)])
 
 
 def vmap_or_sum(
-    compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool
+    compute: Callable[..., jax.Array], in_axes: Sequence[int | None], kept: bool, each: Any = jax.vmap
 ) -> Callable[..., jax.Array]:
     """``compute`` over a batch axis of some operands; the sum over this axis unless the result keeps it."""
-    mapped = jax.vmap(compute, tuple(in_axes))
+    mapped = each(compute, tuple(in_axes))
     return mapped if kept else lambda *operands: summed(mapped(*operands), 0)
 
 
-@partial(jax.jit, static_argnames=("out", "spec", "batches", "precision", "sharding"))
-def _compiled(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
-    """The product as a program of its own."""
-    return product_p.bind(a, b, **params)
+def _loop(compute: Callable[..., jax.Array], in_axes: Sequence[int | None]) -> Callable[..., jax.Array]:
+    """``jax.vmap(compute, in_axes)`` as a loop."""
+
+    def mapped(*operands: jax.Array) -> jax.Array:
+        pairs = list(zip(operands, in_axes, strict=True))
+        count = next(v.shape[0] for v, d in pairs if d is not None)
+        return lax.map(lambda i: compute(*(v if d is None else v[i] for v, d in pairs)), jnp.arange(count))
+
+    return mapped
 
 
-product_p.def_impl(_compiled)
+product_p.def_impl(partial(xla.apply_primitive, product_p))  # a program of its own, under disable_jit too
 product_p.def_abstract_eval(_abstract)
 ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
 batching.primitive_batchers[product_p] = _batched
+jet_rules[product_p] = _taylor
 
 
 # -- one lowering per kind of platform ----------------------------------------------------------

@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.jet import jet_rules
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
 
 
@@ -219,7 +220,7 @@ def by_platform(form: PlatformForms, result: Any, *operands: jax.Array, linear: 
 
 
 platform_p = Primitive("by_platform")
-platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
+platform_p.def_impl(partial(xla.apply_primitive, platform_p))  # met under disable_jit only
 
 
 def _platform_type(*operands: Any, shape: tuple[int, ...], dtype: Any, **_: Any) -> Any:
@@ -271,6 +272,15 @@ def _pulled(form: Bound, avals: Sequence[Any], i: int, ct: jax.Array, *constants
     return jax.linear_transpose(of_one, zeros[i])(ct)[0]  # integers have no derivative
 
 
+def _platform_taylor(primals: Any, series: Any, *, linear: int, **params: Any) -> tuple[Any, list[Any]]:
+    """Every term of a Taylor series by itself, for ``jax.experimental.jet``."""
+    value, *terms = (
+        platform_p.bind(*moving, *primals[linear:], linear=linear, **params)
+        for moving in (primals[:linear], *zip(*series[:linear], strict=True))
+    )
+    return value, terms
+
+
 def _mapped(form: Bound, dims: tuple[int | None, ...], *operands: jax.Array) -> jax.Array:
     return jax.vmap(form, dims)(*operands)
 
@@ -284,6 +294,7 @@ def _platform_batched(args: Any, dims: Any, *, form: PlatformForms, shape: Any, 
 ad.primitive_jvps[platform_p] = _platform_jvp
 ad.primitive_transposes[platform_p] = _platform_transpose
 batching.primitive_batchers[platform_p] = _platform_batched
+jet_rules[platform_p] = _platform_taylor
 
 
 # -- arrays of a given type ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, wraps
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -44,14 +44,14 @@ class Nbytes(NamedTuple):
 
 
 @jax.tree_util.register_static
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ConvSpec:
     """The geometry of one convolution, whose matrix M has ``M @ x.ravel() == conv(x, kernel).ravel()``.
 
     Made by :func:`conv_spec`. It holds the arguments of ``lax.conv_general_dilated``, resolved. Frozen,
     hashable and static in pytrees, so it passes through ``jax.jit`` without ``static_argnames``. The matrix M
-    belongs to one example: the batch entry of ``lhs_shape`` plays no part, save where
-    ``batch_group_count`` > 1.
+    belongs to one example, so the batch entry of ``lhs_shape`` plays no part: specs that differ in it alone
+    are equal, and share compiled programs. It may be symbolic (``jax.export.symbolic_shape``).
 
     Vectors are ravels, in row-major order, of arrays of ``in_shape`` and ``out_shape`` in the
     caller's own layout. Row ``i`` of M is output neuron ``i`` of ``out_shape``; column ``j`` is
@@ -82,6 +82,19 @@ class ConvSpec:
     batch_group_count: int
     padding_mode: str
     _repr_html_: ClassVar[Callable[[ConvSpec], str]]  # show/text.py sets it: a table for notebooks
+
+    # -- identity ------------------------------------------------------------------------------
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        """Every argument, with the shape of one example in place of ``lhs_shape``."""
+        return self.in_shape, *(getattr(self, field.name) for field in fields(self)[1:])
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity == other._identity if isinstance(other, ConvSpec) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -267,7 +280,7 @@ def conv_spec(
     rows, as in lax.
 
     Args:
-      lhs_shape: shape of the input, batch included.
+      lhs_shape: shape of the input, batch included, which may be symbolic.
       rhs_shape: shape of the kernel.
       window_strides: stride per spatial axis.
       padding: ``"VALID"``, ``"SAME"``, ``"SAME_LOWER"``, or ``[(lo, hi), ...]``; negative amounts
@@ -287,7 +300,7 @@ def conv_spec(
       A :class:`ConvSpec`.
 
     Raises:
-      TypeError: an argument is of the wrong kind, or traced. All of them must be static.
+      TypeError: an argument is of the wrong kind, traced, or symbolic. All but the batch must be static.
       ValueError: an argument has a wrong value, such as a stride, dilation or pad beyond ``2**31 - 1``.
 
     >>> import jaxconv_fc as fc
@@ -295,7 +308,7 @@ def conv_spec(
     >>> spec.padding, spec.in_shape, spec.out_shape, spec.shape, spec.nse
     (((0, 1), (0, 1)), (3, 32, 32), (16, 16, 16), (4096, 3072), 106032)
     """
-    lhs = as_ints("lhs_shape", lhs_shape, least=0)
+    lhs = as_ints("lhs_shape", lhs_shape, least=0, symbolic=True)
     rhs = as_ints("rhs_shape", rhs_shape, least=0)
     check_ranks(lhs, rhs)
     dims = len(lhs) - 2

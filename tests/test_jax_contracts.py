@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.jet import jet, jet_rules
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, xla
 
 ZEROS = np.zeros(3)
 
@@ -254,6 +255,28 @@ def test_a_symbolic_zero_cotangent_stays_out():
     """A result nobody uses asks for no derivative."""
     gradient = jax.grad(lambda a: a.sum() + 0 * outer(a, B).shape[0])(jnp.asarray(A))
     np.testing.assert_array_equal(gradient, np.ones(2))
+
+
+def test_a_primitive_evaluated_as_those_of_lax_obeys_disable_jit():
+    """A rule that calls ``jax.jit`` of its own bind would call itself for ever."""
+    twice_p = Primitive("test_twice")
+    twice_p.def_impl(partial(xla.apply_primitive, twice_p))
+    twice_p.def_abstract_eval(lambda x, *, times: x)
+    mlir.register_lowering(twice_p, mlir.lower_fun(lambda x, *, times: x * times, multiple_results=False))
+    with jax.disable_jit():
+        assert twice_p.bind(jnp.float32(3), times=2) == 6
+    assert twice_p.bind(jnp.float32(3), times=2) == 6
+
+
+def test_jet_gives_its_rules_coefficients_without_factorials():
+    """A rule gets and returns the terms ``f / n!`` of the series, every zero as an array."""
+    seen = []
+    probe_p = Primitive("test_probe")
+    probe_p.def_impl(lambda x: x)
+    probe_p.def_abstract_eval(lambda x: x)
+    jet_rules[probe_p] = lambda primals, series: seen.append(series) or (primals[0], series[0])
+    jet(lambda t: probe_p.bind(t * t), (3.0,), ((1.0, 0.0, 0.0),))
+    np.testing.assert_allclose(seen, [[[6.0, 1.0, 0.0]]], rtol=1e-12)  # (3 + t)**2 = 9 + 6 t + t**2
 
 
 # static pytrees, settings, programs ------------------------------------------------------------------

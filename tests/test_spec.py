@@ -11,6 +11,7 @@ import pytest
 from geometries import geometries, random_geometry
 from hypothesis import given
 from jax import lax
+from jax.export import symbolic_shape
 
 import jaxconv_fc as fc
 
@@ -110,6 +111,46 @@ DIFFERENT = [
 @pytest.mark.parametrize("changed", DIFFERENT)
 def test_another_meaning_another_spec(changed, spec):
     assert fc.conv_spec(**(dict(zip(LAX_ORDER, PLAIN, strict=False)) | changed)) != spec
+
+
+def test_the_batch_is_not_part_of_the_identity():
+    """Three batches, one program; lhs_shape keeps what was given."""
+    (n,) = symbolic_shape("n")
+    specs = [fc.conv_spec((batch, *PLAIN[0][1:]), *PLAIN[1:]) for batch in (2, 0, 32, n)]
+    assert len(set(specs)) == 1
+    assert all(spec == specs[0] for spec in specs)
+    assert [spec.lhs_shape[0] for spec in specs] == [2, 0, 32, n]
+    traces = []
+    traced = jax.jit(lambda spec, x: traces.append(spec) or x.reshape(spec.in_shape))
+    for spec in specs:
+        traced(spec, jnp.ones(spec.in_size))
+    assert len(traces) == 1
+
+
+def test_the_batch_groups_are_part_of_the_identity():
+    def spec(batch, groups):
+        return fc.conv_spec((batch, 3, 8), (4, 3, 3), (1,), "SAME", batch_group_count=groups)
+
+    (n,) = symbolic_shape("n")
+    assert spec(4, 2) == spec(8, 2) == spec(2 * n, 2)
+    assert spec(4, 2) != spec(4, 4)
+    assert spec(4, 2) != spec(4, 1)
+
+
+def test_only_the_batch_may_be_symbolic():
+    n, w = symbolic_shape("n, w")
+    with pytest.raises(TypeError, match=r"lhs_shape\[2\] .* symbolic size w.* Only the batch"):
+        fc.conv_spec((n, 3, w), (4, 3, 3), (1,), "SAME")
+    with pytest.raises(TypeError, match=r"lhs_shape\[1\] .* symbolic size w"):
+        fc.conv_spec((1, w, 8), (4, 3, 3), (1,), "SAME")
+    with pytest.raises(TypeError, match=r"lhs_shape\[0\] .* symbolic size w"):
+        fc.conv_spec((w, 8, n, 3), (3, 3, 3, 4), (1, 1), "SAME", None, None, ("HWNC", "HWIO", "HWNC"))
+    with pytest.raises(TypeError, match=r"rhs_shape\[2\] must be an int, got w"):
+        fc.conv_spec((n, 3, 8), (4, 3, w), (1,), "SAME")
+    with pytest.raises(TypeError, match=r"window_strides\[0\] must be an int, got w"):
+        fc.conv_spec((n, 3, 8), (4, 3, 3), (w,), "SAME")
+    with pytest.raises(ValueError, match=r"batch_group_count=2 must divide the batch \(n,"):
+        fc.conv_spec((n, 3, 8), (4, 3, 3), (1,), "SAME", batch_group_count=2)
 
 
 def test_a_spec_is_not_another_type(spec):

@@ -24,7 +24,7 @@ class ConvSite:
     (:func:`apply_transpose`) and ``"X^T y"`` (the gradient with respect to the kernel).
 
     Attributes:
-      spec: the geometry; its ``lhs_shape`` holds the batch.
+      spec: the geometry. That of a convolution of lax has the shape of x as its ``lhs_shape``.
       kernel, x, y: arrays where the value is known, ``jax.ShapeDtypeStruct`` where only its shape is.
       name: the name stack (flax.linen and haiku put their module names there), with the path of the module
         that holds the kernel (flax.nnx, equinox, nested dictionaries), else the line of the source.
