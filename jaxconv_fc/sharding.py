@@ -187,7 +187,7 @@ class Bound(NamedTuple):
 
 
 class PlatformForms(NamedTuple):
-    """One function in a form per platform; all have equal results. A program traces the form it runs alone."""
+    """One function in a form per platform, with equal results. A program traces the one form that it runs."""
 
     cpu: Bound  # also for a platform that is not named here
     gpu: Bound
@@ -270,7 +270,7 @@ def _pushed(form: Bound, moving: tuple[int, ...], *operands: jax.Array) -> list[
         by_place = dict(zip(moving, moved, strict=True))
         return jax.tree.leaves(form(*(by_place.get(i, operand) for i, operand in enumerate(point))))
 
-    return jax.jvp(along, [point[i] for i in moving], changes)[1]
+    return jax.jvp(along, tuple(point[i] for i in moving), changes)[1]
 
 
 def _platform_transpose(cts: Any, *operands: Any, form: PlatformForms, linear: int, **_: Any) -> list[Any]:
