@@ -21,7 +21,15 @@ from jax import lax
 
 from jaxconv_fc import forms
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.forms import Call, Decomposition, among_zeros, by_residues, complex_product, own_positions
+from jaxconv_fc.forms import (
+    Call,
+    Decomposition,
+    among_zeros,
+    by_residues,
+    complex_product,
+    own_positions,
+    windows,
+)
 
 MOST_AXES = 3  # spatial axes of one convolution on a GPU
 MOST_COPIES = 8  # in the padding of an axis, that are added one by one, in one loop
@@ -94,7 +102,7 @@ def _without_stride(a: int, axis: Axis, x: jax.Array, y: jax.Array) -> tuple[Axi
     rounds = -(-axis.taps // residues)
     inner = Axis(axis.out_size + (rounds - 1) * (s // g), rounds, rhs_dilation=s // g)
     reads = Axis(axis.size, residues, r, axis.lo, rhs_dilation=s).ending_at(inner.size)
-    x = _merged(_read(x, 1 + a, reads), 2 + a, 0)  # [n, t, ...] -> [n, v, e, ...] -> [n*e, v, ...]
+    x = _merged(windows(x, 1 + a, reads), 2 + a, 0)  # [n, t, ...] -> [n, v, e, ...] -> [n*e, v, ...]
     # Outputs that do not exist have cotangents of 0. They read inputs, so an Inf there makes 0 * Inf = NaN.
     spare = rounds * residues - axis.taps
     y = lax.pad(y, jnp.zeros((), y.dtype), [(0, spare * (i == 1 + a), 0) for i in range(y.ndim)])
@@ -166,7 +174,7 @@ def _unfolded(
     """The same correlation without axis ``a``: its taps become channels, its outputs become examples."""
     axis, others = axes[a], [*axes[:a], *axes[a + 1 :]]
     place = _places(form.lhs, lhs.ndim)[2 + a]
-    lhs = _merged(_read(lhs, place, axis), place + 1, form.lhs[1])  # the taps
+    lhs = _merged(windows(lhs, place, axis), place + 1, form.lhs[1])  # the taps
     lhs = _merged(lhs, place, form.lhs[0])  # the outputs
     rhs = _merged(rhs, _places(form.rhs, rhs.ndim)[2 + a], form.rhs[1])
     y = _correlate(form, others, lhs, rhs, call)
@@ -187,13 +195,6 @@ def _places(two: tuple[int, int], rank: int) -> tuple[int, ...]:
     """The two named dimensions of an array, then the spatial ones."""
     named = [i % rank for i in two]
     return (*named, *(i for i in range(rank) if i not in named))
-
-
-def _read(x: jax.Array, dim: int, axis: Axis) -> jax.Array:
-    """[..., t, ...] -> [..., o, p, ...]: the input that output o reads through tap p, or 0."""
-    o, p = lax.iota(jnp.int32, axis.out_size), lax.iota(jnp.int32, axis.taps)
-    t, valid = axis.input_of(o[:, None], p[None])
-    return jnp.take(x, jnp.where(valid, t, axis.size), axis=dim, mode="fill", fill_value=0)
 
 
 def _merged(x: jax.Array, dim: int, into: int) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.forms import Call, Decomposition, Forms, by_residues, complex_product, fold
+from jaxconv_fc.forms import Call, Decomposition, Forms, by_residues, complex_product, fold, moved_by, windows
 from jaxconv_fc.memory import fits_in_memory
 from jaxconv_fc.spec import ConvSpec
 
@@ -70,20 +70,20 @@ def kernel_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call
 
 def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
     """Correlation without input dilation, of any dtype: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
-    groups, pads = call.groups, [(a.lo, a.hi) for a in axes]
+    groups = call.groups
     if jnp.issubdtype(lhs.dtype, jnp.integer):
-        return _dot_of_windows(axes, _padded(axes, lhs, 1), rhs, groups)
+        return _dot_of_windows(axes, lhs, rhs, groups)
     if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
         one, parts = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
         return jnp.concatenate([_convolution(axes, *pair, one) for pair in zip(*parts, strict=True)], -1)
-    if any(min(pad) < 0 for pad in pads):  # lax.pad crops exactly, the convolution may not
-        lhs, pads = _padded(axes, lhs, 1), [(0, 0)] * len(axes)
+    if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
+        axes, lhs = _padded(axes, lhs, 1)
     d = len(axes)
     last = (0, d + 1, *range(1, d + 1))  # channels last
     convolve = partial(
         lax.conv_general_dilated,
         window_strides=[a.stride for a in axes],
-        padding=pads,
+        padding=[(a.lo, a.hi) for a in axes],
         rhs_dilation=[a.rhs_dilation for a in axes],
         dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
         feature_group_count=groups,
@@ -92,25 +92,24 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
     return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
 
 
-def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> jax.Array:
-    """Zeros around the spatial dimensions of ``x``, the first of which is ``first``. Negative ones crop."""
+def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> tuple[list[Axis], jax.Array]:
+    """The padding made: axes without any, and ``x`` with zeros around its dimensions from ``first`` on."""
     pads = [(0, 0, 0)] * x.ndim
     pads[first : first + len(axes)] = [(a.lo, a.hi, 0) for a in axes]
-    return lax.pad(x, jnp.zeros((), x.dtype), pads)
+    inner = [Axis(a.span, a.taps, a.stride, rhs_dilation=a.rhs_dilation) for a in axes]
+    return inner, lax.pad(x, jnp.zeros((), x.dtype), pads)
 
 
 def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
-    """Correlation of a padded integer array: GPUs have products of integers, and no convolutions."""
+    """Correlation of integers: GPUs have products of them, and no convolutions."""
     d = len(axes)
     for i, axis in enumerate(axes):  # [n, in..., c] -> [n, out1, taps1, in..., c] -> ...
-        reads = lax.iota(jnp.int32, axis.out_size)[:, None] * axis.stride
-        reads = reads + lax.iota(jnp.int32, axis.taps)[None] * axis.rhs_dilation
-        lhs = jnp.take(lhs, reads, axis=1 + 2 * i, mode="clip")
-    windows = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
+        lhs = windows(lhs, 1 + 2 * i, axis)
+    lhs = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
     kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
     # [n, out1, taps1, ..., g, c] x [taps..., c, g, d] -> [g, n, out..., d] -> [n, out..., g * d]
     contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
-    y = lax.dot_general(windows, kernel, (contracting, ([2 * d + 1], [d + 1])))
+    y = lax.dot_general(lhs, kernel, (contracting, ([2 * d + 1], [d + 1])))
     return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
 
 
@@ -154,15 +153,13 @@ def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
 def _sum_over_taps(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
     """Correlation without input dilation: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]. All terms are one loop."""
     x, at, first = _grouped(lhs, call)
-    x = _padded(axes, x, first)
+    axes, x = _padded(axes, x, first)
     *taps, inputs, _ = rhs.shape
     weights = rhs.astype(x.dtype).reshape(*taps, inputs, call.groups, -1)  # [p, i, g, e]
     beside = (0, *range(3, x.ndim)) if call.channels_first else range(x.ndim - 2)  # all but [g, e]
-    counts, steps = [a.out_size for a in axes], [a.stride for a in axes]
     terms = []
     for p, i in itertools.product(np.ndindex(*taps), range(inputs)):
-        starts = [tap * a.rhs_dilation for tap, a in zip(p, axes, strict=True)]
-        window = _strided(lax.slice_in_dim(x, i, i + 1, axis=at), first, starts, counts, steps)
+        window = moved_by(axes, p, lax.slice_in_dim(x, i, i + 1, axis=at), first)
         terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [1, g, e, 1]
     y = functools.reduce(operator.add, terms)
     y = y.reshape(*y.shape[: at - 1], -1, *y.shape[at + 1 :])
@@ -174,22 +171,18 @@ def _sums_over_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: C
     dtype = x.dtype
     x, at, first = _grouped(x, call)
     y, *_ = _grouped(y, call)
-    x = _padded(axes, x, first)
-    counts, steps = [a.taps for a in axes], [a.rhs_dilation for a in axes]
-    positions = tuple(range(first, first + len(axes)))
-    windows = [
-        _strided(x, first, [tap * a.stride for tap, a in zip(p, axes, strict=True)], counts, steps)
-        for p in np.ndindex(*(a.out_size for a in axes))
-    ]
+    axes, x = _padded([a.kernel_gradient() for a in axes], x, first)  # its taps are those of the kernel
+    taps, positions = [a.taps for a in axes], tuple(range(first, first + len(axes)))
+    read = [moved_by(axes, p, x, first) for p in np.ndindex(*taps)]
     if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
         y = jnp.expand_dims(y, at)
-        terms = [jnp.expand_dims(window, at + 1) * y for window in windows]
+        terms = [jnp.expand_dims(window, at + 1) * y for window in read]
         sums = _sums_at_once(terms, 0, *(dim + (at < dim) for dim in positions))
     else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
         numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
-        sums = [lax.dot_general(window, y, numbers, call.precision) for window in windows]
+        sums = [lax.dot_general(window, y, numbers, call.precision) for window in read]
     kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
-    return kernel.reshape(kernel.shape[0], *(a.out_size for a in axes), -1).astype(dtype)
+    return kernel.reshape(kernel.shape[0], *taps, -1).astype(dtype)
 
 
 def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
@@ -200,16 +193,6 @@ def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
     zeros = [jnp.zeros((), term.dtype) for term in terms]
     rows = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), others)
     return [row.sum(last - sum(dim < last for dim in others)) for row in rows]
-
-
-def _strided(
-    x: jax.Array, first: int, starts: Sequence[int], counts: Sequence[int], steps: Sequence[int]
-) -> jax.Array:
-    """``counts`` entries from ``starts`` on, ``steps`` apart, of the dimensions from ``first`` on."""
-    start, stop, step = [0] * x.ndim, list(x.shape), [1] * x.ndim
-    for d, (begin, count, by) in enumerate(zip(starts, counts, steps, strict=True), start=first):
-        start[d], stop[d], step[d] = begin, begin + (count - 1) * by + 1, by
-    return lax.slice(x, start, stop, step)
 
 
 # -- stacks of vectors, and matrices ---------------------------------------------------------------

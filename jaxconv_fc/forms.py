@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.axis import Axis, dilated
 from jaxconv_fc.spec import ConvSpec
 
 
@@ -54,6 +54,36 @@ class Forms(NamedTuple):
     singular_values: Callable[[jax.Array], jax.Array]  # [..., row, column] -> [..., k]: its values alone
     method: Callable[[ConvSpec, int, Any], str]  # (spec, examples, dtype) -> the way of batched_apply
     column_bytes: int | None  # that a matrix product may write in a convolution of many columns; None: all
+
+
+# -- what is read ----------------------------------------------------------------------------------
+
+
+def moved_by(
+    axes: Sequence[Axis], tap: Sequence[int], value: jax.Array, first: int, fill: Any = 0
+) -> jax.Array:
+    """What each output reads through one tap, on the dimensions of ``value`` from ``first`` on.
+
+    It is ``fill`` where the tap reads nothing.
+    """
+    pads = [(0, 0, 0)] * value.ndim
+    starts, stops, steps = [0] * value.ndim, list(value.shape), [1] * value.ndim
+    for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
+        # Output o reads position  start + o*stride  of the dilated axis.
+        start, reach = p * axis.rhs_dilation - axis.lo, (axis.out_size - 1) * axis.stride + 1
+        high = start + reach - dilated(axis.size, axis.lhs_dilation)
+        pads[i] = (max(0, -start), max(0, high), axis.lhs_dilation - 1)
+        starts[i], stops[i], steps[i] = max(0, start), max(0, start) + reach, axis.stride
+    if any(map(any, pads)):
+        value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
+    return lax.slice(value, starts, stops, steps)
+
+
+def windows(x: jax.Array, dim: int, axis: Axis) -> jax.Array:
+    """[..., t, ...] -> [..., o, p, ...]: the input that output o reads through tap p, or 0."""
+    o, p = lax.iota(jnp.int32, axis.out_size), lax.iota(jnp.int32, axis.taps)
+    t, valid = axis.input_of(o[:, None], p[None])
+    return jnp.take(x, jnp.where(valid, t, axis.size), axis=dim, mode="fill", fill_value=0)
 
 
 # -- input dilation --------------------------------------------------------------------------------

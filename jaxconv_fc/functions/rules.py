@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxconv_fc.forms import moved_by
 from jaxconv_fc.functions.columns import MOVES
 from jaxconv_fc.functions.connect import batched_output, examples
 from jaxconv_fc.functions.find import spec_of
@@ -44,7 +45,7 @@ from jaxconv_fc.functions.linearize import (
     stacked,
     tangent_of,
 )
-from jaxconv_fc.functions.tap_sums import moved_by, window_axes
+from jaxconv_fc.functions.tap_sums import window_axes
 from jaxconv_fc.products import stacked_product
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 

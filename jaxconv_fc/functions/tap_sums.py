@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, dilated
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.forms import moved_by
 from jaxconv_fc.layout import by_group, from_canonical
 from jaxconv_fc.platforms import on_each
 from jaxconv_fc.sharding import Bound, by_platform, program
@@ -134,21 +135,6 @@ def window_axes(params: dict[str, Any], shape: Sequence[int]) -> list[Axis]:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     axes = zip(shape, *(params[name] for name in names), strict=True)
     return [Axis(n, taps, s, lo, hi, l, r) for n, taps, s, (lo, hi), l, r in axes]
-
-
-def moved_by(axes: Sequence[Axis], tap: Sequence[int], value: Any, first: int, fill: Any = 0) -> jax.Array:
-    """``S_p`` on the axes of ``value`` from ``first`` on: what each output reads through tap p.
-
-    It is ``fill`` where the tap reads nothing.
-    """
-    pads, stops, steps = [(0, 0, 0)] * value.ndim, list(value.shape), [1] * value.ndim
-    for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
-        # Output o reads dilated position o*stride - low. Padding may be negative, and then crops.
-        low, reach = axis.lo - p * axis.rhs_dilation, (axis.out_size - 1) * axis.stride + 1
-        pads[i] = (low, reach - low - dilated(axis.size, axis.lhs_dilation), axis.lhs_dilation - 1)
-        stops[i], steps[i] = reach, axis.stride
-    value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
-    return lax.slice(value, [0] * value.ndim, stops, steps)
 
 
 def _total(values: Sequence[Any]) -> Any:
