@@ -74,8 +74,8 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
     if jnp.issubdtype(lhs.dtype, jnp.integer):
         return _dot_of_windows(axes, lhs, rhs, groups)
     if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
-        one, parts = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
-        return jnp.concatenate([_convolution(axes, *pair, one) for pair in zip(*parts, strict=True)], -1)
+        parts = zip(jnp.split(lhs, groups, -1), jnp.split(rhs, groups, -1), strict=True)
+        return jnp.concatenate([_convolution(axes, *part, call._replace(groups=1)) for part in parts], -1)
     if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
         axes, lhs = _padded(axes, lhs, 1)
     d = len(axes)
@@ -171,7 +171,7 @@ def _sums_over_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: C
     dtype = x.dtype
     x, at, first = _grouped(x, call)
     y, *_ = _grouped(y, call)
-    axes, x = _padded([a.kernel_gradient() for a in axes], x, first)  # its taps are those of the kernel
+    axes, x = _padded([a.with_taps_as_outputs() for a in axes], x, first)  # its taps are those of the kernel
     taps, positions = [a.taps for a in axes], tuple(range(first, first + len(axes)))
     read = [moved_by(axes, p, x, first) for p in np.ndindex(*taps)]
     if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]

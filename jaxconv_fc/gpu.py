@@ -1,7 +1,5 @@
 """What a program does on a GPU. What it shares with a TPU is in :mod:`jaxconv_fc.accelerators`."""
 
-from __future__ import annotations
-
 from jaxconv_fc import accelerators
 from jaxconv_fc.forms import Forms
 

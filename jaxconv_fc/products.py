@@ -325,7 +325,7 @@ def _to_inputs(forms: Forms, spec: ConvSpec, call: Call, kernel: jax.Array, y: j
 
 def _to_kernel(forms: Forms, spec: ConvSpec, call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2)."""
-    axes = [a.on_padded.kernel_gradient() for a in spec.axes]
+    axes = [a.on_padded.with_taps_as_outputs() for a in spec.axes]
     x, y = _padded(spec, x), to_canonical(y, spec.out_order)
     kernel = forms.kernel_gradient(axes, x, y, call)  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
     return from_canonical(kernel, spec.kernel_order)
