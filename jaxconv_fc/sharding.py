@@ -1,4 +1,4 @@
-"""Array types on several devices: over which mesh axes a value varies, and how it is partitioned.
+"""Array types on several devices: over which mesh axes a value varies, and how it is partitioned; platforms.
 
 Inside ``jax.shard_map`` a type names the mesh axes over which the value *varies*: devices along such an
 axis hold different values. Where a varying and an unvarying operand meet, the unvarying one must be made
@@ -10,6 +10,8 @@ asks for the partition of the result of a reshape or a scatter.
 
 The products follow these types. Everything else is a :func:`program`, in which types are those of one
 device. So its loops and reshapes, and the libraries that it calls, work unchanged.
+
+A program runs in the form of its platform: :func:`by_platform` chooses when the program is lowered.
 """
 
 from __future__ import annotations
