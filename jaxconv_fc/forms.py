@@ -1,8 +1,7 @@
 """What a platform says about itself, and what the forms of several platforms share.
 
-A :class:`Forms` is the record of one platform: everything that depends on where a program runs. There is one
-file per platform, with its record: :mod:`jaxconv_fc.cpu`, :mod:`jaxconv_fc.gpu`, :mod:`jaxconv_fc.tpu`.
-:mod:`jaxconv_fc.platforms` has the table of all.
+A :class:`Forms` is the record of one platform: everything that depends on where a program runs. Each platform
+has a file with its record: cpu.py, gpu.py, tpu.py. The table of all is in platforms.py.
 
 Canonical arrays are x [n, t, g*i], y [n, o, g*e] and k [p, i, g*e]: example n, group g, its in channel i and
 out channel e; input positions t, output positions o and taps p, each one dimension per spatial axis.

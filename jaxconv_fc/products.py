@@ -9,9 +9,9 @@ A convolution is a trilinear form in kernel, input and output cotangent. Two of 
 The derivative or transpose of one product is another one. One JAX primitive holds all three, so
 derivatives of any order run through this file, and none through JAX's own rules for convolutions.
 
-Each platform has its own form of the products, in its own file: see :mod:`jaxconv_fc.forms`. On the CPU, the
-convolutions that JAX derives read out of bounds or abort when a padding turns negative, and are slow where a
-stride becomes an input dilation. So the CPU has others. On GPU and TPU they are what the hardware does best,
+Each platform has its own form of the products, in its own file: forms.py says what it must have. On the CPU,
+the convolutions that JAX derives read out of bounds or abort when a padding turns negative, and are slow where
+a stride becomes an input dilation. So the CPU has others. On GPU and TPU they are what the hardware does best,
 once negative padding is cropped.
 """
 
@@ -302,7 +302,7 @@ lower_by_platform(product_p, lambda platform: partial(_lowered, platform))
 
 # -- the three products, on a batch ------------------------------------------------------------
 #
-# Their arrays are canonical, as jaxconv_fc/forms.py says. A batch group is a feature group whose channels lie
+# Their arrays are canonical, as forms.py says. A batch group is a feature group whose channels lie
 # in another batch entry, so there is one kind of group.
 
 
