@@ -9,10 +9,10 @@ A convolution is a trilinear form in kernel, input and output cotangent. Two of 
 The derivative or transpose of one product is another one. One JAX primitive holds all three, so
 derivatives of any order run through this file, and none through JAX's own rules for convolutions.
 
-Each platform has its own form of the products, in its own file: forms.py says what it must have. On the CPU,
-the convolutions that JAX derives read out of bounds or abort when a padding turns negative, and are slow where
-a stride becomes an input dilation. So the CPU has others. On GPU and TPU they are what the hardware does best,
-once negative padding is cropped.
+Each platform has its own form of the products, in its own file; forms.py says what it must have. On the CPU,
+the convolutions that JAX derives read out of bounds or abort when a padding turns negative, and are slow
+where a stride becomes an input dilation. So the CPU has others. On GPU and TPU they are what the hardware
+does best, once negative padding is cropped.
 """
 
 from __future__ import annotations

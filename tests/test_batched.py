@@ -38,7 +38,8 @@ def test_the_rule_for_stacks():
     assert of(*small, 64, "float32", groups=32) == "convolution"
     depthwise = ((1, 32, 28, 28), (32, 1, 9, 9))
     assert of(*depthwise, 64, "float32", groups=32) == "sparse"
-    assert of(*depthwise, 64, "float32", "gpu", groups=32) == "convolution"
+    for backend in ("gpu", "tpu"):
+        assert of(*depthwise, 64, "float32", backend, groups=32) == "convolution"
     assert of(*depthwise, 1, "float32", groups=32) == "convolution"
     assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float32") == "convolution"
     assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float64") == "sparse"

@@ -34,7 +34,7 @@ CASES = {
     "batch groups, N inside": Geometry(
         (3, 4, 2), (2, 4, 2), (1,), "SAME", None, None, ("WNC", "WOI", "CNW"), batch_group_count=2
     ),
-    "circular": Geometry((1, 2, 3, 4), (2, 2, 3, 2), (1, 2), [(1, 4), (9, 0)], padding_mode="circular"),
+    "circular": Geometry((1, 2, 3, 4), (2, 2, 3, 2), (1, 2), [(0, 5), (9, 0)], padding_mode="circular"),
     "reflect": Geometry((1, 2, 4), (2, 2, 3), (1,), [(9, 2)], None, (2,), padding_mode="reflect"),
     "symmetric": Geometry((1, 2, 3), (2, 1, 2), (2,), [(7, 1)], (2,), None, None, 2, 1, "symmetric"),
     "edge": Geometry((2, 1, 3), (2, 1, 4), (1,), [(5, 3)], None, None, None, 1, 2, "edge"),
