@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxconv_fc import cpu
+from jaxconv_fc.products import cpu
 
 # No test may lean on an implicit conversion or an implicit broadcast of ranks.
 jax.config.update("jax_enable_x64", True)

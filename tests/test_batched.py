@@ -10,7 +10,7 @@ from geometries import CASES, integers
 
 import jaxconv_fc as fc
 from jaxconv_fc.batched import METHODS
-from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.products.platforms import PLATFORMS
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])

@@ -21,7 +21,7 @@ from jax import export, lax
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.products.platforms import PLATFORMS
 
 NAMES = ("cpu", "cuda", "rocm", "tpu")
 FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")

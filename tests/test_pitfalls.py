@@ -24,7 +24,7 @@ import pytest
 from geometries import Geometry, arrays
 
 import jaxconv_fc as fc
-from jaxconv_fc import cpu
+from jaxconv_fc.products import cpu
 
 # the rows of the table, each in several sizes and channel counts; float32, which is where JAX fails
 TABLE = {

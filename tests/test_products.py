@@ -14,9 +14,9 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
-from jaxconv_fc import cpu
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.products import cpu
+from jaxconv_fc.products.platforms import PLATFORMS
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),

@@ -12,7 +12,7 @@ from jax import export
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.products.platforms import PLATFORMS
 from jaxconv_fc.spectrum import svd
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]

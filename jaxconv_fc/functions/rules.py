@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.forms import moved_by
 from jaxconv_fc.functions.columns import MOVES
 from jaxconv_fc.functions.connect import batched_output, examples
 from jaxconv_fc.functions.find import spec_of
@@ -46,7 +45,8 @@ from jaxconv_fc.functions.linearize import (
     tangent_of,
 )
 from jaxconv_fc.functions.tap_sums import window_axes
-from jaxconv_fc.products import stacked_product
+from jaxconv_fc.products.forms import moved_by
+from jaxconv_fc.products.product import stacked_product
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 
 Rule = Callable[[Linearizer, JaxprEqn, Sequence[Any]], list[Any]]

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.forms import Decomposition
-from jaxconv_fc.platforms import PLATFORMS, on_each
+from jaxconv_fc.products.forms import Decomposition
+from jaxconv_fc.products.platforms import PLATFORMS, on_each
 from jaxconv_fc.sharding import by_platform
 
 

@@ -1,7 +1,7 @@
-"""What a program does on a GPU. What it shares with a TPU is in :mod:`jaxconv_fc.accelerators`."""
+"""What a program does on a GPU. What it shares with a TPU is in :mod:`jaxconv_fc.products.accelerators`."""
 
-from jaxconv_fc import accelerators
-from jaxconv_fc.forms import Forms
+from jaxconv_fc.products import accelerators
+from jaxconv_fc.products.forms import Forms
 
 GPU = Forms(
     correlate=accelerators.correlate,

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc import forms
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.forms import (
+from jaxconv_fc.products import forms
+from jaxconv_fc.products.forms import (
     Call,
     Decomposition,
     among_zeros,

@@ -23,8 +23,17 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.forms import Call, Decomposition, Forms, by_residues, complex_product, fold, moved_by, windows
 from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.products.forms import (
+    Call,
+    Decomposition,
+    Forms,
+    by_residues,
+    complex_product,
+    fold,
+    moved_by,
+    windows,
+)
 from jaxconv_fc.spec import ConvSpec
 
 MOST_TERMS = 64  # of a sum that is written out, and sums in one loop

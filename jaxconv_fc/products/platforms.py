@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jaxconv_fc.cpu import CPU
-from jaxconv_fc.forms import Forms
-from jaxconv_fc.gpu import GPU
+from jaxconv_fc.products.cpu import CPU
+from jaxconv_fc.products.forms import Forms
+from jaxconv_fc.products.gpu import GPU
+from jaxconv_fc.products.tpu import TPU
 from jaxconv_fc.sharding import Bound, PlatformForms
-from jaxconv_fc.tpu import TPU
 
 PLATFORMS = {"cpu": CPU, "gpu": GPU, "tpu": TPU}  # names as in jax.default_backend()
 

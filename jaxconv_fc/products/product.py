@@ -30,10 +30,10 @@ from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding
 
 from jaxconv_fc.arguments import Array, check_summable
-from jaxconv_fc.forms import Call, Forms
 from jaxconv_fc.layout import from_canonical, to_canonical
 from jaxconv_fc.numerics import summed
-from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.products.forms import Call, Forms
+from jaxconv_fc.products.platforms import PLATFORMS
 from jaxconv_fc.sharding import (
     explicit_mesh,
     lower_by_platform,
