@@ -41,9 +41,9 @@ from jaxconv_fc.functions.find import find_convs as find_convs
 from jaxconv_fc.functions.sites import ConvSite as ConvSite
 from jaxconv_fc.linear_operator import as_linear_operator as as_linear_operator
 from jaxconv_fc.memory import memory_limit as memory_limit
-from jaxconv_fc.products import apply as apply
-from jaxconv_fc.products import apply_transpose as apply_transpose
-from jaxconv_fc.products import kernel_vjp as kernel_vjp
+from jaxconv_fc.products.product import apply as apply
+from jaxconv_fc.products.product import apply_transpose as apply_transpose
+from jaxconv_fc.products.product import kernel_vjp as kernel_vjp
 from jaxconv_fc.projection import conv_distance as conv_distance
 from jaxconv_fc.projection import detect_conv as detect_conv
 from jaxconv_fc.projection import kernel_from_matrix as kernel_from_matrix

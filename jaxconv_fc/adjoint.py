@@ -20,7 +20,7 @@ from jaxconv_fc.arguments import Array
 from jaxconv_fc.dense import sum_forms
 from jaxconv_fc.layout import from_canonical
 from jaxconv_fc.memory import check_array
-from jaxconv_fc.products import flipped_kernel
+from jaxconv_fc.products.product import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand
 

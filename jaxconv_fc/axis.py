@@ -255,7 +255,7 @@ class Axis:
         turned = Axis(self.out_size, self.taps, l, self.dilated_taps - 1 - self.lo, 0, s, r)
         return turned.ending_at(self.size)
 
-    def kernel_gradient(self) -> Axis:
+    def with_taps_as_outputs(self) -> Axis:
         """The axis that correlates inputs with output cotangents: its outputs are the taps (zeros mode)."""
         # o*s + p*r - lo == t*l    <=>    p*r + o*s - lo == t*l,    p the output and o the tap
         s, l, r = self.stride, self.lhs_dilation, self.rhs_dilation

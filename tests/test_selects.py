@@ -199,7 +199,21 @@ def test_a_platform_lowers_its_own_form_only():
         assert product_first == (platform != "tpu")
     assert float(scaled(v, w)) == 9
     assert jax.grad(scaled)(v, w) == 3
+    assert jax.grad(scaled, 1)(v, w) == 3
     assert float(export.export(jax.jit(scaled), platforms=("cpu", "cuda", "tpu"))(v, w).call(v, w)) == 9
+
+
+def test_a_form_with_two_results_is_differentiated_in_every_operand():
+    """It is linear in v and not in w. To second order, forward over reverse, under vmap."""
+
+    def plain(v, w):
+        return v * w**2, jnp.sin(w) * v
+
+    form = platform_forms(plain, plain)
+    both = program(lambda v, w: by_platform(form, (v, v), v, w))
+    for fn in (lambda f: f, jax.jacrev, lambda f: jax.jacfwd(jax.jacrev(f, (0, 1)), (0, 1))):
+        got, want = (jax.vmap(fn(of))(jnp.arange(3.0), jnp.ones(3)) for of in (both, plain))
+        jax.tree.map(np.testing.assert_allclose, got, want)
 
 
 @pytest.mark.parametrize(("platform", "factor"), [("cpu", 2), ("cuda", 5), ("rocm", 5), ("tpu", 3)])

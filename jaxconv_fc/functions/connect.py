@@ -35,7 +35,7 @@ from jaxconv_fc.functions.jaxprs import (
     scan_counts,
     trace,
 )
-from jaxconv_fc.products import OPERANDS, vmap_or_sum
+from jaxconv_fc.products.product import OPERANDS, vmap_or_sum
 from jaxconv_fc.sharding import as_on_one_device
 from jaxconv_fc.spec import ConvSpec
 

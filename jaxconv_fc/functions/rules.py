@@ -44,8 +44,9 @@ from jaxconv_fc.functions.linearize import (
     stacked,
     tangent_of,
 )
-from jaxconv_fc.functions.tap_sums import moved_by, window_axes
-from jaxconv_fc.products import stacked_product
+from jaxconv_fc.functions.tap_sums import window_axes
+from jaxconv_fc.products.forms import moved_by
+from jaxconv_fc.products.product import stacked_product
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 
 Rule = Callable[[Linearizer, JaxprEqn, Sequence[Any]], list[Any]]

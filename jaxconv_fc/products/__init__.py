@@ -1,0 +1,1 @@
+"""Products with M without M, and what each platform does."""
