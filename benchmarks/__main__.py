@@ -22,6 +22,7 @@ from benchmarks import (
     first_call,
     functions,
     gradients,
+    models,
     products,
     report,
     rows,
@@ -31,7 +32,7 @@ from benchmarks import (
 
 TABLES = {
     table.name: table
-    for module in (dense, sparse, products, gradients, functions, spectrum)
+    for module in (dense, sparse, products, gradients, functions, spectrum, models)
     for table in module.TABLES
 }
 
