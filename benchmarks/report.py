@@ -111,9 +111,9 @@ def _first_calls(results):
         )
 
 
-# -- the table of the README --------------------------------------------------------------------------
+# -- the table of docs/measured.md --------------------------------------------------------------------------
 
-# folder of results -> how the README calls the machine
+# folder of results -> how the table calls the machine
 MACHINES = {"cpu": "2 CPU cores", "h200": "NVIDIA H200"}
 # table -> what it is; the fastest of the peers counts, or the one that is named
 SUMMARY = {
