@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.arguments import Array, as_array, check_summable
-from jaxconv_fc.correlation import is_narrow
 from jaxconv_fc.dense import as_matrix
-from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.platforms import PLATFORMS
 from jaxconv_fc.products import apply
 from jaxconv_fc.sharding import explicit_mesh, program
 from jaxconv_fc.sparse.formats import as_bcsr
@@ -69,7 +68,8 @@ def batched_apply(
     if method is None and explicit_mesh((kernel, stack)) is not None:
         method = "convolution"  # the only one that keeps the stack partitioned
     if method is None:
-        method = fastest_method(spec, stack.shape[0], kernel.dtype, jax.default_backend())
+        forms = PLATFORMS.get(jax.default_backend(), PLATFORMS["cpu"])
+        method = forms.method(spec, stack.shape[0], kernel.dtype)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, or None to choose, got {method!r}.")
     if method == "convolution":
@@ -88,38 +88,3 @@ def _matrix_product(
     else:
         ys = jnp.matmul(as_matrix(spec, kernel), columns, precision=precision)
     return ys.T.reshape(stack.shape[0], *spec.out_shape)
-
-
-def fastest_method(spec: ConvSpec, count: int, dtype: Any, backend: str) -> str:
-    """Which of :data:`METHODS` :func:`batched_apply` takes for ``count`` examples.
-
-    The convolution, except on CPU for 16 examples or more, if :func:`apply` does not write it out as a sum
-    over taps, and if M is within the memory limit:
-
-    - dense, if at least a quarter of M is nonzero (kernels as large as the image), in float32 or narrower for
-      64 examples or more;
-    - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
-      float32 or narrower, or 1 of several (depthwise) in any dtype;
-    - sparse, for 64-bit and integer dtypes and at least 64 examples.
-
-    Sparse only where all examples together take 10^5 products.
-
-    Measured on 2 cores with jax 0.10.2 and 0.11.2 by ``python -m benchmarks batched random_layers``.
-    """
-    if backend != "cpu" or count < 16 or not spec.nse:
-        return "convolution"
-    shape = (*(a.taps for a in spec.axes), spec.group_channels, spec.out_channels)
-    dilated = any(a.lhs_dilation > 1 for a in spec.axes)  # is split into smaller convolutions first
-    if jnp.issubdtype(dtype, jnp.inexact) and not dilated and is_narrow(spec.axes, shape, spec.groups):
-        return "convolution"
-    sizes = spec.nbytes(dtype)
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 4
-    full = 4 * spec.nse >= spec.out_size * spec.in_size and count >= (64 if narrow else 16)
-    if full and fits_in_memory(sizes.dense):
-        return "dense"
-    few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
-    few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
-    small = count * spec.nse < 10**5  # products in all: less than it takes to build M
-    if (few or (not narrow and count >= 64)) and not small and fits_in_memory(sizes.bcsr):
-        return "sparse"
-    return "convolution"

@@ -9,33 +9,38 @@ A convolution is a trilinear form in kernel, input and output cotangent. Two of 
 The derivative or transpose of one product is another one. One JAX primitive holds all three, so
 derivatives of any order run through this file, and none through JAX's own rules for convolutions.
 
-The primitive has one lowering per kind of platform. On the CPU, the convolutions that JAX derives read out
-of bounds or abort when a padding turns negative, and are slow where a stride becomes an input dilation. So
-:mod:`jaxconv_fc.correlation` makes others there. On GPU and TPU they are what the hardware does best, once
-negative padding is cropped: :mod:`jaxconv_fc.native` makes them.
+Each platform has its own form of the products, in its own file: see :mod:`jaxconv_fc.forms`. On the CPU, the
+convolutions that JAX derives read out of bounds or abort when a padding turns negative, and are slow where a
+stride becomes an input dilation. So the CPU has others. On GPU and TPU they are what the hardware does best,
+once negative padding is cropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding
 
-from jaxconv_fc import correlation, native
 from jaxconv_fc.arguments import Array, check_summable
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.forms import Call, Forms
 from jaxconv_fc.layout import from_canonical, to_canonical
 from jaxconv_fc.numerics import summed
-from jaxconv_fc.sharding import explicit_mesh, on_automatic_axes, result_sharding, vary_alike
+from jaxconv_fc.platforms import PLATFORMS
+from jaxconv_fc.sharding import (
+    explicit_mesh,
+    lower_by_platform,
+    on_automatic_axes,
+    result_sharding,
+    vary_alike,
+)
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
@@ -65,7 +70,7 @@ def apply(spec: ConvSpec, kernel: Array, x: Array, *, precision: Any = None) -> 
     >>> print(fc.apply(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 0., 3.]])))
     [[1. 0. 6.]]
     """
-    return _product("y", spec, *_operands(spec, "kernel", kernel, "x", x), precision=precision)
+    return _product("y", spec, precision, kernel=kernel, x=x)
 
 
 def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any = None) -> jax.Array:
@@ -94,7 +99,7 @@ def apply_transpose(spec: ConvSpec, kernel: Array, y: Array, *, precision: Any =
     >>> print(fc.apply_transpose(spec, jnp.array([[[1., 2.]]]), jnp.array([[1., 0., 3.]])))
     [[1. 2. 3. 6.]]
     """
-    return _product("x", spec, *_operands(spec, "kernel", kernel, "y", y), precision=precision)
+    return _product("x", spec, precision, kernel=kernel, y=y)
 
 
 def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None) -> jax.Array:
@@ -130,20 +135,22 @@ def kernel_vjp(spec: ConvSpec, x: Array, y_bar: Array, *, precision: Any = None)
     >>> print(pull(ys)[0])  # the sum over the batch
     [[[15. 15.]]]
     """
-    return _product("k", spec, *_operands(spec, "x", x, "y_bar", y_bar), precision=precision)
+    return _product("k", spec, precision, x=x, y_bar=y_bar)
 
 
 def stacked_product(spec: ConvSpec, kernel: jax.Array, xs: jax.Array, precision: Any) -> jax.Array:
     """``M x`` for every x of a stack, as ``vmap`` of :func:`apply` computes it."""
-    return _product("y", spec, kernel, xs, precision=precision, batches=("xy",))
+    return _bind(kernel, xs, out="y", spec=spec, batches=("xy",), precision=precision, sharding=None)
 
 
-def _operands(spec: ConvSpec, a_name: str, a: Array, b_name: str, b: Array) -> tuple[jax.Array, jax.Array]:
-    """Both operands as arrays of one dtype. The first letter of a name is its role, which has a shape."""
-    a = as_operand(a_name, a, spec, _SHAPES[a_name[0]])
-    b = as_operand(b_name, b, spec, _SHAPES[b_name[0]])
+def _product(out: str, spec: ConvSpec, precision: Any, **operands: Array) -> jax.Array:
+    """The product of two operands by name. The first letter of a name is its role, which has a shape."""
+    (a_name, a), (b_name, b) = [
+        (name, as_operand(name, value, spec, _SHAPES[name[0]])) for name, value in operands.items()
+    ]
     check_summable(a_name, a, b_name, b)
-    return a, b
+    precision = tuple(precision) if isinstance(precision, list) else precision  # parameters are hashed
+    return _bind(a, b, out=out, spec=spec, batches=(), precision=precision, sharding=None)
 
 
 # -- the primitive -----------------------------------------------------------------------------
@@ -164,13 +171,6 @@ _SHAPES = {"k": "rhs_shape", "x": "in_shape", "y": "out_shape"}
 product_p = Primitive("conv_product")
 
 
-def _product(
-    out: str, spec: ConvSpec, a: jax.Array, b: jax.Array, *, precision: Any, batches: tuple[str, ...] = ()
-) -> jax.Array:
-    precision = tuple(precision) if isinstance(precision, list) else precision  # parameters are hashed
-    return _bind(a, b, out=out, spec=spec, batches=batches, precision=precision, sharding=None)
-
-
 def _bind(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
     return product_p.bind(*vary_alike((a, b)), **params)
 
@@ -180,7 +180,7 @@ def _abstract(
 ) -> Any:
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
     shape = (*(sizes[i] for i in _lead(batches, out)), *getattr(spec, _SHAPES[out]))
-    if sharding is None:
+    if sharding is None and not (a.sharding.mesh.empty and b.sharding.mesh.empty):
         operands = [(_labels(spec, batches, r), v) for r, v in zip(OPERANDS[out], (a, b), strict=True)]
         sharding = result_sharding(_labels(spec, batches, out), shape, operands)
     return a.update(shape=shape, weak_type=False, sharding=sharding)
@@ -236,17 +236,8 @@ def _batched(
     return _bind(*fronted, out=out, batches=(label, *batches), sharding=sharding, **params), 0
 
 
-def _lowered(forms: Forms, a: jax.Array, b: jax.Array, *, sharding: Any, **params: Any) -> jax.Array:
-    """The product inside a program. Explicit mesh axes are made automatic around it."""
-    evaluate = partial(_evaluate, forms, **params)
-    if explicit_mesh((a, b)) is None:
-        return evaluate(a, b)
-    result = _abstract(jax.typeof(a), jax.typeof(b), sharding=sharding, **params)
-    return on_automatic_axes(evaluate, result.sharding)(a, b)
-
-
-def _evaluate(
-    forms: Forms,
+def _lowered(
+    platform: str,
     a: jax.Array,
     b: jax.Array,
     *,
@@ -254,39 +245,38 @@ def _evaluate(
     spec: ConvSpec,
     batches: tuple[str, ...],
     precision: Any,
+    sharding: Any,
 ) -> jax.Array:
-    """The product with all its batch axes: those of the kernel by vmap, the others as one batch."""
-    if jnp.issubdtype(a.dtype, jnp.integer):
-        forms = PORTABLE
-    if forms is PORTABLE and spec.in_order[-1] == 0:  # channels stand before positions
-        forms = CHANNELS_FIRST
-    for axis in spec.axes:
-        if not axis.pads_with_zeros:  # the padded input is read through indices of 32 bits
-            axis.check_held_by(np.int32)
-    roles = OPERANDS[out]
+    """The product inside a program: the batch axes of the kernel by vmap, all others as one batch."""
+    params = {"out": out, "spec": spec, "batches": batches, "precision": precision, "sharding": sharding}
+    if explicit_mesh((a, b)) is not None:  # its axes are made automatic around the product
+        result = _abstract(jax.typeof(a), jax.typeof(b), **params)
+        return on_automatic_axes(partial(_lowered, platform, **params), result.sharding)(a, b)
     sizes = _batch_sizes(out, batches, a.shape, b.shape)
-    stacked = _lead(batches, "k")
-    shared = [i for i in range(len(batches)) if i not in stacked]
-    examples = math.prod(sizes[i] for i in shared)
+    shape = (*(sizes[i] for i in _lead(batches, out)), *getattr(spec, _SHAPES[out]))
+    if not a.size or not b.size or not math.prod(shape):
+        return jnp.zeros(shape, a.dtype)
+    kernels = _lead(batches, "k")
+    others = [i for i in range(len(batches)) if i not in kernels]
+    examples = math.prod(sizes[i] for i in others)
+    # The batch axes of each role, those of the kernel first.
+    order = {r: [i for i in kernels if r in batches[i]] + (others if r != "k" else []) for r in "kxy"}
 
-    def order(role: str) -> list[int]:
-        """The batch axes of a role, those of the kernel first."""
-        return [i for i in stacked if role in batches[i]] + shared * (role != "k")
+    operands = []  # [kernel batches..., role] of a kernel, else [kernel batches..., n, role]
+    for role, value in zip(OPERANDS[out], (a, b), strict=True):
+        lead = sorted(order[role])
+        value = jnp.moveaxis(value, [lead.index(i) for i in order[role]], range(len(lead)))
+        kept = [sizes[i] for i in order[role] if i in kernels]
+        operands.append(value.reshape(*kept, *[examples] * (role != "k"), *getattr(spec, _SHAPES[role])))
 
-    def fold(role: str, value: jax.Array) -> jax.Array:
-        """[batches..., role] -> [kernel batches..., role] of a kernel, else [kernel batches..., n, role]."""
-        lead = _lead(batches, role)
-        value = jnp.moveaxis(value, [lead.index(i) for i in order(role)], range(len(lead)))
-        kept = [sizes[i] for i in order(role) if i in stacked]
-        return value.reshape(*kept, *[examples] * (role != "k"), *getattr(spec, _SHAPES[role]))
-
-    compute = partial(_PRODUCTS[out], forms, spec, precision)
-    for i in reversed(stacked):
-        in_axes = [0 if role in batches[i] else None for role in roles]
+    integer = jnp.issubdtype(a.dtype, jnp.integer)  # no other platform has convolutions of integers
+    call = Call(spec.groups, precision, channels_first=spec.in_order[-1] == 0)
+    compute = partial(_PRODUCTS[out], PLATFORMS["cpu" if integer else platform], spec, call)
+    for i in reversed(kernels):
+        in_axes = [0 if role in batches[i] else None for role in OPERANDS[out]]
         compute = vmap_or_sum(compute, in_axes, out in batches[i])
-    result = compute(*(fold(role, value) for role, value in zip(roles, (a, b), strict=True)))
-    result = result.reshape(*(sizes[i] for i in order(out)), *getattr(spec, _SHAPES[out]))
-    return jnp.moveaxis(result, range(len(order(out))), [_lead(batches, out).index(i) for i in order(out)])
+    result = compute(*operands).reshape(*(sizes[i] for i in order[out]), *getattr(spec, _SHAPES[out]))
+    return jnp.moveaxis(result, range(len(order[out])), [sorted(order[out]).index(i) for i in order[out]])
 
 
 def vmap_or_sum(
@@ -307,57 +297,51 @@ product_p.def_impl(_compiled)
 product_p.def_abstract_eval(_abstract)
 ad.defbilinear(product_p, partial(_cotangent, 0), partial(_cotangent, 1))
 batching.primitive_batchers[product_p] = _batched
-
-
-# -- one lowering per kind of platform ----------------------------------------------------------
-
-
-class Forms(NamedTuple):
-    """How one kind of platform correlates. The first two take ``(axes, a, b, groups, precision)``."""
-
-    correlate: Callable[..., jax.Array]  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
-    kernel_gradient: Callable[..., jax.Array]  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
-    fold: Callable[[Axis, jax.Array, int], jax.Array]  # (axis, x, dim): its copies are added to their sources
-
-
-PORTABLE = Forms(correlation.correlate, correlation.kernel_gradient, correlation.fold)
-CHANNELS_FIRST = PORTABLE._replace(  # of the caller's arrays
-    correlate=partial(correlation.correlate, channels_first=True),
-    kernel_gradient=partial(correlation.kernel_gradient, channels_first=True),
-)
-NATIVE = Forms(native.correlate, native.kernel_gradient, native.fold)
-
-
-def lowering(forms: Forms) -> Any:
-    """The rule by which JAX lowers the primitive in these forms."""
-    return mlir.lower_fun(partial(_lowered, forms), multiple_results=False)
-
-
-mlir.register_lowering(product_p, lowering(PORTABLE))
-for _platform in ("cuda", "rocm", "tpu"):
-    mlir.register_lowering(product_p, lowering(NATIVE), platform=_platform)
+lower_by_platform(product_p, lambda platform: partial(_lowered, platform))
 
 
 # -- the three products, on a batch ------------------------------------------------------------
 #
-# Canonical arrays are x [n, t, g*i], y [n, o, g*e] and k [p, i, g*e]: example n, group g, its in channel i
-# and out channel e; input positions t, output positions o and taps p, each one dimension per spatial axis. A
-# batch group is a feature group whose channels lie in another batch entry, so there is one kind of group.
+# Their arrays are canonical, as jaxconv_fc/forms.py says. A batch group is a feature group whose channels lie
+# in another batch entry, so there is one kind of group.
 
 
-def _forward(forms: Forms, spec: ConvSpec, precision: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
+def _to_outputs(forms: Forms, spec: ConvSpec, call: Call, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.on_padded for a in spec.axes]
     x, kernel = _padded(spec, x), to_canonical(kernel, spec.kernel_order)
-    y = forms.correlate(axes, x, kernel, spec.groups, precision)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
+    y = forms.correlate(axes, x, kernel, call)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
     return from_canonical(y, spec.out_order)
 
 
-def _transposed(forms: Forms, spec: ConvSpec, precision: Any, kernel: jax.Array, y: jax.Array) -> jax.Array:
+def _to_inputs(forms: Forms, spec: ConvSpec, call: Call, kernel: jax.Array, y: jax.Array) -> jax.Array:
     """Correlation with the flipped kernel; then every copy in the padding is added to its source."""
     axes = [a.on_padded.transpose() for a in spec.axes]
     y, kernel = to_canonical(y, spec.out_order), flipped_kernel(spec, kernel)
-    x = forms.correlate(axes, y, kernel, spec.groups, precision)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
-    return _folded(forms, spec, x)
+    x = forms.correlate(axes, y, kernel, call)  # [n, o, g*e] [p, e, g*i] -> [n, t, g*i]
+    for dim, axis in enumerate(spec.axes, start=1):
+        x = forms.fold(axis, x, dim) if any(axis.copied) else x
+    return from_canonical(x.reshape(-1, *(spec.in_shape[i] for i in spec.in_order)), spec.in_order)
+
+
+def _to_kernel(forms: Forms, spec: ConvSpec, call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2)."""
+    axes = [a.on_padded.kernel_gradient() for a in spec.axes]
+    x, y = _padded(spec, x), to_canonical(y, spec.out_order)
+    kernel = forms.kernel_gradient(axes, x, y, call)  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
+    return from_canonical(kernel, spec.kernel_order)
+
+
+_PRODUCTS = {"y": _to_outputs, "x": _to_inputs, "k": _to_kernel}
+
+
+def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+    """The canonical input, padded by a boundary mode: position ``j`` is a copy of ``source(j)``."""
+    x = to_canonical(x, spec.in_order)  # [n, t, i], or with batch groups [n, t, g, i]
+    x = x.reshape(*x.shape[: 1 + len(spec.axes)], -1)  # [n, t, g*i]
+    for dim, axis in enumerate(spec.axes, start=1):
+        if any(axis.copied):
+            x = jnp.take(x, axis.source(lax.iota(jnp.int32, axis.padded_size)), axis=dim, mode="clip")
+    return x
 
 
 def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
@@ -367,41 +351,3 @@ def flipped_kernel(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     kernel = kernel.reshape(*taps, inputs, spec.groups, outputs // spec.groups)  # [p, i, g, e]
     kernel = jnp.swapaxes(kernel, -1, -3)  # [p, e, g, i]
     return kernel.reshape(*taps, outputs // spec.groups, spec.groups * inputs)  # [p, e, g*i]
-
-
-def _kernel_gradient(forms: Forms, spec: ConvSpec, precision: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2)."""
-    if not x.size or not y.size:
-        return jnp.zeros(spec.rhs_shape, x.dtype)
-    axes = [a.on_padded.kernel_gradient() for a in spec.axes]
-    x, y = _padded(spec, x), to_canonical(y, spec.out_order)
-    # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
-    kernel = forms.kernel_gradient(axes, x, y, spec.groups, precision)
-    return from_canonical(kernel, spec.kernel_order)
-
-
-_PRODUCTS = {"y": _forward, "x": _transposed, "k": _kernel_gradient}
-
-
-def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """The canonical input, padded by a boundary mode."""
-    x = to_canonical(x, spec.in_order)  # [n, t, i], or with batch groups [n, t, g, i]
-    x = x.reshape(*x.shape[: 1 + len(spec.axes)], spec.in_channels)  # [n, t, g*i]
-    for dim, axis in _extended(spec):
-        x = jnp.take(x, axis.source(lax.iota(jnp.int32, axis.padded_size)), axis=dim, mode="clip")
-    return x
-
-
-def _folded(forms: Forms, spec: ConvSpec, x: jax.Array) -> jax.Array:
-    """The transpose of :func:`_padded`: every copy in the padding is added to its source."""
-    for dim, axis in _extended(spec):
-        x = forms.fold(axis, x, dim)
-    canonical = [spec.in_shape[i] for i in spec.in_order]
-    return from_canonical(x.reshape(x.shape[0], *canonical), spec.in_order)
-
-
-def _extended(spec: ConvSpec) -> Iterator[tuple[int, Axis]]:
-    """``(dim, axis)`` of each axis that a boundary mode pads: position ``j`` is a copy of ``source(j)``."""
-    for dim, axis in enumerate(spec.axes, start=1):
-        if any(axis.copied):
-            yield dim, axis

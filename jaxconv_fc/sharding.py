@@ -56,9 +56,9 @@ def _varying(array: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
-# The same value with a type that varies over exactly `axes`. Unlike `lax.pcast` it can remove axes. Its
-# transpose restores the old ones, without a sum over devices. That is right only if the computation between
-# removing and restoring them has no communication.
+# Gives a value a type that varies over exactly `axes`. `lax.pcast` can only add axes; this can remove them.
+# The transpose gives the cotangent the old axes and sums over no devices. So devices must not communicate
+# between the removal of axes and their return.
 relabel_p = Primitive("relabel_varying_axes")
 RELABELS = ("pvary", relabel_p.name)  # primitives whose result is their operand, said to vary elsewhere
 relabel_p.def_impl(lambda x, *, axes: x)
@@ -174,9 +174,9 @@ def replicated(array: jax.Array) -> jax.Array:
 
 
 class Bound(NamedTuple):
-    """``fn`` with its first arguments, as ``functools.partial``, but equal if these are equal.
+    """``functools.partial(fn, *given)``. Two are equal if ``fn`` and ``given`` are.
 
-    It is a parameter of a primitive. Programs with unequal parameters are compiled anew.
+    So it can be a parameter of a primitive: JAX compiles a program once for equal parameters.
     """
 
     fn: Callable[..., Any]
@@ -187,9 +187,9 @@ class Bound(NamedTuple):
 
 
 class PlatformForms(NamedTuple):
-    """A function in forms that give equal results. A platform traces only the form that it runs."""
+    """One function in a form per platform, with equal results. A program traces the one form that it runs."""
 
-    default: Bound  # for CPU, and where nothing else is said
+    cpu: Bound  # also for a platform that is not named here
     gpu: Bound
     tpu: Bound
     transposed: Bound | None = None  # () -> the forms of its transpose; None: JAX transposes each form
@@ -210,75 +210,103 @@ def platform_forms(
     return PlatformForms(*(Bound(fn, given) for fn in (default, gpu or default, tpu)), transposed=transposed)
 
 
-def by_platform(form: PlatformForms, result: Any, *operands: jax.Array, linear: int = 1) -> jax.Array:
-    """``form(*operands)`` inside a :func:`program`: an array with the shape and dtype of ``result``.
+def lower_by_platform(primitive: Primitive, form_of: Callable[[str], Callable[..., Any]]) -> None:
+    """On the platform ``name`` the primitive is ``form_of(name)(*operands, **params)``."""
+    for name in PlatformForms._fields[:3]:
+        rule = mlir.lower_fun(form_of(name), multiple_results=primitive.multiple_results)
+        mlir.register_lowering(primitive, rule, platform=None if name == "cpu" else name)
 
-    The function is linear in its first ``linear`` operands together. It has no derivative in the others.
+
+def by_platform(form: PlatformForms, result: Any, *operands: jax.Array, linear: int = 1) -> Any:
+    """``form(*operands)`` inside a :func:`program`: arrays with the shapes and dtypes of those in ``result``.
+
+    The function is linear in its first ``linear`` operands together.
     """
-    return platform_p.bind(*operands, form=form, shape=result.shape, dtype=result.dtype, linear=linear)
+    leaves, tree = jax.tree.flatten(result)
+    types = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return jax.tree.unflatten(tree, platform_p.bind(*operands, form=form, types=types, linear=linear))
+
+
+def _form(name: str, *operands: jax.Array, form: PlatformForms, **_: Any) -> list[jax.Array]:
+    return jax.tree.leaves(getattr(form, name)(*operands))
 
 
 platform_p = Primitive("by_platform")
-platform_p.def_impl(lambda *operands, form, **_: form.default(*operands))
+platform_p.multiple_results = True
+platform_p.def_impl(partial(_form, "cpu"))
 
 
-def _platform_type(*operands: Any, shape: tuple[int, ...], dtype: Any, **_: Any) -> Any:
-    """An array on the mesh of the operands, whole on every device."""
-    sharding = result_sharding(range(len(shape)), shape, [((), operand) for operand in operands])
-    return operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+def _platform_type(*operands: Any, types: Sequence[tuple[tuple[int, ...], Any]], **_: Any) -> list[Any]:
+    """Arrays on the mesh of the operands, whole on every device."""
+    known = [((), operand) for operand in operands]
+    shardings = [result_sharding(range(len(shape)), shape, known) for shape, _ in types]
+    return [
+        operands[0].update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+        for (shape, dtype), sharding in zip(types, shardings, strict=True)
+    ]
 
 
 platform_p.def_abstract_eval(_platform_type)
+lower_by_platform(platform_p, lambda name: partial(_form, name))
 
 
-def _lowered(of: str, ctx: Any, *operands: Any, form: PlatformForms, **_: Any) -> Any:
-    return mlir.lower_fun(getattr(form, of), multiple_results=False)(ctx, *operands)
+def _platform_jvp(primals: Any, tangents: Any, *, form: PlatformForms, linear: int, **params: Any) -> Any:
+    values = platform_p.bind(*primals, form=form, linear=linear, **params)
+    moving = tuple(i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero))
+    if not moving:
+        return values, [ad.Zero(jax.typeof(value).to_tangent_aval()) for value in values]
+    if moving[-1] < linear:
+        changes = map(ad.instantiate_zeros, tangents[:linear])
+        return values, platform_p.bind(*changes, *primals[linear:], form=form, linear=linear, **params)
+    form, changes = form.each(_pushed, moving), [tangents[i] for i in moving]
+    return values, platform_p.bind(*changes, *primals, form=form, linear=len(moving), **params)
 
 
-mlir.register_lowering(platform_p, partial(_lowered, "default"))
-mlir.register_lowering(platform_p, partial(_lowered, "gpu"), platform="gpu")
-mlir.register_lowering(platform_p, partial(_lowered, "tpu"), platform="tpu")
+def _pushed(form: Bound, moving: tuple[int, ...], *operands: jax.Array) -> list[jax.Array]:
+    """The derivative of a form along changes of the operands ``moving``, which stand before all operands."""
+    changes, point = operands[: len(moving)], operands[len(moving) :]
+
+    def along(*moved: jax.Array) -> list[jax.Array]:
+        by_place = dict(zip(moving, moved, strict=True))
+        return jax.tree.leaves(form(*(by_place.get(i, operand) for i, operand in enumerate(point))))
+
+    return jax.jvp(along, tuple(point[i] for i in moving), changes)[1]
 
 
-def _platform_jvp(primals: Any, tangents: Any, *, linear: int, **params: Any) -> tuple[Any, Any]:
-    value = platform_p.bind(*primals, linear=linear, **params)
-    if all(isinstance(tangent, ad.Zero) for tangent in tangents[:linear]):
-        return value, ad.Zero(jax.typeof(value).to_tangent_aval())
-    moving = map(ad.instantiate_zeros, tangents[:linear])
-    return value, platform_p.bind(*moving, *primals[linear:], linear=linear, **params)
-
-
-def _platform_transpose(ct: Any, *operands: Any, form: PlatformForms, linear: int, **_: Any) -> list[Any]:
+def _platform_transpose(cts: Any, *operands: Any, form: PlatformForms, linear: int, **_: Any) -> list[Any]:
     """The cotangent of every linear operand that is asked for, by the transpose of each form."""
     avals = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in operands[:linear]]
+    given = (*map(ad.instantiate_zeros, cts), *operands[linear:])
     cotangents: list[Any] = [None] * len(operands)
     for i, aval in enumerate(avals):
-        if ad.is_undefined_primal(operands[i]) and not isinstance(ct, ad.Zero):
-            pulled = form.transposed() if form.transposed else form.each(_pulled, tuple(avals), i)
-            cotangents[i] = by_platform(pulled, aval, ct, *operands[linear:])
+        if ad.is_undefined_primal(operands[i]) and not all(isinstance(ct, ad.Zero) for ct in cts):
+            pulled = form.transposed() if form.transposed else form.each(_pulled, tuple(avals), i, len(cts))
+            cotangents[i] = by_platform(pulled, aval, *given, linear=len(cts))
     return cotangents
 
 
-def _pulled(form: Bound, avals: Sequence[Any], i: int, ct: jax.Array, *constants: jax.Array) -> jax.Array:
+def _pulled(form: Bound, avals: Sequence[Any], i: int, results: int, *given: jax.Array) -> jax.Array:
     """The transpose of a form with respect to operand ``i``, the other linear ones being 0."""
     zeros = [jnp.zeros(aval.shape, aval.dtype) for aval in avals]
+    cts, constants = list(given[:results]), given[results:]
 
-    def of_one(value: jax.Array) -> jax.Array:
-        return form(*zeros[:i], value, *zeros[i + 1 :], *constants)
+    def of_one(value: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(form(*zeros[:i], value, *zeros[i + 1 :], *constants))
 
-    if jnp.issubdtype(ct.dtype, jnp.inexact):
-        return jax.vjp(of_one, zeros[i])[1](ct)[0]
-    return jax.linear_transpose(of_one, zeros[i])(ct)[0]  # integers have no derivative
+    if jnp.issubdtype(avals[i].dtype, jnp.inexact):
+        return jax.vjp(of_one, zeros[i])[1](cts)[0]
+    return jax.linear_transpose(of_one, zeros[i])(cts)[0]  # integers have no derivative
 
 
-def _mapped(form: Bound, dims: tuple[int | None, ...], *operands: jax.Array) -> jax.Array:
+def _mapped(form: Bound, dims: tuple[int | None, ...], *operands: jax.Array) -> Any:
     return jax.vmap(form, dims)(*operands)
 
 
-def _platform_batched(args: Any, dims: Any, *, form: PlatformForms, shape: Any, **params: Any) -> Any:
+def _platform_batched(args: Any, dims: Any, *, form: PlatformForms, types: Any, **params: Any) -> Any:
     size = next(v.shape[d] for v, d in zip(args, dims, strict=True) if d is not None)
-    form = form.each(_mapped, tuple(dims))
-    return platform_p.bind(*args, form=form, shape=(size, *shape), **params), 0
+    types = tuple(((size, *shape), dtype) for shape, dtype in types)
+    results = platform_p.bind(*args, form=form.each(_mapped, tuple(dims)), types=types, **params)
+    return results, [0] * len(results)
 
 
 ad.primitive_jvps[platform_p] = _platform_jvp

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxconv_fc import correlation
+from jaxconv_fc import cpu
 
 # No test may lean on an implicit conversion or an implicit broadcast of ranks.
 jax.config.update("jax_enable_x64", True)
@@ -54,8 +54,8 @@ def cpu_form(request, monkeypatch):
     """Both forms that a product has on the CPU: geometries as small as these would all take the first."""
     if request.param == "convolutions":
         jax.clear_caches()
-        monkeypatch.setattr(correlation, "MOST_TERMS", -1)
-        monkeypatch.setattr(correlation, "MOST_DOTS", -1)
+        monkeypatch.setattr(cpu, "MOST_TERMS", -1)
+        monkeypatch.setattr(cpu, "MOST_DOTS", -1)
     yield request.param
     if request.param == "convolutions":
         jax.clear_caches()

@@ -9,7 +9,8 @@ import pytest
 from geometries import CASES, integers
 
 import jaxconv_fc as fc
-from jaxconv_fc.batched import METHODS, fastest_method
+from jaxconv_fc.batched import METHODS
+from jaxconv_fc.platforms import PLATFORMS
 
 
 @pytest.mark.parametrize("method", [*METHODS, None])
@@ -31,7 +32,7 @@ def test_batched_apply(name, method, rng):
 def test_the_rule_for_stacks():
     def of(lhs, rhs, count, dtype, backend="cpu", groups=1):
         spec = fc.conv_spec(lhs, rhs, (1,) * (len(lhs) - 2), "SAME", feature_group_count=groups)
-        return fastest_method(spec, count, np.dtype(dtype), backend)
+        return PLATFORMS[backend].method(spec, count, np.dtype(dtype))
 
     small = ((1, 32, 28, 28), (32, 1, 3, 3))  # a sum over 9 taps
     assert of(*small, 64, "float32", groups=32) == "convolution"
@@ -58,7 +59,7 @@ def test_the_rule_for_stacks_begins_where_its_text_says():
             "SAME",
             feature_group_count=groups,
         )
-        return fastest_method(spec, count, np.dtype(dtype), "cpu")
+        return PLATFORMS["cpu"].method(spec, count, np.dtype(dtype))
 
     assert [of(1, count, "float32", 32) for count in (15, 16)] == ["convolution", "sparse"]
     assert [of(channels, 16, "float32") for channels in (4, 5)] == ["sparse", "convolution"]
@@ -68,7 +69,7 @@ def test_the_rule_for_stacks_begins_where_its_text_says():
 def test_a_small_stack_stays_a_convolution():
     """M takes longer to build than fewer than 10^5 products in all."""
     spec = fc.conv_spec((1, 4, 6, 6, 6), (1, 4, 2, 2, 2), (2, 2, 2), "SAME")
-    assert [fastest_method(spec, count, np.dtype("float32"), "cpu") for count in (115, 116)] == [
+    assert [PLATFORMS["cpu"].method(spec, count, np.dtype("float32")) for count in (115, 116)] == [
         "convolution",
         "sparse",
     ]

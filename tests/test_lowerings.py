@@ -1,7 +1,7 @@
 """The products in the forms for GPU and TPU, and the programs that other platforms get.
 
-No GPU is needed. The forms are executed on the CPU: there the tests register the very rule that lowers the
-products for CUDA. The programs for CUDA, ROCm and TPU are exported, and their StableHLO is read.
+No GPU is needed. The forms are executed on the CPU, which gets the GPU's entry in the table of platforms. The
+programs for CUDA, ROCm and TPU are exported, and their StableHLO is read.
 """
 
 import json
@@ -18,13 +18,12 @@ import oracle
 import pytest
 from geometries import Geometry, arrays, integers, normals, random_geometry
 from jax import export, lax
-from jax.interpreters import mlir
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc import products
+from jaxconv_fc.platforms import PLATFORMS
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+NAMES = ("cpu", "cuda", "rocm", "tpu")
 FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 EXECUTED = environment.count("GEOMETRIES", 7)
@@ -61,13 +60,12 @@ some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 
 
 @pytest.fixture
-def native_forms():
-    """The CPU lowers the products as CUDA does."""
+def gpu_forms(monkeypatch):
+    """The CPU does what a GPU does."""
     jax.clear_caches()
-    mlir.register_lowering(products.product_p, products.lowering(products.NATIVE), platform="cpu")
+    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS["gpu"])
     with jax.default_device(jax.devices("cpu")[0]):
         yield
-    mlir.register_lowering(products.product_p, products.lowering(products.PORTABLE), platform="cpu")
     jax.clear_caches()
 
 
@@ -94,17 +92,17 @@ def same_numbers(got, want):
 
 
 @every_case
-def test_native_products_are_the_oracles(geometry, native_forms, rng):
+def test_gpu_products_are_the_oracles(geometry, gpu_forms, rng):
     check_products(geometry, "float32", rng)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "int8", "uint64"])
-def test_native_products_of_every_dtype(dtype, native_forms, rng):
+def test_gpu_products_of_every_dtype(dtype, gpu_forms, rng):
     check_products(CASES["dilated both ways"], dtype, rng)
 
 
 @pytest.mark.parametrize("number", range(EXECUTED))
-def test_native_products_of_random_geometries(number, native_forms, run_seed):
+def test_gpu_products_of_random_geometries(number, gpu_forms, run_seed):
     rng = np.random.default_rng([run_seed, number])
     check_products(random_geometry(rng), (*FLOATS, *INTEGERS)[number % 14], rng)
 
@@ -119,7 +117,7 @@ def test_a_product_in_double_precision_is_kept_apart_from_a_factor(dtype):
 
 
 @pytest.mark.parametrize("batched", ["k", "x", "y", "kx", "ky", "xy", "kxy"])
-def test_native_products_batched(batched, native_forms, rng):
+def test_gpu_products_batched(batched, gpu_forms, rng):
     """Every combination of batched operands: the kernel, the input and the output, alone and together."""
     geometry, count = CASES["grouped"], 3
     spec = geometry.spec()
@@ -141,7 +139,7 @@ def test_native_products_batched(batched, native_forms, rng):
 
 
 @some_cases
-def test_native_products_differentiate_twice(geometry, native_forms, rng):
+def test_gpu_products_differentiate_twice(geometry, gpu_forms, rng):
     """The derivatives of <y, M(K) x> by any two operands are products of the third with their directions."""
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, rng, float)
@@ -162,7 +160,7 @@ def test_native_products_differentiate_twice(geometry, native_forms, rng):
 
 
 @some_cases
-def test_the_gradient_of_an_operand_that_a_batch_shares(geometry, native_forms, rng):
+def test_the_gradient_of_an_operand_that_a_batch_shares(geometry, gpu_forms, rng):
     """Its batch axis is summed over: many kernels on one input, and one kernel on many inputs."""
     spec = geometry.spec()
     kernels, xs, ys = (
@@ -182,7 +180,7 @@ def test_the_gradient_of_an_operand_that_a_batch_shares(geometry, native_forms, 
 
 
 @pytest.mark.parametrize("name", ["dilated", "4-D"])
-def test_native_products_inside_shard_map(name, native_forms, rng):
+def test_gpu_products_inside_shard_map(name, gpu_forms, rng):
     """Arrays of indices and zeros, which the forms make, vary over no device; the operands do."""
     geometry = CASES[name]
     kernel, x, y = arrays(geometry, rng, float)
@@ -253,7 +251,7 @@ def three_products(spec, kernel, x, y):
 
 
 @some_cases
-def test_what_the_cpu_executes_above_is_what_cuda_gets(geometry, native_forms, rng):
+def test_what_the_cpu_executes_above_is_what_cuda_gets(geometry, gpu_forms, rng):
     """The same program, not only the same numbers."""
     fn, operands = partial(three_products, geometry.spec()), arrays(geometry, rng, np.float32)
     here, cuda = (_without_names(program(fn, operands, (name,))) for name in ("cpu", "cuda"))
@@ -325,13 +323,13 @@ def test_a_program_for_several_platforms_has_the_branch_of_each(verb, rng):
     geometry = CASES["dilated both ways"]
     kernel, x, y = arrays(geometry, rng, np.float32)
     fn, operands = partial(getattr(fc, verb), geometry.spec()), (x if verb == "kernel_vjp" else kernel, y)
-    alone = {platform: convolutions(program(fn, operands, (platform,))) for platform in PLATFORMS}
+    alone = {platform: convolutions(program(fn, operands, (platform,))) for platform in NAMES}
     assert alone["cuda"] == alone["rocm"] == alone["tpu"] != alone["cpu"]
 
-    constants, *cases = program(fn, operands, PLATFORMS).split('"stablehlo.case"')
+    constants, *cases = program(fn, operands, NAMES).split('"stablehlo.case"')
     number_of = dict(re.findall(r"(%\w+) = stablehlo.constant dense<(\d+)> : tensor<i32>", constants))
     numbers, branches = (case.split("}, {") for case in cases)
-    for platform, number in zip(PLATFORMS, numbers, strict=True):
+    for platform, number in zip(NAMES, numbers, strict=True):
         branch = branches[int(number_of[re.search(r"return (%\w+)", number).group(1)])]
         assert convolutions(branch) == alone[platform]
 

@@ -24,7 +24,7 @@ import pytest
 from geometries import Geometry, arrays
 
 import jaxconv_fc as fc
-from jaxconv_fc import correlation
+from jaxconv_fc import cpu
 
 # the rows of the table, each in several sizes and channel counts; float32, which is where JAX fails
 TABLE = {
@@ -179,7 +179,7 @@ def check_every_transform(name, most):
 
     With at most so many terms, products are written out as sums over taps; else they are convolutions.
     """
-    correlation.MOST_TERMS = correlation.MOST_DOTS = most
+    cpu.MOST_TERMS = cpu.MOST_DOTS = most
     geometry = ABORTING[name]
     spec = geometry.spec()
     program = partial(products, spec)

@@ -14,8 +14,9 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
-from jaxconv_fc import correlation, native
+from jaxconv_fc import cpu
 from jaxconv_fc.axis import Axis
+from jaxconv_fc.platforms import PLATFORMS
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
@@ -83,7 +84,7 @@ def test_products_are_the_oracles(geometry, dtype, cpu_form, rng):
 def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     """The kernel gradient of one example with groups, or with few channels, on a CPU."""
     jax.clear_caches()
-    monkeypatch.setattr(correlation, "MOST_PAIRS", most)
+    monkeypatch.setattr(cpu, "MOST_PAIRS", most)
     geometry = CASES[name]
     _, x, y = arrays(geometry, rng, "float32")
     got = fc.kernel_vjp(geometry.spec(), x, y)
@@ -91,16 +92,16 @@ def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("fold", [correlation.fold, native.fold])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("low", "high"), [(2, 1), (9, 4), (0, -2), (-3, 2), (-9, 12), (0, 0)])
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
-def test_copies_are_added_to_their_sources(fold, low, high, mode, rng):
+def test_copies_are_added_to_their_sources(platform, low, high, mode, rng):
     """Few and many, and where a block of rows crops the inputs: the forms of a CPU and of GPU and TPU."""
     axis = Axis(size=5, taps=1, mode=mode, lo=low, hi=high)
     x = integers(rng, (2, axis.padded_size, 3), np.float64)
     want = np.zeros((2, 5, 3))
     np.add.at(want, (slice(None), axis.source(np.arange(axis.padded_size))), x)
-    np.testing.assert_array_equal(fold(axis, jnp.asarray(x), 1), want)
+    np.testing.assert_array_equal(PLATFORMS[platform].fold(axis, jnp.asarray(x), 1), want)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])

@@ -12,6 +12,7 @@ from jax import export
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
+from jaxconv_fc.platforms import PLATFORMS
 from jaxconv_fc.spectrum import svd
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
@@ -21,8 +22,9 @@ SHAPES = [(1, 1), (1, 4), (5, 1), (3, 3), (6, 4), (4, 7)]
 @pytest.fixture
 def by_eigenvalues(monkeypatch):
     """The form of GPU and TPU, forced on the CPU."""
-    monkeypatch.setattr(svd, "_by_lapack", svd._by_eigenvalues)
-    monkeypatch.setattr(svd, "_values_by_lapack", lambda a: svd._by_eigenvalues(a).values)
+    gpu = PLATFORMS["gpu"]
+    forms = PLATFORMS["cpu"]._replace(svd=gpu.svd, singular_values=gpu.singular_values)
+    monkeypatch.setitem(PLATFORMS, "cpu", forms)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -41,7 +43,7 @@ def test_both_forms_against_numpy(shape, dtype, rng):
     matrices = batch(rng, shape, dtype)
     want = np.linalg.svd(oracle.wide(matrices), compute_uv=False)
     eps = 20 * np.finfo(dtype).eps * want.max()
-    for form in (svd._by_lapack, svd._by_eigenvalues):
+    for form in (PLATFORMS["cpu"].svd, PLATFORMS["gpu"].svd):
         left, values, right = map(np.asarray, jax.jit(form)(matrices))
         assert (left.dtype, right.dtype, values.dtype) == (dtype, dtype, np.finfo(dtype).dtype)
         np.testing.assert_allclose(values, want, rtol=0, atol=eps)
@@ -55,7 +57,7 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_the_others_do_not(rng):
     for bad in (np.nan, np.inf):
         matrices = batch(rng, (3, 2), np.float64)
         matrices[1, 2, 0] = bad
-        for form in (svd._by_lapack, svd._by_eigenvalues):
+        for form in (PLATFORMS["cpu"].svd, PLATFORMS["gpu"].svd):
             nan = np.isnan(form(jnp.asarray(matrices)).values)
             np.testing.assert_array_equal(nan, [[False] * 2, [True] * 2, [False] * 2])
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxconv_fc.forms import moved_by
 from jaxconv_fc.functions.columns import MOVES
 from jaxconv_fc.functions.convolutions import product_of
 from jaxconv_fc.functions.jaxprs import (
@@ -43,7 +44,7 @@ from jaxconv_fc.functions.linearize import (
     stacked,
     tangent_of,
 )
-from jaxconv_fc.functions.tap_sums import moved_by, window_axes
+from jaxconv_fc.functions.tap_sums import window_axes
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 
 Rule = Callable[[Linearizer, JaxprEqn, Sequence[Any]], list[Any]]

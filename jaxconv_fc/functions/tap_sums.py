@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, dilated
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.forms import moved_by
 from jaxconv_fc.layout import by_group, from_canonical
+from jaxconv_fc.platforms import on_each
+from jaxconv_fc.sharding import Bound, by_platform, program
 from jaxconv_fc.spec import ConvSpec
-
-CHUNK_BYTES = 2**22  # on CPU, what one matrix product may write: it is read again at once, from the cache
 
 
 def convolve_columns(
@@ -31,13 +32,18 @@ def convolve_columns(
 ) -> jax.Array:
     """``M`` times a stack ``[examples, *in_shape, columns]``, or ``M^T`` times ``[examples, *out_shape,
     columns]``, in zeros mode."""
-    chunked = jax.default_backend() == "cpu"
-    return _convolved(spec, kernel, stack, transposed=transposed, precision=precision, chunked=chunked)
+    return _by_platform(spec, transposed, precision, kernel, stack)
 
 
-@partial(jax.jit, static_argnames=("transposed", "precision", "chunked"))
+@partial(program, static_argnums=(1, 2))
+def _by_platform(spec: ConvSpec, transposed: bool, precision: Any, kernel: Any, stack: Any) -> jax.Array:
+    shape = (stack.shape[0], *(spec.in_shape if transposed else spec.out_shape), stack.shape[-1])
+    form = on_each(lambda forms: Bound(_convolved, (forms.column_bytes,)), spec, transposed, precision)
+    return by_platform(form, jax.ShapeDtypeStruct(shape, stack.dtype), stack, kernel)
+
+
 def _convolved(
-    spec: ConvSpec, kernel: Any, stack: Any, *, transposed: bool, precision: Any, chunked: bool
+    column_bytes: int | None, spec: ConvSpec, transposed: bool, precision: Any, stack: Any, kernel: Any
 ) -> jax.Array:
     axes, dims = spec.axes, len(spec.axes)
     weights = by_group(spec, kernel)  # [group, out, in, taps...]
@@ -50,10 +56,11 @@ def _convolved(
     stack = jnp.transpose(stack, _channels_first(before, dims))
     stack = stack.reshape(spec.groups, -1, *stack.shape[len(before) - dims :])  # [group, in, example, ...]
 
-    def product(columns: Any) -> Any:
-        return _sum_over_taps(axes, weights, columns, precision)
-
-    result = _by_chunks(product, stack, _chunk(axes, weights, stack)) if chunked else product(stack)
+    product = partial(_product, axes, weights, precision)
+    if column_bytes is None:
+        result = product(stack)
+    else:
+        result = _by_chunks(product, stack, _chunk(axes, weights, stack, column_bytes))
     result = result.reshape(*(shape[i] for i in after[dims:]), *result.shape[2:])
     return from_canonical(result, _channels_first(after, dims))
 
@@ -63,7 +70,7 @@ def _channels_first(order: Sequence[int], dims: int) -> tuple[int, ...]:
     return (*(1 + i for i in order[dims:]), 0, *(1 + i for i in order[:dims]), 1 + len(order))
 
 
-def _sum_over_taps(axes: Sequence[Axis], weights: Any, stack: Any, precision: Any) -> jax.Array:
+def _product(axes: Sequence[Axis], weights: Any, precision: Any, stack: Any) -> jax.Array:
     """``sum_p K_p (x) S_p`` of weights ``[group, taps..., out, in]`` and a stack
     ``[group, in, example, positions..., column]``.
 
@@ -93,12 +100,12 @@ def _after(axes: Sequence[Axis], weights: Any) -> bool:
     return outputs * math.prod(a.size for a in axes) <= inputs * math.prod(a.out_size for a in axes)
 
 
-def _chunk(axes: Sequence[Axis], weights: Any, stack: Any) -> int:
+def _chunk(axes: Sequence[Axis], weights: Any, stack: Any, nbytes: int) -> int:
     """How many columns make a matrix product that stays in the cache."""
     groups, *taps, outputs, inputs = weights.shape
     before, behind = math.prod(a.size for a in axes), math.prod(a.out_size for a in axes)
     one = groups * math.prod(taps) * min(outputs * before, inputs * behind) * stack.shape[2]
-    return max(16, CHUNK_BYTES // (one * stack.dtype.itemsize) // 16 * 16)
+    return max(16, nbytes // (one * stack.dtype.itemsize) // 16 * 16)
 
 
 def _by_chunks(fn: Callable[[Any], Any], columns: Any, width: int) -> jax.Array:
@@ -128,21 +135,6 @@ def window_axes(params: dict[str, Any], shape: Sequence[int]) -> list[Axis]:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     axes = zip(shape, *(params[name] for name in names), strict=True)
     return [Axis(n, taps, s, lo, hi, l, r) for n, taps, s, (lo, hi), l, r in axes]
-
-
-def moved_by(axes: Sequence[Axis], tap: Sequence[int], value: Any, first: int, fill: Any = 0) -> jax.Array:
-    """``S_p`` on the axes of ``value`` from ``first`` on: what each output reads through tap p.
-
-    It is ``fill`` where the tap reads nothing.
-    """
-    pads, stops, steps = [(0, 0, 0)] * value.ndim, list(value.shape), [1] * value.ndim
-    for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
-        # Output o reads dilated position o*stride - low. Padding may be negative, and then crops.
-        low, reach = axis.lo - p * axis.rhs_dilation, (axis.out_size - 1) * axis.stride + 1
-        pads[i] = (low, reach - low - dilated(axis.size, axis.lhs_dilation), axis.lhs_dilation - 1)
-        stops[i], steps[i] = reach, axis.stride
-    value = lax.pad(value, jnp.asarray(fill, value.dtype), pads)
-    return lax.slice(value, [0] * value.ndim, stops, steps)
 
 
 def _total(values: Sequence[Any]) -> Any:

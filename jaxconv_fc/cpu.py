@@ -1,0 +1,249 @@
+"""What a program does on a CPU.
+
+``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
+channels last, without input dilation (the outputs are split by residue) and without negative padding (the
+input is cropped). A few groups are convolutions of their own. A convolution of few channels is written out as
+a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take
+these forms on every platform: here they are multiplied by ``dot_general``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxconv_fc.axis import Axis
+from jaxconv_fc.forms import Call, Decomposition, Forms, by_residues, complex_product, fold, moved_by, windows
+from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.spec import ConvSpec
+
+MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
+MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
+MOST_CHANNELS = 4  # of a convolution without groups
+MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
+MOST_SPLIT = 8  # groups of a convolution that are convolutions of their own: XLA takes up to 5 times as long
+
+
+def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+    """Zeros-mode correlation of any geometry: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
+    return by_residues(axes, lhs.shape[0], rhs, lambda inner, rhs: _undilated(inner, lhs, rhs, call))
+
+
+def _undilated(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+    """Correlation without input dilation, by the fastest form: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
+    if jnp.issubdtype(lhs.dtype, jnp.inexact) and is_narrow(axes, rhs.shape, call.groups):
+        return _sum_over_taps(axes, lhs, rhs, call)
+    return _convolution(axes, lhs, rhs, call)
+
+
+def kernel_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
+    """Correlation of inputs with cotangents: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
+
+    If there are many examples, the channels ``i`` of a group take the place of the batch, the examples ``n``
+    that of the channels, and groups are groups.
+    """
+    inputs, rhs = x.shape[-1] // call.groups, jnp.moveaxis(y, 0, -2)  # [o, n, g*e]
+    if _is_short(axes, x, y, call.groups):
+        kernel = by_residues(
+            axes, inputs, rhs, lambda inner, rhs: _sums_over_outputs(inner, x, jnp.moveaxis(rhs, -2, 0), call)
+        )  # [i, p, g*e]
+    else:
+        x = x.reshape(*x.shape[:-1], call.groups, inputs)  # [n, t, g, i]
+        x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
+        x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
+        kernel = by_residues(axes, inputs, rhs, lambda inner, rhs: _convolution(inner, x, rhs, call))
+    return jnp.moveaxis(kernel, 0, -2)
+
+
+# -- convolutions of lax ---------------------------------------------------------------------------
+
+
+def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+    """Correlation without input dilation, of any dtype: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
+    groups = call.groups
+    if jnp.issubdtype(lhs.dtype, jnp.integer):
+        return _dot_of_windows(axes, lhs, rhs, groups)
+    if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
+        one, parts = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
+        return jnp.concatenate([_convolution(axes, *pair, one) for pair in zip(*parts, strict=True)], -1)
+    if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
+        axes, lhs = _padded(axes, lhs, 1)
+    d = len(axes)
+    last = (0, d + 1, *range(1, d + 1))  # channels last
+    convolve = partial(
+        lax.conv_general_dilated,
+        window_strides=[a.stride for a in axes],
+        padding=[(a.lo, a.hi) for a in axes],
+        rhs_dilation=[a.rhs_dilation for a in axes],
+        dimension_numbers=lax.ConvDimensionNumbers(last, (d + 1, d, *range(d)), last),
+        feature_group_count=groups,
+        precision=call.precision,
+    )
+    return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> tuple[list[Axis], jax.Array]:
+    """The padding made: axes without any, and ``x`` with zeros around its dimensions from ``first`` on."""
+    pads = [(0, 0, 0)] * x.ndim
+    pads[first : first + len(axes)] = [(a.lo, a.hi, 0) for a in axes]
+    inner = [Axis(a.span, a.taps, a.stride, rhs_dilation=a.rhs_dilation) for a in axes]
+    return inner, lax.pad(x, jnp.zeros((), x.dtype), pads)
+
+
+def _dot_of_windows(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, groups: int) -> jax.Array:
+    """Correlation of integers: GPUs have products of them, and no convolutions."""
+    d = len(axes)
+    for i, axis in enumerate(axes):  # [n, in..., c] -> [n, out1, taps1, in..., c] -> ...
+        lhs = windows(lhs, 1 + 2 * i, axis)
+    lhs = lhs.reshape(*lhs.shape[:-1], groups, lhs.shape[-1] // groups)
+    kernel = rhs.reshape(*rhs.shape[:-1], groups, rhs.shape[-1] // groups)
+    # [n, out1, taps1, ..., g, c] x [taps..., c, g, d] -> [g, n, out..., d] -> [n, out..., g * d]
+    contracting = ([*range(2, 2 * d + 2, 2), 2 * d + 2], [*range(d), d])
+    y = lax.dot_general(lhs, kernel, (contracting, ([2 * d + 1], [d + 1])))
+    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], rhs.shape[-1])
+
+
+# -- few channels: term by term ------------------------------------------------------------------
+
+
+def is_narrow(axes: Sequence[Axis], rhs: tuple[int, ...], groups: int) -> bool:
+    """Whether a sum over taps is faster than a convolution with a kernel of this shape, [p, i, g*e]."""
+    *taps, inputs, outputs = rhs
+    outputs //= groups
+    few = groups > 1 or inputs <= min(MOST_CHANNELS, 3 * outputs)
+    wide = groups == 1 and outputs > 16 and any(a.stride > 1 for a in axes)  # each output reads with gaps
+    return few and not wide and inputs * math.prod(taps) <= MOST_TERMS
+
+
+def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> bool:
+    """Whether a sum over outputs for every tap is faster than a convolution with ``y`` as its kernel.
+
+    A sum is faster for one example with groups: a convolution takes examples for channels, and so has one.
+    (Under a ``vmap`` that keeps the gradient of each example, examples are groups.) It is also faster for few
+    pairs of channels in a group: for the fewest without groups and with many examples.
+    """
+    one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
+    pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
+    few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
+    most = MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 0
+    return taps <= most and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
+    """[n, t..., g*c] by group, in the order of the caller's array: [n, g, c, t...] or [n, t..., g, c].
+
+    Also the dimension of c, and the first one of t. Narrow floats become float32.
+    """
+    at = 1 if call.channels_first else x.ndim - 1
+    x = jnp.moveaxis(x, -1, at).astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
+    x = x.reshape(*x.shape[:at], call.groups, x.shape[at] // call.groups, *x.shape[at + 1 :])
+    return x, at + 1, 3 if call.channels_first else 1
+
+
+def _sum_over_taps(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+    """Correlation without input dilation: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]. All terms are one loop."""
+    x, at, first = _grouped(lhs, call)
+    axes, x = _padded(axes, x, first)
+    *taps, inputs, _ = rhs.shape
+    weights = rhs.astype(x.dtype).reshape(*taps, inputs, call.groups, -1)  # [p, i, g, e]
+    beside = (0, *range(3, x.ndim)) if call.channels_first else range(x.ndim - 2)  # all but [g, e]
+    terms = []
+    for p, i in itertools.product(np.ndindex(*taps), range(inputs)):
+        window = moved_by(axes, p, lax.slice_in_dim(x, i, i + 1, axis=at), first)
+        terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [1, g, e, 1]
+    y = functools.reduce(operator.add, terms)
+    y = y.reshape(*y.shape[: at - 1], -1, *y.shape[at + 1 :])
+    return jnp.moveaxis(y, at - 1, -1).astype(lhs.dtype)
+
+
+def _sums_over_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
+    """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [i, p, g*e], a sum for every tap."""
+    dtype = x.dtype
+    x, at, first = _grouped(x, call)
+    y, *_ = _grouped(y, call)
+    axes, x = _padded([a.kernel_gradient() for a in axes], x, first)  # its taps are those of the kernel
+    taps, positions = [a.taps for a in axes], tuple(range(first, first + len(axes)))
+    read = [moved_by(axes, p, x, first) for p in np.ndindex(*taps)]
+    if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
+        y = jnp.expand_dims(y, at)
+        terms = [jnp.expand_dims(window, at + 1) * y for window in read]
+        sums = _sums_at_once(terms, 0, *(dim + (at < dim) for dim in positions))
+    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
+        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
+        sums = [lax.dot_general(window, y, numbers, call.precision) for window in read]
+    kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
+    return kernel.reshape(kernel.shape[0], *taps, -1).astype(dtype)
+
+
+def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
+    """The sum of each array over these dimensions. All but the last one are summed in one loop: no product is
+    stored, and every factor is read once. The last is summed apart: one long chain of additions would round
+    ten times as much."""
+    *others, last = dims
+    zeros = [jnp.zeros((), term.dtype) for term in terms]
+    rows = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), others)
+    return [row.sum(last - sum(dim < last for dim in others)) for row in rows]
+
+
+# -- stacks of vectors, and matrices ---------------------------------------------------------------
+
+
+def method(spec: ConvSpec, count: int, dtype: Any) -> str:
+    """Which way :func:`batched_apply` takes for ``count`` examples.
+
+    The convolution, except for 16 examples or more, if :func:`apply` does not write it out as a sum over
+    taps, and if M is within the memory limit:
+
+    - dense, if at least a quarter of M is nonzero (kernels as large as the image), in float32 or narrower for
+      64 examples or more;
+    - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
+      float32 or narrower, or 1 of several (depthwise) in any dtype;
+    - sparse, for 64-bit and integer dtypes and at least 64 examples.
+
+    Sparse only where all examples together take 10^5 products.
+
+    Measured on 2 cores with jax 0.10.2 and 0.11.2 by ``python -m benchmarks batched random_layers``.
+    """
+    if count < 16 or not spec.nse:
+        return "convolution"
+    shape = (*(a.taps for a in spec.axes), spec.group_channels, spec.out_channels)
+    dilated = any(a.lhs_dilation > 1 for a in spec.axes)  # is split into smaller convolutions first
+    if jnp.issubdtype(dtype, jnp.inexact) and not dilated and is_narrow(spec.axes, shape, spec.groups):
+        return "convolution"
+    sizes = spec.nbytes(dtype)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 4
+    full = 4 * spec.nse >= spec.out_size * spec.in_size and count >= (64 if narrow else 16)
+    if full and fits_in_memory(sizes.dense):
+        return "dense"
+    few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
+    few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
+    small = count * spec.nse < 10**5  # products in all: less than it takes to build M
+    if (few or (not narrow and count >= 64)) and not small and fits_in_memory(sizes.bcsr):
+        return "sparse"
+    return "convolution"
+
+
+def svd(a: jax.Array) -> Decomposition:
+    """By LAPACK."""
+    return Decomposition(*jnp.linalg.svd(a, full_matrices=False))
+
+
+CPU = Forms(
+    correlate=correlate,
+    kernel_gradient=kernel_gradient,
+    fold=fold,
+    svd=svd,
+    singular_values=partial(jnp.linalg.svd, compute_uv=False),
+    method=method,
+    column_bytes=2**22,  # they are read again at once, from the cache
+)
