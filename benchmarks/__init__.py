@@ -10,5 +10,5 @@ so: asdex needs Python 3.12.
 
 ``--quick`` takes one small row of each table and compares the results of the contestants: its times mean
 nothing. ``--guard`` measures a few ratios and fails where one of them is far from what it was. ``--summary``
-prints the table of the README from the committed results.
+prints the table of docs/measured.md from the committed results.
 """

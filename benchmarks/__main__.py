@@ -22,6 +22,7 @@ from benchmarks import (
     first_call,
     functions,
     gradients,
+    models,
     products,
     report,
     rows,
@@ -31,7 +32,7 @@ from benchmarks import (
 
 TABLES = {
     table.name: table
-    for module in (dense, sparse, products, gradients, functions, spectrum)
+    for module in (dense, sparse, products, gradients, functions, spectrum, models)
     for table in module.TABLES
 }
 
@@ -47,7 +48,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument(
-        "--summary", action="store_true", help="print the README's table, of committed results"
+        "--summary", action="store_true", help="print the table of docs/measured.md, of committed results"
     )
     parser.add_argument("--guard", action="store_true", help="a few ratios only; fails where one is far off")
     args = parser.parse_args()

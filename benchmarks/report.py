@@ -47,7 +47,7 @@ def _body(table):
         if limited:
             cells.append(_time(spread(row["seconds"]["limit"])[1]))
         low, middle, high = spread(row["seconds"]["ours"])
-        cells.append(f"{_time(middle)} ({_time(low)} to {_time(high)})")
+        cells.append(f"{_time(middle)} ({_time(low)} to {_time(high)})" + _about(row, "ours"))
         if limited:
             cells.append(f"{row['ratios']['limit']:.2f}")
         cells += [_cell(row, peer, notes) for peer in peers]
@@ -67,13 +67,18 @@ def _cell(row, peer, notes):
     if peer in row["ratios"]:
         ratio = row["ratios"][peer]
         before = f" (+{row['prepared'][peer]:.0f} s)" if peer in row["prepared"] else ""
-        return (f"**{_ratio(ratio)}**" if ratio < 1 else _ratio(ratio)) + before
+        return (f"**{_ratio(ratio)}**" if ratio < 1 else _ratio(ratio)) + before + _about(row, peer)
     reason = row["cannot"].get(peer)
     if not reason:
         return "–"
     if reason not in notes:
         notes.append(reason)
     return f"– ({notes.index(reason) + 1})"
+
+
+def _about(row, name):
+    about = row.get("about", {}).get(name)
+    return f" ({about})" if about else ""
 
 
 def _ratio(value):
@@ -106,9 +111,9 @@ def _first_calls(results):
         )
 
 
-# -- the table of the README --------------------------------------------------------------------------
+# -- the table of docs/measured.md --------------------------------------------------------------------------
 
-# folder of results -> how the README calls the machine
+# folder of results -> how the table calls the machine
 MACHINES = {"cpu": "2 CPU cores", "h200": "NVIDIA H200"}
 # table -> what it is; the fastest of the peers counts, or the one that is named
 SUMMARY = {

@@ -48,6 +48,7 @@ class Measured:
     ratios: dict[str, float] = field(default_factory=dict)  # limit: ours over it; peers: theirs over ours
     cannot: dict[str, str] = field(default_factory=dict)
     prepared: dict[str, float] = field(default_factory=dict)  # seconds that a peer took before the first call
+    about: dict[str, str] = field(default_factory=dict)  # what a contestant says of its call
 
 
 def measure(row: Row, rounds: int, compare: bool) -> Measured:
@@ -60,6 +61,7 @@ def measure(row: Row, rounds: int, compare: bool) -> Measured:
         _prepare(name, maker, calls, found, compare)
     if compare:
         _compare(row, {name: call for name, call in calls.items() if name != "limit"})
+    found.about = {name: call.about for name, call in calls.items() if hasattr(call, "about")}
     found.seconds = interleaved(calls, rounds)
     for name in calls:
         if name == "limit":

@@ -11,7 +11,8 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     gradients               kernel_vjp, kernel_matrix, matrix_vjp
     from M to a kernel      kernel_from_matrix, conv_distance, detect_conv, nearest_conv
     two convolutions        compose
-    any JAX function        find_convs, fully_connected, matrix_of, local_affine
+    any JAX function        with_products, find_convs, fully_connected, matrix_of, local_affine
+    in the place of lax's   conv_general_dilated
     norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
     neurons                 neurons.receptive_field, neurons.projective_field, ... (help(jaxconv_fc.neurons))
     to look at              format_matrix, show.spy, show.receptive_field, show.animate
@@ -37,6 +38,8 @@ from jaxconv_fc.dense import update_matrix as update_matrix
 from jaxconv_fc.functions.affine import local_affine as local_affine
 from jaxconv_fc.functions.affine import matrix_of as matrix_of
 from jaxconv_fc.functions.connect import fully_connected as fully_connected
+from jaxconv_fc.functions.convolutions import conv_general_dilated as conv_general_dilated
+from jaxconv_fc.functions.convolutions import with_products as with_products
 from jaxconv_fc.functions.find import find_convs as find_convs
 from jaxconv_fc.functions.sites import ConvSite as ConvSite
 from jaxconv_fc.linear_operator import as_linear_operator as as_linear_operator

@@ -18,6 +18,7 @@ from jaxconv_fc.functions.jaxprs import (
     JaxprEqn,
     eval_eqn,
     evaluate,
+    holds,
     inner_jaxprs,
     is_mutable,
     open_jaxpr,
@@ -87,18 +88,18 @@ class ConvFinder:
     def visit(self, jaxpr: Any, arguments: Sequence[Any], used: Sequence[bool] | None = None) -> list[Any]:
         """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
-        return evaluate(jaxpr, arguments, self.equation, finish=finish, keep=performs_conv)
+        return evaluate(jaxpr, arguments, self.equation, finish=finish, keep=_performs_conv)
 
     def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         name = eqn.primitive.name
         inside = replace(self, scope=nested(self.scope, eqn))
-        if name in CALLS and holds_conv(eqn):
+        if name in CALLS and holds(eqn, CONVOLUTIONS):
             return inside.visit(inner_jaxprs(eqn)[0], values, used)
         if name in _SITES:
             site = _SITES[name](eqn, *values)
             place = place_of(eqn, self.scope, self.paths[site.kernel])
             self.sites.append(replace(site, name=place, times=self.times))
-        elif holds_conv(eqn):
+        elif holds(eqn, CONVOLUTIONS):
             for body in _BODIES.get(name, _other_bodies)(eqn, values):
                 inside.visit_body(body)
         known = self.evaluable and any(used) and all(map(_is_known, values)) and not is_mutable(eqn)
@@ -133,18 +134,11 @@ _SITES: dict[str, Callable[..., ConvSite]] = {
     "conv_general_dilated": _lax_site,
     "conv_product": _product_site,
 }
+CONVOLUTIONS = frozenset(_SITES)
 
 
-def performs_conv(eqn: JaxprEqn) -> bool:
-    """Whether an equation is a convolution or holds one."""
-    return eqn.primitive.name in _SITES or holds_conv(eqn)
-
-
-def holds_conv(eqn: JaxprEqn) -> bool:
-    """Whether a convolution is performed somewhere inside an equation."""
-    return any(
-        performs_conv(inner) for jaxpr in inner_jaxprs(eqn) for inner in open_jaxpr(jaxpr)[0].eqns
-    )
+def _performs_conv(eqn: JaxprEqn) -> bool:
+    return eqn.primitive.name in CONVOLUTIONS or holds(eqn, CONVOLUTIONS)
 
 
 # -- the table: primitive -> the jaxprs that it runs ------------------------------------------------

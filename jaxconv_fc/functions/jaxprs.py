@@ -7,7 +7,8 @@ that they give it for an equation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -175,6 +176,19 @@ def eval_eqn(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None
     return list(eval_jaxpr(alone(eqn, params), (), *values))
 
 
+def eval_as(eqn: JaxprEqn, primitive: Any, params: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+    """What another primitive makes of as many operands, in the context (name, mesh, ...) of an equation."""
+    return eval_eqn(eqn.replace(primitive=primitive), values, params)
+
+
+@contextlib.contextmanager
+def inside(eqn: JaxprEqn) -> Iterator[None]:
+    """What is traced here has the context of an equation: its name stack, its mesh."""
+    stack = str(eqn.source_info.name_stack)
+    with eqn.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
+        yield
+
+
 def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
     """The jaxpr of one equation: its operands in, its results out."""
     operands: list[Any] = [Var(v.aval) for v in eqn.invars]
@@ -206,6 +220,15 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[Any]:
         parts = value if isinstance(value, tuple | list) else (value,)
         found += [part for part in parts if isinstance(part, ClosedJaxpr | Jaxpr)]
     return found
+
+
+def holds(eqn: JaxprEqn, names: Container[str]) -> bool:
+    """Whether an equation of one of these primitives stands somewhere inside an equation."""
+    return any(
+        inner.primitive.name in names or holds(inner, names)
+        for jaxpr in inner_jaxprs(eqn)
+        for inner in open_jaxpr(jaxpr)[0].eqns
+    )
 
 
 def is_mutable(eqn: JaxprEqn) -> bool:

@@ -15,8 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.functions.columns import MOVES
-from jaxconv_fc.functions.connect import batched_output, examples
-from jaxconv_fc.functions.find import spec_of
+from jaxconv_fc.functions.convolutions import product_of
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     WRITES,
@@ -46,7 +45,6 @@ from jaxconv_fc.functions.linearize import (
 )
 from jaxconv_fc.functions.tap_sums import window_axes
 from jaxconv_fc.products.forms import moved_by
-from jaxconv_fc.products.product import stacked_product
 from jaxconv_fc.sharding import RELABELS, broadcast, zeros
 
 Rule = Callable[[Linearizer, JaxprEqn, Sequence[Any]], list[Any]]
@@ -199,14 +197,6 @@ def _psum(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
     if not all(isinstance(a, int) for a in eqn.params["axes"]):
         return linearizer.broken(eqn)
     return _IN_ALL(linearizer, eqn, values)
-
-
-def _convolution(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """A convolution of lax by this library's product, which is right where lax on CPU is wrong."""
-    spec, dtype = spec_of(eqn), result_avals(eqn)[0].dtype
-    x, kernel = (v.astype(dtype) for v in values)
-    stack = stacked_product(spec, kernel, examples(spec, x), eqn.params["precision"])
-    return [batched_output(spec, stack)]
 
 
 def _same(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -391,7 +381,7 @@ _LINEAR: dict[str, Rule] = {
     "polynomial": Linear(slice(1, None)),  # in its coefficients
     "scatter-mul": _IN_FIRST,
     "dot_general": Bilinear(),
-    "conv_general_dilated": Bilinear(compute=_convolution),
+    "conv_general_dilated": Bilinear(compute=product_of),
     "conv_product": Bilinear(),
     "by_platform": _by_platform,
     # systems of equations

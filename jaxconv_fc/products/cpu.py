@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.memory import fits_in_memory
@@ -40,6 +41,8 @@ MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
 MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
 MOST_CHANNELS = 4  # of a convolution without groups
 MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
+MANY_CHANNELS = 24  # of the inputs: from here on a product per tap is faster than a convolution
+MOST_AXES = 2  # spatial axes of one convolution: XLA's own of three run at a tenth of the speed
 MOST_SPLIT = 8  # groups of a convolution that are convolutions of their own: XLA takes up to 5 times as long
 
 
@@ -50,28 +53,74 @@ def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) 
 
 def _undilated(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
     """Correlation without input dilation, by the fastest form: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
-    if jnp.issubdtype(lhs.dtype, jnp.inexact) and is_narrow(axes, rhs.shape, call.groups):
-        return _sum_over_taps(axes, lhs, rhs, call)
+    if jnp.issubdtype(lhs.dtype, jnp.inexact):
+        if is_narrow(axes, rhs.shape, call.groups):
+            return fenced(partial(_sum_over_taps, axes, call), lhs, rhs)
+        if call.groups == 1 and all(axis.taps == 1 for axis in axes):
+            x, k = moved_by(axes, (0,) * len(axes), lhs, 1), rhs.reshape(rhs.shape[-2:])
+            return lax.dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ())), call.precision)
+        if len(axes) > MOST_AXES:
+            return _unfolded(axes, lhs, rhs, call)
     return _convolution(axes, lhs, rhs, call)
 
 
-def kernel_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
-    """Correlation of inputs with cotangents: [n, t, g*i] [n, o, g*e] -> [p, i, g*e].
+def fenced(form: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """``form(*operands)`` as a call that XLA does not inline.
 
-    If there are many examples, the channels ``i`` of a group take the place of the batch, the examples ``n``
-    that of the channels, and groups are groups.
+    XLA would fuse what stands before a sum over taps into it, and compute it once per tap. It would fuse the
+    sum into a reduction behind it, and lose vectors and threads.
     """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(form)(*operands)
+
+
+def kernel_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
+    """Correlation of inputs with cotangents: [n, t, g*i] [n, o, g*e] -> [p, i, g*e]."""
     inputs, rhs = x.shape[-1] // call.groups, jnp.moveaxis(y, 0, -2)  # [o, n, g*e]
-    if _is_short(axes, x, y, call.groups):
-        kernel = by_residues(
-            axes, inputs, rhs, lambda inner, rhs: _sums_over_outputs(inner, x, jnp.moveaxis(rhs, -2, 0), call)
-        )  # [i, p, g*e]
-    else:
-        x = x.reshape(*x.shape[:-1], call.groups, inputs)  # [n, t, g, i]
-        x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
-        x = x.reshape(*x.shape[:-2], -1)  # [i, t, g*n]
-        kernel = by_residues(axes, inputs, rhs, lambda inner, rhs: _convolution(inner, x, rhs, call))
+
+    def window(inner: Sequence[Axis], rhs: jax.Array) -> jax.Array:
+        kernel = _undilated_gradient(inner, x, jnp.moveaxis(rhs, -2, 0), call)
+        return jnp.moveaxis(kernel, -2, 0)
+
+    return jnp.moveaxis(by_residues(axes, inputs, rhs, window), 0, -2)  # [i, p, g*e] -> [p, i, g*e]
+
+
+def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
+    """The same without input dilation, by the fastest form.
+
+    In the last one the channels ``i`` of a group take the place of the batch, the examples ``n`` that of the
+    channels, and groups are groups.
+    """
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        if _is_short(axes, x, y, call.groups):
+            return fenced(partial(_sums_over_outputs, axes, call), x, y)
+        if len(axes) > MOST_AXES:
+            axis, *others = axes
+            taps = axis.kernel_gradient()  # its outputs are those of y
+            x = _taps_as_channels(taps, x, call.groups)
+            kernel = _undilated_gradient(others, x, y.reshape(-1, *y.shape[2:]), call)  # [p..., p*i, g*e]
+            kernel = kernel.reshape(*kernel.shape[:-2], taps.taps, -1, kernel.shape[-1])
+            return jnp.moveaxis(kernel, -3, 0)
+    x = x.reshape(*x.shape[:-1], call.groups, -1)  # [n, t, g, i]
+    x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
+    kernel = _convolution(axes, x.reshape(*x.shape[:-2], -1), jnp.moveaxis(y, 0, -2), call)  # [i, p, g*e]
     return jnp.moveaxis(kernel, 0, -2)
+
+
+def _unfolded(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+    """The same without the first axis: its taps become channels, its outputs become examples."""
+    axis, *others = axes
+    x = _taps_as_channels(axis, lhs, call.groups)  # [n*o, t..., g*p*i]
+    k = jnp.moveaxis(rhs, 0, -3)  # [p..., p, i, g*e]
+    y = _undilated(others, x, k.reshape(*k.shape[:-3], -1, k.shape[-1]), call)
+    return y.reshape(-1, axis.out_size, *y.shape[1:])
+
+
+def _taps_as_channels(axis: Axis, x: jax.Array, groups: int) -> jax.Array:
+    """[n, t, t..., g*i] -> [n*o, t..., g*p*i]: what each output of the first axis reads."""
+    x = x.reshape(*x.shape[:-1], groups, 1, -1)  # [n, t, t..., g, 1, i]
+    x = jnp.concatenate([moved_by([axis], (p,), x, 1) for p in range(axis.taps)], -2)
+    return x.reshape(-1, *x.shape[2:-3], x.shape[-3] * x.shape[-2] * x.shape[-1])
 
 
 # -- convolutions of lax ---------------------------------------------------------------------------
@@ -144,8 +193,8 @@ def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> 
     one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
     pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
     few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
-    most = MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 0
-    return taps <= most and jnp.issubdtype(x.dtype, jnp.inexact)
+    many = x.shape[-1] // groups >= MANY_CHANNELS or taps == 1
+    return taps <= (MOST_TERMS if few else MOST_DOTS if many or (one and groups > 1) else 0)
 
 
 def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
@@ -159,7 +208,7 @@ def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
     return x, at + 1, 3 if call.channels_first else 1
 
 
-def _sum_over_taps(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
+def _sum_over_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """Correlation without input dilation: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]. All terms are one loop."""
     x, at, first = _grouped(lhs, call)
     axes, x = _padded(axes, x, first)
@@ -175,8 +224,8 @@ def _sum_over_taps(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: C
     return jnp.moveaxis(y, at - 1, -1).astype(lhs.dtype)
 
 
-def _sums_over_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
-    """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [i, p, g*e], a sum for every tap."""
+def _sums_over_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [p, i, g*e], a sum for every tap."""
     dtype = x.dtype
     x, at, first = _grouped(x, call)
     y, *_ = _grouped(y, call)
@@ -190,8 +239,8 @@ def _sums_over_outputs(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: C
     else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
         numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
         sums = [lax.dot_general(window, y, numbers, call.precision) for window in read]
-    kernel = jnp.moveaxis(jnp.stack(sums), 2, 0)  # [p, g, i, e] -> [i, p, g, e]
-    return kernel.reshape(kernel.shape[0], *taps, -1).astype(dtype)
+    kernel = jnp.moveaxis(jnp.stack(sums), 1, 2)  # [p, g, i, e] -> [p, i, g, e]
+    return kernel.reshape(*taps, kernel.shape[1], -1).astype(dtype)
 
 
 def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
