@@ -22,7 +22,7 @@ from jaxconv_fc.functions.columns import Selection, propagate
 from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
 from jaxconv_fc.functions.linearize import linearized
 from jaxconv_fc.functions.rules import AFFINE, PIECEWISE_LINEAR
-from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.sharding import replicated
 
@@ -187,13 +187,8 @@ def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
             f"{name}: fn must return one array, got {len(outs)}. Return one of them, or ravel_pytree(...)[0]."
         )
     out = jax.ShapeDtypeStruct(outs[0].aval.shape, outs[0].aval.dtype)
-    sizes = math.prod(out.shape), math.prod(x.shape)
-    nbytes = math.prod(sizes) * out.dtype.itemsize
-    if not fits_in_memory(nbytes):
-        raise ValueError(
-            f"{name}: the matrix is {sizes[0]:,} x {sizes[1]:,} {out.dtype} = {nbytes:,} bytes dense. "
-            f"Use find_convs and as_bcoo layer by layer, or jaxconv_fc.memory_limit({nbytes})."
-        )
+    shape = math.prod(out.shape), math.prod(x.shape)
+    check_array(name, shape, out.dtype, "find_convs and as_bcoo layer by layer")
     return jaxpr, x
 
 

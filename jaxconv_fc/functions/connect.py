@@ -22,8 +22,6 @@ from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.functions.find import performs_conv, spec_of
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
-    ClosedJaxpr,
-    Jaxpr,
     JaxprEqn,
     alone,
     compiled,
@@ -31,9 +29,11 @@ from jaxconv_fc.functions.jaxprs import (
     evaluate,
     inner_jaxprs,
     open_jaxpr,
+    open_scan,
+    open_while,
     result_avals,
-    scan_counts,
     trace,
+    with_jaxprs,
 )
 from jaxconv_fc.products import OPERANDS, vmap_or_sum
 from jaxconv_fc.sharding import as_on_one_device
@@ -225,7 +225,7 @@ def _compiled(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) 
     """
     if not _holds_no_arrays(evaluator.builder):
         return _LOOPS.get(eqn.primitive.name, _around)(evaluator, eqn, values)
-    return compiled(_Loop(evaluator), alone(eqn), *values)
+    return compiled(_Loop(evaluator), alone(eqn), *values, opens=_is_opened)
 
 
 @dataclass(frozen=True)
@@ -240,64 +240,67 @@ class _Loop:
 
 
 def _scan(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    (body,) = inner_jaxprs(eqn)
-    fixed, carried = scan_counts(eqn, body)
+    scan = open_scan(eqn, values)
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = evaluator(body, [*values[:fixed], *carry, *xs])
-        return results[:carried], results[carried:]
+        results = evaluator(scan.body, [*scan.constants, *carry, *xs])
+        return results[: len(carry)], results[len(carry) :]
 
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(
-        step, list(values[fixed : fixed + carried]), list(values[fixed + carried :]), **options
-    )
+    carry, ys = lax.scan(step, list(scan.carry), list(scan.xs), **options)
     return [*carry, *ys]
 
 
 def _while(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A vmap may leave one condition per example. The loop then runs while any of them holds, and changes
     only the examples whose condition holds."""
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    split = eqn.params["cond_nconsts"]
-    start = split + eqn.params["body_nconsts"]
+    loop = open_while(eqn, values)
 
     def going(carry: list[Any]) -> Any:
-        return evaluator(cond, [*values[:split], *carry])[0]
+        return evaluator(loop.cond, [*loop.cond_constants, *carry])[0]
 
     def step(carry: list[Any]) -> list[Any]:
-        new, holds = evaluator(body, [*values[split:start], *carry]), going(carry)
+        new, holds = evaluator(loop.body, [*loop.body_constants, *carry]), going(carry)
         if not holds.ndim:
             return new
         masks = [jnp.expand_dims(holds, range(holds.ndim, v.ndim)) for v in new]
         return [jnp.where(mask, v, old) for mask, v, old in zip(masks, new, carry, strict=True)]
 
-    return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(values[start:]))
+    return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(loop.carry))
 
 
 def _cond(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    if eqn.params.get("branches_platforms") is not None:  # each platform compiles its own branch alone
+    if _is_by_platform(eqn):
         return _around(evaluator, eqn, values)
     branches = [lambda *a, branch=branch: evaluator(branch, a) for branch in inner_jaxprs(eqn)]
     return lax.switch(values[0], branches, *values[1:])
 
 
+def _is_by_platform(eqn: JaxprEqn) -> bool:
+    """Whether each platform compiles a branch of its own alone."""
+    return eqn.params.get("branches_platforms") is not None
+
+
 _LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+def _is_opened(eqn: JaxprEqn) -> bool:
+    """Whether an evaluator evaluates the jaxprs of an equation, and does not hand them to JAX."""
+    rule = _RULES.get(eqn.primitive.name) or _LOOPS.get(eqn.primitive.name)
+    return performs_conv(eqn) and rule in _OPENING and not _is_by_platform(eqn)
+
+
+_OPENING = {_inline, _checkpoint, *_LOOPS.values()}
 
 
 def _around(evaluator: MatrixEvaluator, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """The same equation around rewritten jaxprs."""
-    return eval_eqn(eqn, values, {key: _rewritten(evaluator, value) for key, value in eqn.params.items()})
 
+    def rewritten(jaxpr: Any) -> Any:
+        operands = [v.aval for v in open_jaxpr(jaxpr)[0].invars]
+        return jax.make_jaxpr(lambda *a: evaluator(jaxpr, a))(*operands)
 
-def _rewritten(evaluator: MatrixEvaluator, value: Any) -> Any:
-    """A parameter of an equation, with the convolutions replaced if it is a jaxpr or a tuple of them."""
-    if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
-        parts = [_rewritten(evaluator, v) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if not isinstance(value, ClosedJaxpr | Jaxpr):
-        return value
-    operands = [v.aval for v in open_jaxpr(value)[0].invars]
-    return jax.make_jaxpr(lambda *a: evaluator(value, a))(*operands)
+    return eval_eqn(eqn, values, with_jaxprs(eqn, rewritten))
 
 
 def _holds_no_arrays(builder: Any) -> bool:

@@ -8,6 +8,7 @@ unrolled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -207,8 +208,10 @@ def linearized(name: str, rules: Rules, jaxpr: Any, x: Any, point: Any) -> Any:
         (result,) = linearizer.run(jaxpr, [Value(tangent, point, bounds)])
         if isinstance(result, NotAffine):
             raise ValueError(result.reason)
-        pair = Value(tangent_of(result, aval), at_point(result, aval))
-        pairs = [pair, *linearizer.switches]
+        # An offset of zeros is a known array, as any other offset is: so they share one compiled program.
+        with jax.ensure_compile_time_eval() if aval.sharding.mesh.empty else nullcontext():
+            value = at_point(result, aval)
+        pairs = [Value(tangent_of(result, aval), value), *linearizer.switches]
         return [p.tangent for p in pairs], [p.value for p in pairs]
 
     return jax.make_jaxpr(traced)(x)

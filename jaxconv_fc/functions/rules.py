@@ -24,10 +24,11 @@ from jaxconv_fc.functions.jaxprs import (
     eval_eqn,
     inner_jaxprs,
     open_jaxpr,
+    open_scan,
+    open_while,
     operand_avals,
     operand_numbers,
     result_avals,
-    scan_counts,
 )
 from jaxconv_fc.functions.linearize import (
     Linearizer,
@@ -273,9 +274,8 @@ def _write(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 def _scan(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A loop of known length, unrolled."""
-    (body,) = inner_jaxprs(eqn)
-    fixed, carried = scan_counts(eqn, body)
-    constants, carry, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
+    body, constants, carry, xs = open_scan(eqn, values)
+    carried = len(carry)
     steps = range(eqn.params["length"])
     ys: list[Any] = [None] * len(steps)  # [step][result]
     for i in reversed(steps) if eqn.params["reverse"] else steps:
@@ -296,16 +296,15 @@ def _cond(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
 
 
 def _while(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = list(values[split + fixed :])
+    loop = open_while(eqn, values)
+    carry = list(loop.carry)
     while True:
-        (going,) = linearizer.run(cond, [*values[:split], *carry])
+        (going,) = linearizer.run(loop.cond, [*loop.cond_constants, *carry])
         if not is_concrete(going):
             return linearizer.broken(eqn, " whose length depends on x or on a traced value")
         if not going:
             return carry
-        carry = linearizer.run(body, [*values[split : split + fixed], *carry])
+        carry = linearizer.run(loop.body, [*loop.body_constants, *carry])
 
 
 # -- switches of piecewise linear functions: there is a point, so no value is a symbolic zero --------
