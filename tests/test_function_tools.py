@@ -13,7 +13,6 @@ from handwritten import close, compilations, conv, normal
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc.functions.jaxprs import PROGRAMS, _compiled
 
 RNG = np.random.default_rng(5)
 X, K = normal(RNG, 2, 3, 4, 4), normal(RNG, 3, 3, 3, 3)
@@ -140,14 +139,6 @@ def test_numbers_that_jax_must_read_are_left_where_they_are():
 
     for n in (0.25, 0.5):
         close(fc.fully_connected(partial(fn, n=n))(X), fn(X, n), 11)
-
-
-def test_programs_of_other_structure_are_dropped_when_there_are_many(monkeypatch):
-    _compiled.cache_clear()
-    for n in range(3):
-        fc.matrix_of(lambda x, n=n: x.sum(range(n)), jnp.ones((2, 1, 1)))
-    assert _compiled.cache_info().currsize == 3
-    assert _compiled.cache_info().maxsize == PROGRAMS
 
 
 def test_nothing_is_kept_for_a_builder_that_closes_over_arrays():

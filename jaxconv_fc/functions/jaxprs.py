@@ -282,7 +282,7 @@ DERIVATIVES = {
 }
 
 
-PROGRAMS = 256  # how many compiled programs are kept: those that were used last
+PROGRAMS = 128  # how many compiled programs are kept, of 2 to 4 MB each: those that were used last
 
 
 def compiled(
