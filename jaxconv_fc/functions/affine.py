@@ -47,9 +47,12 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     the function (docs/maths.md, section 13) and never probed. It does not depend on the values of x. Matrix
     products are done with ``precision="highest"`` unless ``fn`` asks for another.
 
+    Of integers, A and b hold modulo ``2**n`` for the n bits of the result, as integer arithmetic does. What
+    may have wrapped around is not affine in a wider type or a float, and is refused: convert x first.
+
     Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
     Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that
-    differ from it in the arrays they close over alone.
+    differ from it in the arrays and numbers they close over alone.
 
     Args:
       fn: a function from one array to one array.

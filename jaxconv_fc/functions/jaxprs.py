@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -181,8 +180,11 @@ def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
     operands: list[Any] = [Var(v.aval) for v in eqn.invars]
     results: list[Any] = [Var(v.aval) for v in eqn.outvars]
     eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
-    label = DebugInfo("eval_eqn", eqn.primitive.name, None, None)
-    return Jaxpr([], operands, results, [eqn], eqn.effects, label)
+    return Jaxpr([], operands, results, [eqn], eqn.effects, _debug_info(eqn.primitive.name))
+
+
+def _debug_info(name: str) -> DebugInfo:
+    return DebugInfo("jaxconv_fc", name, None, None)
 
 
 def operand_avals(eqn: JaxprEqn) -> list[Any]:
@@ -236,10 +238,14 @@ def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
     """
     inner = open_jaxpr(body)[0]
     operands, results = (
-        sum(v.aval.ndim == w.aval.ndim for v, w in zip(outside, inside, strict=True))
+        sum(_rank(v) == _rank(w) for v, w in zip(outside, inside, strict=True))
         for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
     )
     return operands - results, results
+
+
+def _rank(variable: Any) -> int:
+    return len(variable.aval.shape)
 
 
 class While(NamedTuple):
@@ -297,9 +303,9 @@ def compiled(
     A jaxpr that cannot be compared with others is evaluated equation by equation: one with a parameter that
     is not hashable, or a function.
     """
-    constants: list[Any] = []
+    constants: list[list[Any]] = []
     bare = _bare(jaxpr, opens, constants)
-    plain = not any(is_traced(v) for v in (*constants, *arrays))
+    plain = not any(map(is_traced, jax.tree.leaves((constants, arrays))))
     try:
         hash(of)
         text = _comparable(bare, DERIVATIVES if plain else {})  # what is not traced is not differentiated
@@ -313,30 +319,34 @@ def _compiled(of: Callable[..., Any], program: _Program, opens: Callable[[JaxprE
     return jax.jit(lambda constants, *arrays: of(_closed(program.jaxpr, opens, iter(constants)), *arrays))
 
 
-def _bare(jaxpr: Any, opens: Callable[[JaxprEqn], bool], constants: list[Any]) -> Jaxpr:
-    """The jaxpr with variables for its constants and numbers, which are appended to ``constants``."""
+def _bare(jaxpr: Any, opens: Callable[[JaxprEqn], bool], constants: list[list[Any]]) -> Jaxpr:
+    """The jaxpr with its constants and numbers as its first inputs; a list of them is added to ``constants``.
+
+    So are those of the jaxprs in the equations that are opened, a list for each.
+    """
     inner, values = open_jaxpr(jaxpr)
-    variables = list(inner.constvars)
-    constants += values
+    variables, own = list(inner.constvars), list(values)
+    constants.append(own)
 
     def variable(v: Any) -> Any:
         if not isinstance(v, Literal):
             return v
         variables.append(Var(v.aval))
-        constants.append(v.val)
+        own.append(v.val)
         return variables[-1]
 
     equations = [eqn.replace(invars=list(map(variable, eqn.invars))) for eqn in inner.eqns]
     results = list(map(variable, inner.outvars))
     equations = _opened(equations, opens, lambda jaxpr: _bare(jaxpr, opens, constants))
-    return Jaxpr(variables, inner.invars, results, equations, inner.effects, inner.debug_info)
+    return Jaxpr([], [*variables, *inner.invars], results, equations, inner.effects, _debug_info("bare"))
 
 
-def _closed(bare: Jaxpr, opens: Callable[[JaxprEqn], bool], constants: Iterator[Any]) -> ClosedJaxpr:
+def _closed(bare: Jaxpr, opens: Callable[[JaxprEqn], bool], constants: Iterator[list[Any]]) -> ClosedJaxpr:
     """The inverse of :func:`_bare`."""
-    own = list(islice(constants, len(bare.constvars)))
+    own = next(constants)
+    variables, inputs = bare.invars[: len(own)], bare.invars[len(own) :]
     equations = _opened(bare.eqns, opens, lambda jaxpr: _closed(jaxpr, opens, constants))
-    jaxpr = Jaxpr(bare.constvars, bare.invars, bare.outvars, equations, bare.effects, bare.debug_info)
+    jaxpr = Jaxpr(variables, inputs, bare.outvars, equations, bare.effects, _debug_info("closed"))
     return ClosedJaxpr(jaxpr, own)
 
 

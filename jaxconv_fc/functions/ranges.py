@@ -99,15 +99,16 @@ def _plus(a: Range, b: Range) -> Range:
     return a[0] + b[0], a[1] + b[1]
 
 
-def _times(a: Range, b: Range, terms: int = 1) -> Range:
-    """Of a sum of so many products."""
+def _times(factors: Sequence[Range], terms: int = 1) -> Range:
+    """Of a sum of so many products of two factors."""
+    a, b = factors
     corners = [x * y * terms if x and y and terms else 0 for x in a for y in b]
     return min(corners), max(corners)
 
 
 def _sum_of(terms: Callable[[JaxprEqn], int]) -> Callable[[JaxprEqn, Sequence[Range]], Range]:
     """Every result is a sum of at most ``terms(eqn)`` entries of the operand."""
-    return lambda eqn, ranges: _times(ranges[0], (0, 1), terms(eqn))
+    return lambda eqn, ranges: _times((ranges[0], (0, 1)), terms(eqn))
 
 
 def _reduced(eqn: JaxprEqn) -> int:
@@ -116,12 +117,12 @@ def _reduced(eqn: JaxprEqn) -> int:
 
 def _dot(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
     ((contracted, _), _), shape = eqn.params["dimension_numbers"], operand_avals(eqn)[0].shape
-    return _times(*ranges, math.prod(shape[axis] for axis in contracted))
+    return _times(ranges, math.prod(shape[axis] for axis in contracted))
 
 
 def _convolution(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
     shape, outputs = operand_avals(eqn)[1].shape, eqn.params["dimension_numbers"].rhs_spec[0]
-    return _times(*ranges, math.prod(shape[:outputs] + shape[outputs + 1 :]))
+    return _times(ranges, math.prod(shape[:outputs] + shape[outputs + 1 :]))
 
 
 def _product(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
@@ -130,18 +131,18 @@ def _product(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
     if eqn.params["out"] != "y" or not all("y" in label for label in batches):
         return UNKNOWN
     outputs = spec.rhs_shape[spec.dimension_numbers.rhs_spec[0]]
-    return _times(*ranges, math.prod(spec.rhs_shape) // max(1, outputs))
+    return _times(ranges, math.prod(spec.rhs_shape) // max(1, outputs))
 
 
 def _added_in_place(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
     operand, _, updates = ranges
     updates = updates if eqn.primitive.name == "scatter-add" else _negative(updates)
-    return _plus(operand, _times(updates, (0, 1), math.prod(operand_avals(eqn)[2].shape)))
+    return _plus(operand, _times((updates, (0, 1)), math.prod(operand_avals(eqn)[2].shape)))
 
 
 def _shifted(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
     operand, (least, most) = ranges
-    return _times(operand, (0, 2 ** int(most))) if least >= 0 and most <= 64 else UNKNOWN
+    return _times((operand, (0, 2 ** int(most)))) if least >= 0 and most <= 64 else UNKNOWN
 
 
 _RANGES: dict[str, Callable[[JaxprEqn, Sequence[Range]], Range]] = {
@@ -157,7 +158,7 @@ _RANGES: dict[str, Callable[[JaxprEqn, Sequence[Range]], Range]] = {
     "sub": lambda eqn, ranges: _plus(ranges[0], _negative(ranges[1])),
     "neg": lambda eqn, ranges: _negative(ranges[0]),
     "not": lambda eqn, ranges: _plus(_negative(ranges[0]), (-1, 0)),
-    "mul": lambda eqn, ranges: _times(*ranges),
+    "mul": lambda eqn, ranges: _times(ranges),
     "shift_left": _shifted,
     "reduce_sum": _sum_of(_reduced),
     "cumsum": _sum_of(lambda eqn: operand_avals(eqn)[0].shape[eqn.params["axis"]]),
