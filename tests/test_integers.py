@@ -14,6 +14,7 @@ from jax import lax
 import jaxconv_fc as fc
 
 SPEC = fc.conv_spec((1, 1, 6), (1, 1, 3), (1,), "SAME")
+ONES = jnp.ones((1, 1, 3), jnp.int8)
 TAPS = jnp.array([[[100, -7, 5]]], jnp.int8)
 
 
@@ -67,6 +68,8 @@ WRAPS = {  # what may have wrapped before it is widened
     "sum of int16": (I16, lambda x: x.sum(dtype=I16).astype(I32)),
     "sum to complex": (I16, lambda x: x.sum(dtype=I16).astype(jnp.complex128)),
     "convolution": (I8, lambda x: convolved(x).astype(F32)),
+    "convolution with ones": (I8, lambda x: lax.conv(x.reshape(1, 1, -1), ONES, (1,), "SAME").astype(F32)),
+    "dot with ones": (I8, lambda x: lax.dot(x, ONES[0, 0].repeat(2)).astype(F32)),
     "convolution of a wrapped value": (I8, lambda x: convolved(3 * x, preferred_element_type=I32)),
     "dot of a wrapped value": (U8, lambda x: lax.dot(x + x, jnp.ones(6, U8), preferred_element_type=I32)),
     "apply": (I8, lambda x: fc.apply(SPEC, TAPS, x[None]).astype(I32)),
