@@ -190,7 +190,7 @@ def test_matrix_of_an_integer_function():
 def test_a_matrix_beyond_the_memory_limit_is_refused():
     with (
         fc.memory_limit(10_000),
-        pytest.raises(ValueError, match=r"matrix_of: the matrix is 216 x 216 float64"),
+        pytest.raises(ValueError, match=r"216 x 216 float64 = 364 KiB: .*`with jaxconv_fc.memory_limit"),
     ):
         fc.matrix_of(AFFINE["conv"], X)
 

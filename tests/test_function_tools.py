@@ -93,6 +93,54 @@ def test_an_eager_fully_connected_compiles_once(name):
         close(y, LOOPS[name](X, k))
 
 
+NUMBERS = {  # functions of x with a Python number in them, and the tool
+    "matrix_of": lambda n: fc.matrix_of(lambda x: conv(x, K) + n, X),
+    "matrix_of, twice": lambda n: fc.matrix_of(lambda x: conv(conv(x, K) * n, K)[:, ::2] * 0.5 - n, X),
+    "local_affine": lambda n: fc.local_affine(lambda x: jax.nn.relu(conv(x, K) * n + 0.5) - n, X),
+    "scan": lambda n: fc.fully_connected(
+        lambda x: lax.scan(lambda c, _: (conv(c, K) * n, c.sum() * n), x, None, length=2)
+    )(X),
+    "while": lambda n: fc.fully_connected(
+        lambda x: lax.while_loop(
+            lambda s: s[0] < n, lambda s: (s[0] + n, jax.jit(lambda v: conv(v, K) - n)(s[1])), (0.0, x)
+        )[1]
+    )(X),
+    "cond": lambda n: fc.fully_connected(
+        lambda x: lax.cond(x.sum() > n, lambda x: conv(x, K) * n, lambda x: x - n, x)
+    )(X),
+    "remat in a scan": lambda n: fc.fully_connected(
+        lambda x: lax.scan(lambda c, _: (jax.checkpoint(lambda v: n * conv(v, K))(c), n), x, None, length=2)
+    )(X),
+}
+
+
+@pytest.mark.parametrize("tool", NUMBERS)
+def test_a_new_number_compiles_nothing(tool):
+    """Numbers in a function are operands of its program, 0 too."""
+    run = NUMBERS[tool]
+    for n in (0.0, 1.5):
+        run(n)
+    with compilations() as programs:
+        got = jax.block_until_ready([run(float(n)) for n in range(3, 8)])
+    assert not programs
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, got[-1], run(7.0))
+
+
+def test_numbers_that_jax_must_read_are_left_where_they_are():
+    """Those in a call that JAX differentiates by its rule, and in equations that hold no convolution."""
+
+    def fn(x, n):
+        def body(c, _):
+            pooled = lax.fori_loop(0, 2, lambda i, v: v * n + i, c)
+            return jax.nn.relu(_doubled(pooled) - n) ** 2, n
+
+        return lax.scan(body, x, None, length=2)[0]
+
+    for n in (0.25, 0.5):
+        close(fc.fully_connected(partial(fn, n=n))(X), fn(X, n), 11)
+
+
 def test_nothing_is_kept_for_a_builder_that_closes_over_arrays():
     """What is compiled for a function without a closure is kept; a closure may hold tracers."""
     kept = []

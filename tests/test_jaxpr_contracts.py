@@ -129,15 +129,20 @@ def test_rules_for_derivatives_are_parameters_of_their_own():
         assert rules <= DERIVATIVES[eqn.primitive.name] <= {*eqn.params}
 
 
-def test_a_jaxpr_can_be_stripped_of_its_constants():
-    """And be given others: newer versions of JAX keep the constants in the jaxpr itself."""
-    closed = jax.make_jaxpr(lambda x: x + jnp.array([1.0, 2.0, 3.0]))(V)
+def test_constants_of_a_jaxpr_can_become_inputs_and_constants_again():
+    """Other constants. Newer versions of JAX keep the constants in the jaxpr itself."""
+    closed = jax.make_jaxpr(lambda x: x + jnp.array([1.0, 2.0, 3.0]) * 2.0)(V)
     inner, constants = open_jaxpr(closed)
-    bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
+    inputs = [*inner.constvars, *inner.invars]
+    bare = Jaxpr([], inputs, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
     assert not open_jaxpr(bare)[1]
-    if constants:
-        (got,) = jax.core.eval_jaxpr(*open_jaxpr(ClosedJaxpr(bare, [2 * c for c in constants])), V)
-        np.testing.assert_array_equal(got, V + jnp.array([2.0, 4.0, 6.0]))
+    assert list(bare.invars) == inputs
+    count = len(constants)
+    jaxpr = Jaxpr(inputs[:count], inputs[count:], bare.outvars, bare.eqns, bare.effects, inner.debug_info)
+    again, others = open_jaxpr(ClosedJaxpr(jaxpr, [2 * c for c in constants]))
+    assert list(again.constvars) == inputs[:count]
+    (got,) = jax.core.eval_jaxpr(again, others, V)
+    np.testing.assert_array_equal(got, V + jnp.array([2.0, 4.0, 6.0]) * (1 + bool(count)))
 
 
 def test_a_mesh_is_callable_and_compares_by_its_identity():

@@ -1,5 +1,6 @@
 """Evaluation of jaxprs, and the programs that they share; what JAX promises is in test_jaxpr_contracts.py."""
 
+import gc
 import weakref
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxconv_fc.functions.jaxprs import compiled, eval_eqn, evaluate
+from jaxconv_fc.functions.jaxprs import PROGRAMS, _compiled, compiled, eval_eqn, evaluate, inner_jaxprs
 
 V = jnp.arange(3.0)
 
@@ -101,3 +102,46 @@ def test_a_jaxpr_with_a_function_among_its_parameters_is_not_compiled():
     assert compiled(lambda jaxpr, y: jaxpr.out_avals[0].shape + y.shape, jaxpr, V) == (3, 3)
     plain = jax.make_jaxpr(lambda x: x * 2)(V)
     assert isinstance(compiled(lambda jaxpr, y: y.shape[0], plain, V), jax.Array)
+
+
+def test_numbers_and_constants_are_operands_with_the_types_that_they_have():
+    """Weak types too. Inside of an equation only where it is said to be opened."""
+    runs = []
+
+    def of(jaxpr, x):
+        runs.append(jaxpr)
+        return evaluate(jaxpr, [x], _plain)
+
+    for n in (2.5, 3.5):
+        array = jnp.full(3, n)
+        fn = lambda x, n=n, array=array: (x * n + array, n, jnp.float32(n), jnp.sin(n), n > 3)  # noqa: E731
+        got = compiled(of, jax.make_jaxpr(fn)(V), V)
+        for a, b in zip(got, jax.jit(fn)(V), strict=True):
+            assert (a.dtype, a.weak_type) == (b.dtype, b.weak_type)
+            np.testing.assert_allclose(a, b, rtol=1e-15)
+    assert len(runs) == 1
+    opened = {"opens": lambda eqn: True}
+    for n in (2.5, 3.5):
+        inner = jax.make_jaxpr(jax.jit(lambda x, n=n: x * n))(V)
+        for options in ({}, opened):
+            np.testing.assert_allclose(compiled(_of_the_call, inner, V, **options)[0], V * n, rtol=1e-15)
+
+
+def _of_the_call(jaxpr, x):
+    (eqn,) = jaxpr.jaxpr.eqns
+    return evaluate(inner_jaxprs(eqn)[0], [x], _plain)
+
+
+def test_programs_are_dropped_when_there_are_many():
+    """No cache of JAX holds what ours has dropped."""
+
+    def of(jaxpr, x):
+        return evaluate(jaxpr, [x], _plain)
+
+    compiled(of, jax.make_jaxpr(jnp.sin)(V), V)
+    reference = weakref.ref(of)
+    del of
+    assert _compiled.cache_info().maxsize == PROGRAMS
+    _compiled.cache_clear()
+    gc.collect()
+    assert reference() is None

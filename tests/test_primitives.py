@@ -122,6 +122,7 @@ HANDLED = {
     "split": lambda x: jnp.split(x, [1])[1],
     "concatenate": lambda x: jnp.concatenate([x, V, x]),
     "pad": lambda x: lax.pad(x, x[0], [(1, -1, 1)]),
+    "sort": lambda x: lax.sort((jnp.array([3, 1, 3, 0]), x, 2 * x), num_keys=1)[2],
     "gather": lambda x: x.at[jnp.array([0, 9])].get(mode="fill", fill_value=7.0),
     "dynamic_slice": lambda x: lax.dynamic_slice(x, (2,), (2,)),
     "dynamic_update_slice": lambda x: lax.dynamic_update_slice(V, x[:2], (1,)),
@@ -192,7 +193,14 @@ HANDLED |= {
     "xla_metadata_value": lambda x: set_xla_metadata(x, a=1) * 2,
     "xla_metadata_call": lambda x: xla_metadata_call(lambda x: 2 * x, a="1")(x),
 }
-ON_INTEGERS = {"shift_left": (lambda x: x << 2, lambda x: 4 * x)}
+ON_INTEGERS = {
+    "shift_left": (lambda x: x << 2, lambda x: 4 * x),
+    "not": (lambda x: ~x, lambda x: -1 - x),
+    "bitcast_convert_type": (
+        lambda x: lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint64), jnp.int64),
+        lambda x: x,
+    ),
+}
 # Handled as any call, though no public function makes one; and as the identity, inside of shard_map, where
 # test_sharded_operands.py has it.
 UNREACHED = {"closed_call", "pvary"}
@@ -220,13 +228,13 @@ SWITCHES = """
     gt ge lt le eq ne max min abs sign clamp reduce_max reduce_min argmax argmin reduce_window_max
     reduce_window_min"""
 BENDS = """
-    sort top_k approx_top_k cummax cummin scatter-max scatter-min round floor ceil rem lt_to le_to eq_to
+    top_k approx_top_k cummax cummin scatter-max scatter-min round floor ceil rem lt_to le_to eq_to
     is_finite pmax pmin"""
 NOT_AFFINE = """
-    acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt cholesky
+    acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cholesky
     cholesky_update clz cos cosh cumlogsumexp cumprod digamma eig eigh erf erf_inv erfc exp exp2 expm1 geqp3
     geqrf hessenberg householder_product igamma igamma_grad_a igammac lgamma log log1p log2 logistic lu
-    lu_pivots_to_permutation mulhi nextafter not one_minus_square or polygamma population_count qr
+    lu_pivots_to_permutation mulhi nextafter one_minus_square or polygamma population_count qr
     random_gamma random_bits random_clone random_fold_in random_seed random_split random_unwrap random_wrap
     reciprocal reduce_and reduce_or reduce_precision reduce_prod reduce_xor regularized_incomplete_beta
     rng_bit_generator rng_uniform rsqrt schur shift_right_arithmetic shift_right_logical sin sinh sqrt square
@@ -378,3 +386,26 @@ def test_what_is_not_affine_is_refused_by_name(names):
         elif names is not SWITCHES:
             with pytest.raises(ValueError, match=f"not piecewise linear in x: primitive '{name}'"):
                 fc.local_affine(_of_that_name(name), X)
+
+
+def test_an_order_that_depends_on_x_bends():
+    with pytest.raises(ValueError, match="not affine in x: primitive 'sort'"):
+        fc.matrix_of(jnp.sort, X)
+    with pytest.raises(ValueError, match=r"cannot tell .*'sort' is piecewise linear, and"):
+        fc.local_affine(jnp.sort, X)
+
+
+REFUSED_BITS = {
+    "'not' of booleans": (lambda x: ~x, X > 0),
+    "'bitcast_convert_type' from float64 to int64": (lambda x: lax.bitcast_convert_type(x, jnp.int64), X),
+    "'bitcast_convert_type' from int64 to int32": (
+        lambda x: lax.bitcast_convert_type(x, jnp.int32),
+        jnp.arange(4),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED_BITS)
+def test_bits_of_anything_but_integers_of_one_width_are_refused(said):
+    with pytest.raises(ValueError, match=f"not affine in x: primitive {said}"):
+        fc.matrix_of(*REFUSED_BITS[said])

@@ -22,7 +22,7 @@ from jaxconv_fc.functions.columns import Selection, propagate
 from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
 from jaxconv_fc.functions.linearize import linearized
 from jaxconv_fc.functions.rules import AFFINE, PIECEWISE_LINEAR
-from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.sharding import replicated
 
@@ -47,9 +47,12 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     the function (docs/maths.md, section 13) and never probed. It does not depend on the values of x. Matrix
     products are done with ``precision="highest"`` unless ``fn`` asks for another.
 
+    Of integers, A and b hold modulo ``2**n`` for the n bits of the result, as integer arithmetic does. What
+    may have wrapped around is not affine in a wider type or a float, and is refused: convert x first.
+
     Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
     Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that
-    differ from it in the arrays they close over alone.
+    differ from it in the arrays and numbers they close over alone.
 
     Args:
       fn: a function from one array to one array.
@@ -187,13 +190,8 @@ def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
             f"{name}: fn must return one array, got {len(outs)}. Return one of them, or ravel_pytree(...)[0]."
         )
     out = jax.ShapeDtypeStruct(outs[0].aval.shape, outs[0].aval.dtype)
-    sizes = math.prod(out.shape), math.prod(x.shape)
-    nbytes = math.prod(sizes) * out.dtype.itemsize
-    if not fits_in_memory(nbytes):
-        raise ValueError(
-            f"{name}: the matrix is {sizes[0]:,} x {sizes[1]:,} {out.dtype} = {nbytes:,} bytes dense. "
-            f"Use find_convs and as_bcoo layer by layer, or jaxconv_fc.memory_limit({nbytes})."
-        )
+    shape = math.prod(out.shape), math.prod(x.shape)
+    check_array(name, shape, out.dtype, "find_convs and as_bcoo layer by layer")
     return jaxpr, x
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -96,9 +96,9 @@ def evaluate(
     effects, unless it is given. A value is dropped after its last use, so that no more values are held
     than the equations to come read.
 
-    ``finish[i]`` is applied to result ``i`` as soon as it is made, and what it returns is kept in its place.
-    Result ``i`` is not wanted, and None, where ``finish[i]`` is None. All results are wanted as they are
-    where ``finish`` is None.
+    ``finish`` has one entry per result. A function is applied to the result as soon as it is made, and what
+    the function returns is kept. None says that the result is not wanted: it is None in the list. Without
+    ``finish`` all results are kept as they are.
     """
     inner, constants = open_jaxpr(jaxpr)
     finish = [unchanged] * len(inner.outvars) if finish is None else finish
@@ -194,8 +194,11 @@ def alone(eqn: JaxprEqn, params: dict[str, Any] | None = None) -> Jaxpr:
     operands: list[Any] = [Var(v.aval) for v in eqn.invars]
     results: list[Any] = [Var(v.aval) for v in eqn.outvars]
     eqn = eqn.replace(invars=operands, outvars=results, params=eqn.params if params is None else params)
-    label = DebugInfo("eval_eqn", eqn.primitive.name, None, None)
-    return Jaxpr([], operands, results, [eqn], eqn.effects, label)
+    return Jaxpr([], operands, results, [eqn], eqn.effects, _debug_info(eqn.primitive.name))
+
+
+def _debug_info(name: str) -> DebugInfo:
+    return DebugInfo("jaxconv_fc", name, None, None)
 
 
 def operand_avals(eqn: JaxprEqn) -> list[Any]:
@@ -236,6 +239,21 @@ def is_mutable(eqn: JaxprEqn) -> bool:
     return not all(isinstance(v.aval, ShapedArray) for v in (*eqn.invars, *eqn.outvars))
 
 
+class Scan(NamedTuple):
+    """A loop of known length: ``body`` takes constants, carry, slices of xs, and returns carry, slices."""
+
+    body: Any
+    constants: Sequence[Any]
+    carry: Sequence[Any]
+    xs: Sequence[Any]
+
+
+def open_scan(eqn: JaxprEqn, values: Sequence[Any]) -> Scan:
+    (body,) = inner_jaxprs(eqn)
+    fixed, carried = scan_counts(eqn, body)
+    return Scan(body, values[:fixed], values[fixed : fixed + carried], values[fixed + carried :])
+
+
 def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
     """How many operands of a scan are constants, and how many are carried from step to step.
 
@@ -243,7 +261,7 @@ def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
     """
     inner = open_jaxpr(body)[0]
     operands, results = (
-        sum(_rank(a) == _rank(b) for a, b in zip(outside, inside, strict=True))
+        sum(_rank(v) == _rank(w) for v, w in zip(outside, inside, strict=True))
         for outside, inside in ((eqn.invars, inner.invars), (eqn.outvars, inner.outvars))
     )
     return operands - results, results
@@ -251,6 +269,37 @@ def scan_counts(eqn: JaxprEqn, body: Any) -> tuple[int, int]:
 
 def _rank(variable: Any) -> int:
     return len(variable.aval.shape)
+
+
+class While(NamedTuple):
+    """A loop: ``cond`` and ``body`` take constants of their own, then the carry."""
+
+    cond: Any
+    cond_constants: Sequence[Any]
+    body: Any
+    body_constants: Sequence[Any]
+    carry: Sequence[Any]
+
+
+def open_while(eqn: JaxprEqn, values: Sequence[Any]) -> While:
+    split = eqn.params["cond_nconsts"]
+    start = split + eqn.params["body_nconsts"]
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    return While(cond, values[:split], body, values[split:start], values[start:])
+
+
+def with_jaxprs(eqn: JaxprEqn, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The parameters of an equation, with ``change(jaxpr)`` in place of every jaxpr that it holds."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            return change(value)
+        if not (isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value)):
+            return value
+        parts = list(map(changed, value))
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+    return {key: changed(value) for key, value in eqn.params.items()}
 
 
 # -- programs ----------------------------------------------------------------------------------
@@ -262,32 +311,80 @@ DERIVATIVES = {
 }
 
 
-def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
-    """``of(jaxpr, *arrays)`` as one compiled program, which jaxprs that differ in their constants share.
+PROGRAMS = 128  # how many compiled programs are kept, of 2 to 4 MB each: those that were used last
 
-    So one function traced twice, with other weights, compiles once. A jaxpr that cannot be compared with
-    others is evaluated equation by equation: one with a parameter that is not hashable, or a function.
+
+def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
+    """``of(jaxpr, *arrays)`` as one compiled program, shared by jaxprs that differ in their constants alone.
+
+    Numbers written into the jaxpr are constants too. So one function traced twice, with other weights and
+    other numbers, compiles once. ``of.opens(eqn)``, where ``of`` has it, says whether ``of`` evaluates the
+    jaxprs in an equation by itself: then the numbers in them are constants as well. JAX takes no operands
+    there.
+
+    A jaxpr that cannot be compared with others is evaluated equation by equation: one with a parameter that
+    is not hashable, or a function.
     """
-    inner, constants = open_jaxpr(jaxpr)
-    plain = not any(is_traced(v) for v in (*constants, *arrays))
+    constants: list[list[Any]] = []
+    bare = _bare(jaxpr, _opens(of), constants)
+    plain = not any(map(is_traced, jax.tree.leaves((constants, arrays))))
     try:
         hash(of)
-        text = _comparable(inner, DERIVATIVES if plain else {})  # what is not traced is not differentiated
+        text = _comparable(bare, DERIVATIVES if plain else {})  # what is not traced is not differentiated
     except (_Incomparable, TypeError):
         return of(jaxpr, *arrays)
-    # Without its constants, which newer versions of JAX keep in the jaxpr: they may be tracers.
-    bare = Jaxpr(inner.constvars, inner.invars, inner.outvars, inner.eqns, inner.effects, inner.debug_info)
-    return _run(of, _Program(bare, text), constants, *arrays)
+    return _compiled(of, _Program(bare, text))(constants, *arrays)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(of: Callable[..., Any], program: _Program, constants: Sequence[Any], *arrays: Any) -> Any:
-    return of(ClosedJaxpr(program.jaxpr, constants), *arrays)
+@lru_cache(PROGRAMS)
+def _compiled(of: Callable[..., Any], program: _Program) -> Any:
+    return jax.jit(lambda constants, *arrays: of(_closed(program.jaxpr, _opens(of), iter(constants)), *arrays))
+
+
+def _opens(of: Any) -> Callable[[JaxprEqn], bool]:
+    return getattr(of, "opens", lambda eqn: False)
+
+
+def _bare(jaxpr: Any, opens: Callable[[JaxprEqn], bool], constants: list[list[Any]]) -> Jaxpr:
+    """The jaxpr with its constants and numbers as its first inputs; a list of them is added to ``constants``.
+
+    So are those of the jaxprs in the equations that are opened, a list for each.
+    """
+    inner, values = open_jaxpr(jaxpr)
+    variables, own = list(inner.constvars), list(values)
+    constants.append(own)
+
+    def variable(v: Any) -> Any:
+        if not isinstance(v, Literal):
+            return v
+        variables.append(Var(v.aval))
+        own.append(v.val)
+        return variables[-1]
+
+    equations = [eqn.replace(invars=list(map(variable, eqn.invars))) for eqn in inner.eqns]
+    results = list(map(variable, inner.outvars))
+    equations = _opened(equations, opens, lambda jaxpr: _bare(jaxpr, opens, constants))
+    return Jaxpr([], [*variables, *inner.invars], results, equations, inner.effects, _debug_info("bare"))
+
+
+def _closed(bare: Jaxpr, opens: Callable[[JaxprEqn], bool], constants: Iterator[list[Any]]) -> ClosedJaxpr:
+    """The inverse of :func:`_bare`."""
+    own = next(constants)
+    variables, inputs = bare.invars[: len(own)], bare.invars[len(own) :]
+    equations = _opened(bare.eqns, opens, lambda jaxpr: _closed(jaxpr, opens, constants))
+    jaxpr = Jaxpr(variables, inputs, bare.outvars, equations, bare.effects, _debug_info("closed"))
+    return ClosedJaxpr(jaxpr, own)
+
+
+def _opened(
+    equations: Sequence[JaxprEqn], opens: Callable[[JaxprEqn], bool], change: Callable[[Any], Any]
+) -> list[JaxprEqn]:
+    return [eqn.replace(params=with_jaxprs(eqn, change)) if opens(eqn) else eqn for eqn in equations]
 
 
 @dataclass(frozen=True)
 class _Program:
-    """A jaxpr without its constants, equal to every other that computes the same from them."""
+    """A jaxpr with variables for its constants, equal to every other that computes the same from them."""
 
     jaxpr: Jaxpr = field(compare=False)
     text: Any

@@ -8,6 +8,7 @@ unrolled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,17 @@ import numpy as np
 
 from jaxconv_fc.functions.jaxprs import JaxprEqn, eval_eqn, evaluate, open_jaxpr, operand_avals, result_avals
 from jaxconv_fc.functions.names import place_of
+from jaxconv_fc.functions.ranges import (
+    UNKNOWN,
+    Range,
+    hull,
+    is_integer,
+    range_of_constant,
+    range_of_dtype,
+    range_of_result,
+    widens,
+    wraps,
+)
 from jaxconv_fc.sharding import RELABELS, broadcast, is_traced, zeros
 
 # -- values --------------------------------------------------------------------------------------
@@ -26,6 +38,7 @@ class Value(NamedTuple):
 
     tangent: Any  # linear in dx; traced
     value: Any  # at the point. None is a symbolic zero, so `0 * inf` never arises
+    range: Range = UNKNOWN  # of an integer, for every x: see functions/ranges.py
 
 
 class NotAffine(NamedTuple):
@@ -80,7 +93,7 @@ def difference(eqn: JaxprEqn, values: Sequence[Any]) -> Value:
 def entry(value: Any, i: int) -> Any:
     """Slice ``i`` of an operand that a loop scans over."""
     if isinstance(value, Value):
-        return Value(value.tangent[i], None if value.value is None else value.value[i])
+        return Value(value.tangent[i], None if value.value is None else value.value[i], value.range)
     return value if isinstance(value, NotAffine) else value[i]
 
 
@@ -93,7 +106,12 @@ def stacked(values: Sequence[Any], aval: Any) -> Any:
     if not any(isinstance(v, Value) for v in values):
         return primal
     tangent = jnp.stack([tangent_of(v, aval) for v in values])
-    return Value(tangent, None if all(map(is_zero, values)) else primal)
+    bounds = hull([range_of(v, aval.dtype) for v in values])
+    return Value(tangent, None if all(map(is_zero, values)) else primal, bounds)
+
+
+def range_of(value: Any, dtype: Any) -> Range:
+    return value.range if isinstance(value, Value) else range_of_constant(value, dtype)
 
 
 def compute_now(compute: Callable[..., list[Any]], eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -148,13 +166,23 @@ class Linearizer:
             return [broken] * len(eqn.outvars)
         if name not in self.rules.rules:
             return self.broken(eqn)
-        return self.rules.rules[name](self, eqn, values)
+        befores, afters = ([a.dtype for a in avals] for avals in (operand_avals(eqn), result_avals(eqn)))
+        for value, before in zip(values, befores, strict=True):
+            after = next((a for a in afters if widens(before, a)), None)
+            if after is not None and isinstance(value, Value) and wraps(value.range, before):
+                because = f" to {after} of {before} values that may have wrapped around"
+                return self.broken(eqn, because, f" Convert x first: x.astype(jnp.{after}).")
+        results = self.rules.rules[name](self, eqn, values)
+        if not any(map(is_integer, afters)):
+            return results
+        bounds = range_of_result(eqn, list(map(range_of, values, befores)))
+        return [r._replace(range=bounds) if isinstance(r, Value) else r for r in results]
 
-    def broken(self, eqn: JaxprEqn, because: str = "") -> list[Any]:
+    def broken(self, eqn: JaxprEqn, because: str = "", advice: str = "") -> list[Any]:
         """The results of an equation that no rule linearizes."""
-        return [NotAffine(self.reason(eqn, because))] * len(eqn.outvars)
+        return [NotAffine(self.reason(eqn, because, advice))] * len(eqn.outvars)
 
-    def reason(self, eqn: JaxprEqn, because: str = "") -> str:
+    def reason(self, eqn: JaxprEqn, because: str = "", advice: str = "") -> str:
         name, kind = eqn.primitive.name, self.rules.kind
         place = next(filter(None, map(place_of, [eqn, *reversed(self.calls)])), "an unknown line")
         refused = self.rules.refused.get(name)
@@ -163,7 +191,7 @@ class Linearizer:
                 f"{self.name}: cannot tell whether fn is {kind} in x: "
                 f"primitive {name!r} {refused}, at {place}."
             )
-        advice = self.rules.advice.get(name, "")
+        advice = advice or self.rules.advice.get(name, "")
         return f"{self.name}: fn is not {kind} in x: primitive {name!r}{because} at {place}.{advice}"
 
 
@@ -176,11 +204,14 @@ def linearized(name: str, rules: Rules, jaxpr: Any, x: Any, point: Any) -> Any:
 
     def traced(tangent: Any) -> tuple[list[Any], list[Any]]:
         linearizer = Linearizer(name, rules, real=not jnp.issubdtype(x.dtype, jnp.complexfloating))
-        (result,) = linearizer.run(jaxpr, [Value(tangent, point)])
+        bounds = range_of_dtype(x.dtype) if is_integer(x.dtype) else UNKNOWN
+        (result,) = linearizer.run(jaxpr, [Value(tangent, point, bounds)])
         if isinstance(result, NotAffine):
             raise ValueError(result.reason)
-        pair = Value(tangent_of(result, aval), at_point(result, aval))
-        pairs = [pair, *linearizer.switches]
+        # An offset of zeros is a known array, as any other offset is: so they share one compiled program.
+        with jax.ensure_compile_time_eval() if aval.sharding.mesh.empty else nullcontext():
+            value = at_point(result, aval)
+        pairs = [Value(tangent_of(result, aval), value), *linearizer.switches]
         return [p.tangent for p in pairs], [p.value for p in pairs]
 
     return jax.make_jaxpr(traced)(x)

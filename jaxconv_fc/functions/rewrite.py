@@ -19,8 +19,6 @@ from jax import lax
 
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
-    ClosedJaxpr,
-    Jaxpr,
     JaxprEqn,
     alone,
     compiled,
@@ -30,8 +28,10 @@ from jaxconv_fc.functions.jaxprs import (
     inner_jaxprs,
     inside,
     open_jaxpr,
-    scan_counts,
+    open_scan,
+    open_while,
     trace,
+    with_jaxprs,
 )
 from jaxconv_fc.functions.names import nested
 
@@ -175,47 +175,53 @@ class _Loop:
         (eqn,) = open_jaxpr(jaxpr)[0].eqns
         return _LOOPS.get(eqn.primitive.name, _around)(self.rewriter, eqn, values)
 
+    def opens(self, eqn: JaxprEqn) -> bool:
+        """Whether the rewriter evaluates the jaxprs of an equation, and does not hand them to JAX."""
+        rule = _RULES.get(eqn.primitive.name) or _LOOPS.get(eqn.primitive.name)
+        opening = rule in (_inline, _checkpoint, *_LOOPS.values()) and not _is_by_platform(eqn)
+        return opening and holds(eqn, self.rewriter.replacement.names)
+
 
 def _scan(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    (body,) = inner_jaxprs(eqn)
-    fixed, carried = scan_counts(eqn, body)
+    scan = open_scan(eqn, values)
 
     def step(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        results = rewriter(body, [*values[:fixed], *carry, *xs])
-        return results[:carried], results[carried:]
+        results = rewriter(scan.body, [*scan.constants, *carry, *xs])
+        return results[: len(carry)], results[len(carry) :]
 
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
-    carry, ys = lax.scan(
-        step, list(values[fixed : fixed + carried]), list(values[fixed + carried :]), **options
-    )
+    carry, ys = lax.scan(step, list(scan.carry), list(scan.xs), **options)
     return [*carry, *ys]
 
 
 def _while(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A vmap may leave one condition per example. The loop then runs while any of them holds, and changes
     only the examples whose condition holds."""
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    split = eqn.params["cond_nconsts"]
-    start = split + eqn.params["body_nconsts"]
+    loop = open_while(eqn, values)
 
     def going(carry: list[Any]) -> Any:
-        return rewriter(cond, [*values[:split], *carry])[0]
+        return rewriter(loop.cond, [*loop.cond_constants, *carry])[0]
 
     def step(carry: list[Any]) -> list[Any]:
-        new, on = rewriter(body, [*values[split:start], *carry]), going(carry)
+        new, on = rewriter(loop.body, [*loop.body_constants, *carry]), going(carry)
         if not on.ndim:
             return new
         masks = [jnp.expand_dims(on, range(on.ndim, v.ndim)) for v in new]
         return [jnp.where(mask, v, old) for mask, v, old in zip(masks, new, carry, strict=True)]
 
-    return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(values[start:]))
+    return lax.while_loop(lambda carry: jnp.any(going(carry)), step, list(loop.carry))
 
 
 def _cond(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    if eqn.params.get("branches_platforms") is not None:  # each platform compiles its own branch alone
+    if _is_by_platform(eqn):
         return _around(rewriter, eqn, values)
     branches = [lambda *a, branch=branch: rewriter(branch, a) for branch in inner_jaxprs(eqn)]
     return lax.switch(values[0], branches, *values[1:])
+
+
+def _is_by_platform(eqn: JaxprEqn) -> bool:
+    """Whether each platform compiles a branch of its own alone."""
+    return eqn.params.get("branches_platforms") is not None
 
 
 _LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
@@ -223,18 +229,12 @@ _LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
 
 def _around(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """The same equation around rewritten jaxprs."""
-    return eval_eqn(eqn, values, {key: _rewritten(rewriter, value) for key, value in eqn.params.items()})
 
+    def rewritten(jaxpr: Any) -> Any:
+        operands = [v.aval for v in open_jaxpr(jaxpr)[0].invars]
+        return jax.make_jaxpr(lambda *a: rewriter(jaxpr, a))(*operands)
 
-def _rewritten(rewriter: Rewriter, value: Any) -> Any:
-    """A parameter of an equation, rewritten if it is a jaxpr or a tuple of them."""
-    if isinstance(value, tuple | list) and any(isinstance(v, ClosedJaxpr | Jaxpr) for v in value):
-        parts = [_rewritten(rewriter, v) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if not isinstance(value, ClosedJaxpr | Jaxpr):
-        return value
-    operands = [v.aval for v in open_jaxpr(value)[0].invars]
-    return jax.make_jaxpr(lambda *a: rewriter(value, a))(*operands)
+    return eval_eqn(eqn, values, with_jaxprs(eqn, rewritten))
 
 
 def _holds_no_arrays(builder: Any) -> bool:

@@ -23,10 +23,11 @@ from jaxconv_fc.functions.jaxprs import (
     eval_eqn,
     inner_jaxprs,
     open_jaxpr,
+    open_scan,
+    open_while,
     operand_avals,
     operand_numbers,
     result_avals,
-    scan_counts,
 )
 from jaxconv_fc.functions.linearize import (
     Linearizer,
@@ -192,6 +193,44 @@ def _conversion(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) ->
     return _IN_FIRST(linearizer, eqn, values)
 
 
+def _bits(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The bits of an integer as an integer with another sign, which is equal to it modulo 2**n."""
+    before, after = operand_avals(eqn)[0], result_avals(eqn)[0]
+    both = jnp.issubdtype(before.dtype, jnp.integer) and jnp.issubdtype(after.dtype, jnp.integer)
+    if not both or before.shape != after.shape:
+        return linearizer.broken(eqn, f" from {before.dtype} to {after.dtype}")
+    return _IN_FIRST(linearizer, eqn, values)
+
+
+def _not(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """``~x`` is ``-1 - x`` for integers."""
+    (x,), out = values, result_avals(eqn)[0]
+    if out.dtype == jnp.bool_:
+        return linearizer.broken(eqn, " of booleans")
+    return [Value(-x.tangent, *compute_now(eval_eqn, eqn, [at_point(x, out)]))]
+
+
+def _sort(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """The operands after the keys are permuted, in the order that the keys have."""
+    keys, axis = eqn.params["num_keys"], eqn.params["dimension"]
+    if any(isinstance(v, Value) for v in values[:keys]):
+        return linearizer.broken(eqn)
+
+    def sort(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+        return list(lax.sort(operands, axis, is_stable=eqn.params["is_stable"], num_keys=keys))
+
+    positions = lax.broadcasted_iota(jnp.int32, operand_avals(eqn)[0].shape, axis)
+    order = compute_now(sort, eqn, [*values[:keys], positions])[-1]
+    primals = compute_now(eval_eqn, eqn, operands_at_point(eqn, values))
+
+    def permuted(v: Value, primal: Any) -> Value:
+        tangent = jnp.take_along_axis(v.tangent, order, axis, mode="promise_in_bounds")
+        return Value(tangent, None if is_zero(v) else primal)
+
+    pairs = zip(values, primals, strict=True)
+    return [permuted(v, primal) if isinstance(v, Value) else primal for v, primal in pairs]
+
+
 def _psum(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A ``psum`` over axes of its operands, such as vmap leaves, is a sum. One over devices is refused."""
     if not all(isinstance(a, int) for a in eqn.params["axes"]):
@@ -216,9 +255,7 @@ def _linear_solve(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) 
     takes its own constants and b."""
     lengths, jaxprs = eqn.params["const_lengths"], eqn.params["jaxprs"]
     first, total = lengths.matvec + lengths.vecmat, sum(lengths)
-    return linearizer.inside(
-        eqn, jaxprs.solve, [*values[first : first + lengths.solve], *values[total:]]
-    )
+    return linearizer.inside(eqn, jaxprs.solve, [*values[first : first + lengths.solve], *values[total:]])
 
 
 def _write(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -228,9 +265,8 @@ def _write(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 def _scan(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A loop of known length, unrolled."""
-    (body,) = inner_jaxprs(eqn)
-    fixed, carried = scan_counts(eqn, body)
-    constants, carry, xs = values[:fixed], values[fixed : fixed + carried], values[fixed + carried :]
+    body, constants, carry, xs = open_scan(eqn, values)
+    carried = len(carry)
     steps = range(eqn.params["length"])
     ys: list[Any] = [None] * len(steps)  # [step][result]
     for i in reversed(steps) if eqn.params["reverse"] else steps:
@@ -251,16 +287,15 @@ def _cond(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[
 
 
 def _while(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = list(values[split + fixed :])
+    loop = open_while(eqn, values)
+    carry = list(loop.carry)
     while True:
-        (going,) = linearizer.run(cond, [*values[:split], *carry])
+        (going,) = linearizer.run(loop.cond, [*loop.cond_constants, *carry])
         if not is_concrete(going):
             return linearizer.broken(eqn, " whose length depends on x or on a traced value")
         if not going:
             return carry
-        carry = linearizer.run(body, [*values[split : split + fixed], *carry])
+        carry = linearizer.run(loop.body, [*loop.body_constants, *carry])
 
 
 # -- switches of piecewise linear functions: there is a point, so no value is a symbolic zero --------
@@ -357,11 +392,13 @@ _CONTROL: dict[str, Rule] = {
 _LINEAR: dict[str, Rule] = {
     **{name: Linear(data) for name, data in MOVES.items()},
     "gather": _gather,
+    "sort": _sort,
     **dict.fromkeys(("stop_gradient", "name", "xla_metadata_value"), _same),
     # sums (x << k is 2**k * x)
     **dict.fromkeys(("add", "sub"), _sum),
     "add_any": _IN_ALL,
     **dict.fromkeys(("neg", "reduce_sum", "reduce_window_sum", "cumsum", "shift_left"), _IN_FIRST),
+    "not": _not,
     **dict.fromkeys(("scatter-add", "scatter-sub"), Linear((0, 2))),
     "select_and_scatter_add": _IN_FIRST,
     "select_and_gather_add": _IN_FIRST,
@@ -371,6 +408,7 @@ _LINEAR: dict[str, Rule] = {
     **dict.fromkeys(RELABELS, _IN_FIRST),
     # dtypes and complex numbers
     "convert_element_type": _conversion,
+    "bitcast_convert_type": _bits,
     **dict.fromkeys(("real", "imag", "conj", "complex"), _parts),
     "fft": _fft,
     # products
