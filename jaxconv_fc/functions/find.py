@@ -84,8 +84,13 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
             "computed with JAX arrays can be traced: pass a function of JAX arrays."
         )
     sites = ConvSites()
+    arguments = [Value(v, given=True) for v in traced.arguments]
     finder = ConvFinder(sites, ArrayPaths(fn, args, kwargs), raw)
-    finder.visit(traced.jaxpr, [Value(v, given=True) for v in traced.arguments])
+    finder.visit(traced.jaxpr, arguments)
+    with_bias = replace(finder, sites=[], raw=True, evaluable=False, biases=True)
+    with_bias.visit(traced.jaxpr, arguments)
+    for i, (site, same) in enumerate(zip(sites, with_bias.sites, strict=True)):
+        sites[i] = replace(site, bias=same.bias)
     unlike = [f"{site.name} ({site.in_front})" for site in sites if site.in_front]
     if unlike:
         warnings.warn(
@@ -99,7 +104,10 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
 
 @dataclass(frozen=True)
 class ConvFinder:
-    """Records the convolutions of a jaxpr, in order. Only what a later convolution depends on is computed."""
+    """Records the convolutions of a jaxpr, in order. Only what a later convolution depends on is computed.
+
+    Biases are looked for in a walk of its own, which computes nothing: it passes all equations.
+    """
 
     sites: list[ConvSite]  # the convolutions found so far
     paths: ArrayPaths
@@ -108,13 +116,15 @@ class ConvFinder:
     scope: str = ""  # the name stacks of the calls around this jaxpr, joined
     times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated here
+    biases: bool = False  # whether all equations are passed, for what is added to convolutions
 
     def visit(
         self, jaxpr: Any, arguments: Sequence[Value], used: Sequence[bool] | None = None
     ) -> list[Any]:
         """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
-        results = evaluate(jaxpr, arguments, self.equation, finish=finish, keep=performs_conv)
+        keep = (lambda eqn: True) if self.biases else performs_conv
+        results = evaluate(jaxpr, arguments, self.equation, finish=finish, keep=keep)
         return [None if v is None else self.value(v) for v in results]
 
     def value(self, value: Any) -> Value:
@@ -134,7 +144,7 @@ class ConvFinder:
         elif holds_conv(eqn):
             for body in _BODIES.get(name, _other_bodies)(eqn, values):
                 inside.visit_body(body)
-        elif name == "add":
+        elif name == "add" and self.biases:
             for y, term in (values, values[::-1]):
                 site, bias = bias_of(y, term) or (None, None)
                 if site is not None and self.sites[site].bias is None:

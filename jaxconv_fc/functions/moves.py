@@ -224,23 +224,31 @@ def _transpose(value: Value, parts: Sequence[_Part]) -> _Part:
 
 
 def _reshape(value: Value, parts: Sequence[_Part]) -> _Part:
+    """Axes that become one, or a whole axis that becomes several. An axis of length 1 stays where it can."""
     *lines, rest = parts[0]
-    long = [line for line in lines if len(line.numbers) != 1]
-    dropped = _merged([rest, *(line for line in lines if len(line.numbers) == 1)])
-    targets = [n for n in value.shape if n != 1]
-    found: list[Line] = []
-    while long and targets:  # axes that become one, or one that becomes several
+    shape, found = list(value.shape), []
+    while True:
+        ones = [lines.pop(0) for _ in range(_leading_ones([len(line.numbers) for line in lines]))]
+        ones = [line for line in ones if line.factors]
+        for _ in range(_leading_ones(shape)):
+            found.append(ones.pop(0) if ones else _NOTHING)
+            del shape[0]
+        rest = _merged([rest, *ones])
+        if not lines or not shape:
+            return (*found, rest)
         i = j = 1
-        while (have := math.prod(len(a.numbers) for a in long[:i])) != (want := math.prod(targets[:j])):
+        while (have := math.prod(len(a.numbers) for a in lines[:i])) != (want := math.prod(shape[:j])):
             i, j = i + (have < want), j + (have > want)
-            if i > len(long) or j > len(targets):
+            if i > len(lines) or j > len(shape):
                 return None
-        made = [_merged(long[:i])] if j == 1 else _split(long[0], targets[:j]) if i == 1 else None
+        made = [_merged(lines[:i])] if j == 1 else _split(lines[0], shape[:j]) if i == 1 else None
         if made is None or None in made:
             return None
-        found, long, targets = [*found, *made], long[i:], targets[j:]  # type: ignore[list-item]
-    remaining = iter(found)
-    return (*(next(remaining) if n != 1 else _NOTHING for n in value.shape), dropped)  # type: ignore[return-value]
+        found, lines, shape = [*found, *made], lines[i:], shape[j:]
+
+
+def _leading_ones(sizes: Sequence[int]) -> int:
+    return len(list(itertools.takewhile(lambda n: n == 1, sizes)))
 
 
 def _broadcast(value: Value, parts: Sequence[_Part]) -> _Part:
