@@ -25,7 +25,7 @@ from jaxconv_fc.functions.jaxprs import (
     trace,
     wanted,
 )
-from jaxconv_fc.functions.moves import Value, ancestry, only_moves, result
+from jaxconv_fc.functions.moves import Value, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
 from jaxconv_fc.functions.padding import Made, bias_of, without_padding
 from jaxconv_fc.functions.sites import ConvSite, ConvSites
@@ -136,7 +136,7 @@ class ConvFinder:
     def equation(self, eqn: JaxprEqn, operands: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         name, values = eqn.primitive.name, list(map(self.value, operands))
         inside = replace(self, scope=nested(self.scope, eqn))
-        if name in CALLS and (holds_conv(eqn) or only_moves(eqn)):
+        if name in CALLS and (holds_conv(eqn) or pads(eqn)):
             return inside.visit(inner_jaxprs(eqn)[0], values, used)
         made = None
         if name in _SITES:

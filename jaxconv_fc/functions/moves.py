@@ -7,6 +7,7 @@ an axis of 3 positions is the line ``[2, 0, 1, 2, 0]``.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -99,10 +100,19 @@ def result(eqn: JaxprEqn, operands: Sequence[Value], index: int, array: Any) -> 
     return Value(array, fixed, eqn=eqn, operands=operands, index=index)
 
 
-def only_moves(eqn: JaxprEqn) -> bool:
-    """Whether an equation moves entries or computes where they go; of a call, all that it holds."""
+def pads(eqn: JaxprEqn) -> bool:
+    """Whether a call ends with a pad or a concatenation, or does nothing but move entries."""
+    name = eqn.primitive.name
+    if name not in CALLS:
+        return name in ("pad", "concatenate")
+    inner = open_jaxpr(inner_jaxprs(eqn)[0])[0]
+    return any(pads(last) for last in inner.eqns[-1:]) or all(map(_only_moves, inner.eqns))
+
+
+def _only_moves(eqn: JaxprEqn) -> bool:
+    """Whether an equation moves entries or computes where they go."""
     if eqn.primitive.name in CALLS:
-        return all(only_moves(inner) for jaxpr in inner_jaxprs(eqn) for inner in open_jaxpr(jaxpr)[0].eqns)
+        return all(map(_only_moves, open_jaxpr(inner_jaxprs(eqn)[0])[0].eqns))
     kinds = [getattr(v.aval, "dtype", None) for v in eqn.outvars]
     whole = (jnp.issubdtype(kind, np.integer) or kind == np.bool_ for kind in kinds if kind is not None)
     return eqn.primitive.name in _MOVES or all(whole)
@@ -233,7 +243,10 @@ def _reshape(value: Value, parts: Sequence[_Part]) -> _Part:
         for _ in range(_leading_ones(shape)):
             found.append(ones.pop(0) if ones else _NOTHING)
             del shape[0]
-        rest = _merged([rest, *ones])
+        if ones and lines and not lines[0].factors:
+            lines[0] = _merged([*ones, lines[0]])  # copies of one entry
+        else:
+            rest = _merged([rest, *ones])
         if not lines or not shape:
             return (*found, rest)
         i = j = 1
@@ -285,6 +298,11 @@ def _pad(value: Value, parts: Sequence[_Part]) -> _Part:
     fill, config = _content(value.operands[1]), value.eqn.params["padding_config"]
     pads = zip(lines, config, strict=True)
     return (*(a.at(padded(a.numbers, lo, hi, inner + 1, fill)) for a, (lo, hi, inner) in pads), rest)
+
+
+def _tile(value: Value, parts: Sequence[_Part]) -> _Part:
+    *lines, rest = parts[0]
+    return (*(a.at(np.tile(a.numbers, n)) for a, n in zip(lines, value.eqn.params["reps"], strict=True)), rest)
 
 
 def _concatenate(value: Value, parts: Sequence[_Part]) -> _Part:
@@ -352,7 +370,7 @@ def _select(value: Value, parts: Sequence[_Part]) -> _Part:
         return None
     axes = range(held.ndim)
     along = [held.any(axis=tuple(j for j in axes if j != i)) for i in axes]
-    if not np.array_equal(held, np.logical_and.reduce(np.ix_(*along)) if len(along) > 1 else along[0]):
+    if not np.array_equal(held, functools.reduce(np.logical_and, np.ix_(*along))):
         return None
     kept = [a.at(np.where(inside, a.numbers, ZERO)) for a, inside in zip(lines[:-1], along, strict=True)]
     return (*kept, lines[-1])
@@ -411,6 +429,7 @@ _MOVES: dict[str, Callable[[Value, Sequence[Any]], _Part]] = {
     "broadcast_in_dim": _broadcast,
     "slice": _slice,
     "split": _piece,
+    "tile": _tile,
     "rev": _reverse,
     "pad": _pad,
     "concatenate": _concatenate,

@@ -55,19 +55,20 @@ def without_padding(spec: ConvSpec, value: Value, spatial: Sequence[int]) -> tup
             break
     else:
         return spec, value.array, "" if len(values) == 1 else "moves along an axis too long to look at"
-    layer, base = fitted, values[necks[k]]
-    x = value.array
-    if layer is not spec:
-        sizes = dict(zip(spatial, _sizes(layer), strict=True))
-        unpadded = [line.at(np.arange(sizes[i])) if i in sizes else line for i, line in enumerate(lines)]
-        x = taken(tuple(unpadded), base.array, value.array.dtype)
     along = [axis for i in spatial for axis, _, _ in lines[i].factors]
-    behind = [values[necks[j] : necks[k] - 1 if necks[k] else None : -1] for j in range(k + 1, len(necks))]
+    to_base = slice(None, necks[k] - 1 if necks[k] else None, -1)
+    behind = [values[: necks[j] + 1][to_base] for j in range(k + 1, len(necks))]
     last = values[necks[-1]]
-    if last.eqn is not None:  # some of its entries are of no array that we know
+    if last.eqn is not None:  # some of its entries are of no array that all of them come from
         largest = max(last.sources, key=lambda v: math.prod(v.shape))
-        behind.append([largest, *values[necks[-1] : necks[k] - 1 if necks[k] else None : -1]])
-    return layer, x, next(filter(None, (_pad_in(chain, along) for chain in behind)), "")
+        behind.append([largest, *values[: necks[-1] + 1][to_base]])
+    in_front = next(filter(None, (_pad_in(chain, along) for chain in behind)), "")
+    if in_front or fitted is spec:
+        return spec, value.array, in_front
+    pairs = zip(spatial, fitted.dimension_numbers.lhs_spec[2:], strict=True)
+    sizes = {i: fitted.lhs_shape[axis] for i, axis in pairs}
+    unpadded = [line.at(np.arange(sizes[i])) if i in sizes else line for i, line in enumerate(lines)]
+    return fitted, taken(tuple(unpadded), values[necks[k]].array, value.array.dtype), ""
 
 
 def _fitted(spec: ConvSpec, lines: Sequence[Line]) -> ConvSpec | None:
@@ -126,6 +127,8 @@ def _run(numbers: np.ndarray, n: int) -> int | None:
 
     All of them fit a periodic mode if one does, and "edge" has but one if n > 1.
     """
+    if n > len(numbers):
+        return None
     starts = np.flatnonzero(numbers[: len(numbers) - n + 1] == 0)
     starts = starts[numbers[starts + n - 1] == n - 1]
     starts = starts[numbers[starts + min(1, n - 1)] == min(1, n - 1)]
@@ -147,11 +150,6 @@ def _pad_in(chain: Sequence[Value], along: Sequence[int]) -> str:
         if len(held) and beside and any(_run(v, line.size) is not None for v in (held, held[::-1])):
             return _REASONS[min(ZERO, int(line.numbers.min()))]
     return ""
-
-
-def _sizes(spec: ConvSpec) -> list[int]:
-    """The sizes of the spatial axes of the input."""
-    return [spec.lhs_shape[axis] for axis in spec.dimension_numbers.lhs_spec[2:]]
 
 
 # -- the bias --------------------------------------------------------------------------------------
