@@ -74,8 +74,8 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
     """
     if not isinstance(raw, bool):
         raise TypeError(
-            f"find_convs: raw must be True or False, got {type(raw).__name__}. For an argument of fn with this "
-            "name, pass functools.partial(fn, raw=...)."
+            f"find_convs: raw must be True or False, got {type(raw).__name__}. For an argument of fn "
+            "with this name, pass functools.partial(fn, raw=...)."
         )
     traced = trace(fn, args, kwargs)
     if traced.others and not open_jaxpr(traced.jaxpr)[0].outvars:
@@ -118,9 +118,7 @@ class ConvFinder:
     evaluable: bool = True  # whether its equations can be evaluated here
     biases: bool = False  # whether all equations are passed, for what is added to convolutions
 
-    def visit(
-        self, jaxpr: Any, arguments: Sequence[Value], used: Sequence[bool] | None = None
-    ) -> list[Any]:
+    def visit(self, jaxpr: Any, arguments: Sequence[Value], used: Sequence[bool] | None = None) -> list[Any]:
         """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
         keep = (lambda eqn: True) if self.biases else performs_conv
@@ -218,9 +216,7 @@ def performs_conv(eqn: JaxprEqn) -> bool:
 
 def holds_conv(eqn: JaxprEqn) -> bool:
     """Whether a convolution is performed somewhere inside an equation."""
-    return any(
-        performs_conv(inner) for jaxpr in inner_jaxprs(eqn) for inner in open_jaxpr(jaxpr)[0].eqns
-    )
+    return any(performs_conv(inner) for jaxpr in inner_jaxprs(eqn) for inner in open_jaxpr(jaxpr)[0].eqns)
 
 
 # -- the table: primitive -> the jaxprs that it runs ------------------------------------------------
@@ -264,9 +260,7 @@ def _solve_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
     return _other_bodies(eqn, values, [eqn.params["jaxprs"].solve])
 
 
-def _other_bodies(
-    eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] | None = None
-) -> list[_Body]:
+def _other_bodies(eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] | None = None) -> list[_Body]:
     """The jaxprs of shard_map, and of any primitive that is not in the table below.
 
     An operand may be a shard of the equation's: its value is known only if it has the same shape. Equations
@@ -276,8 +270,9 @@ def _other_bodies(
     for body in inner_jaxprs(eqn) if jaxprs is None else jaxprs:
         operands = [Value(_abstract(v)) for v in open_jaxpr(body)[0].invars]
         if len(operands) == len(values):
-            pairs = zip(values, operands, strict=True)
-            operands = [v if v.shape == inner.shape else Value(inner.array, given=v.given) for v, inner in pairs]
+            for i, v in enumerate(values):
+                share = replace(operands[i], given=v.given)
+                operands[i] = v if v.shape == share.shape else share
         bodies.append(_Body(body, operands, evaluable=False))
     return bodies
 

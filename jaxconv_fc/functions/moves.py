@@ -1,8 +1,8 @@
 """Which entries of an earlier array a value holds, where the equations between the two only move entries.
 
-An entry of the array is known by its number. Most moves act on each axis alone. So a value is described by one
-list of numbers per axis, a :class:`Line`, whatever the size of the array. ``jnp.pad`` in the mode "wrap" of
-an axis of 3 positions is the line ``[2, 0, 1, 2, 0]``.
+An entry of the array is known by its number. Most moves act on each axis alone. So a value is described by
+one list of numbers per axis, a :class:`Line`, whatever the size of the array. ``jnp.pad`` in the mode "wrap"
+of an axis of 3 positions is the line ``[2, 0, 1, 2, 0]``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LONGEST = 2**24  # positions of the longest axis that is looked at
 class Line(NamedTuple):
     """One axis of a value: position ``i`` holds entry ``numbers[i]`` along some axes of the base.
 
-    ``factors`` are these axes, each as (axis of the base, step, size): a part of an axis has another step. The
-    number counts in row-major order through them. An axis along which nothing changes has no factors.
+    ``factors`` are these axes, each as (axis of the base, step, size): a part of an axis has another step.
+    The number counts in row-major order through them. An axis along which nothing changes has no factors.
     """
 
     factors: tuple[tuple[int, int, int], ...]
@@ -57,7 +57,7 @@ View = tuple[Line, ...]
 
 @dataclass(eq=False)
 class Value:
-    """What a variable of a jaxpr stands for, and the equation that made it, if that one only moves entries."""
+    """What a variable of a jaxpr stands for, and the equation that made it if that only moves entries."""
 
     array: Any  # the array where it is known, a jax.ShapeDtypeStruct where only its shape is
     fixed: bool = False  # whether it depends on no argument of the function
@@ -66,7 +66,7 @@ class Value:
     operands: Sequence[Value] = ()
     index: int = 0  # which result of the equation it is
     made_by: Any = None  # what find_convs notes of the convolution whose result it is
-    number: int = field(default_factory=itertools.count().__next__)  # operands have lower numbers than results
+    number: int = field(default_factory=itertools.count().__next__)  # in the order in which they are made
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,7 +145,7 @@ def ancestry(value: Value) -> tuple[list[Value], list[int]]:
 
 
 def view(values: Sequence[Value]) -> View | None:
-    """The last of these values, as entries of the first. Those between are in the order in which they are made.
+    """The last of these values, as entries of the first. They are in the order in which they are made.
 
     None where its entries are not a product of one choice per axis.
     """
@@ -302,7 +302,8 @@ def _pad(value: Value, parts: Sequence[_Part]) -> _Part:
 
 def _tile(value: Value, parts: Sequence[_Part]) -> _Part:
     *lines, rest = parts[0]
-    return (*(a.at(np.tile(a.numbers, n)) for a, n in zip(lines, value.eqn.params["reps"], strict=True)), rest)
+    reps = value.eqn.params["reps"]
+    return (*(a.at(np.tile(a.numbers, n)) for a, n in zip(lines, reps, strict=True)), rest)
 
 
 def _concatenate(value: Value, parts: Sequence[_Part]) -> _Part:
@@ -370,7 +371,7 @@ def _select(value: Value, parts: Sequence[_Part]) -> _Part:
         return None
     axes = range(held.ndim)
     along = [held.any(axis=tuple(j for j in axes if j != i)) for i in axes]
-    if not np.array_equal(held, functools.reduce(np.logical_and, np.ix_(*along))):
+    if not np.array_equal(held, functools.reduce(np.multiply, np.ix_(*(v.astype(int) for v in along)))):
         return None
     kept = [a.at(np.where(inside, a.numbers, ZERO)) for a, inside in zip(lines[:-1], along, strict=True)]
     return (*kept, lines[-1])
@@ -382,7 +383,7 @@ def _gather(value: Value, parts: Sequence[_Part]) -> _Part:
     params = value.eqn.params
     numbers, mode = params["dimension_numbers"], params["mode"]
     starts = np.asarray(value.operands[1].array)
-    if numbers.operand_batching_dims or not starts.size and starts.shape[-1]:
+    if numbers.operand_batching_dims or (not starts.size and starts.shape[-1]):
         return None
     by_index = [i for i in range(len(value.shape)) if i not in numbers.offset_dims]
     windows = iter(numbers.offset_dims)
@@ -418,12 +419,12 @@ def _content(value: Value) -> int:
     return ZERO if is_zero(value) else CONSTANT if value.fixed else COMPUTED
 
 
+_POINTWISE = (
+    "convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "stop_gradient", "name",
+    "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary", "pcast",
+)  # fmt: skip
 _MOVES: dict[str, Callable[[Value, Sequence[Any]], _Part]] = {
-    **dict.fromkeys(
-        ("convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "stop_gradient",
-         "name", "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary",
-         "pcast"), _same,
-    ),
+    **dict.fromkeys(_POINTWISE, _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
@@ -438,8 +439,10 @@ _MOVES: dict[str, Callable[[Value, Sequence[Any]], _Part]] = {
     "scatter": _update,
     "select_n": _select,
     "gather": _gather,
+}
+_ENTRIES = {
+    "pad": [0], "dynamic_slice": [0], "dynamic_update_slice": [0, 1], "scatter": [0, 2], "gather": [0],
 }  # fmt: skip
-_ENTRIES = {"pad": [0], "dynamic_slice": [0], "dynamic_update_slice": [0, 1], "scatter": [0, 2], "gather": [0]}
 
 
 def _entries(eqn: JaxprEqn, operands: Sequence[Value]) -> Sequence[Value]:

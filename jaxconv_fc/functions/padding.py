@@ -22,7 +22,6 @@ from jaxconv_fc.functions.moves import (
     ZERO,
     Line,
     Value,
-    View,
     ancestry,
     padded,
     taken,
@@ -176,7 +175,8 @@ def bias_of(result: Value, added: Value) -> tuple[int, Any] | None:
     lines = view(values[necks[-1] :: -1])
     sources, source_necks = ancestry(added)
     source = sources[source_necks[-1]]
-    if lines is None or source.eqn is not None or source.number == made.read or not (source.given or source.fixed):
+    parameter = source.eqn is None and (source.given or source.fixed) and source.number != made.read
+    if lines is None or not parameter:
         return None
     if not all(line.whole or not line.factors for line in lines):
         return None
