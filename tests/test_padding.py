@@ -98,8 +98,9 @@ OTHER_WAYS = {  # name: (the function, padding, padding_mode)
         lambda x: valid(lax.dynamic_update_slice(jnp.zeros((1, 2, 7, 4)), x, (0, 0, 2, 0))),
         ((2, 0), (0, 0)), "zeros",
     ),
-    "concatenate": (lambda x: valid(jnp.concatenate([0 * K[:1, :, :, :1].repeat(4, 3), x], 2)), ((2, 0), (0, 0)),
-                    "zeros"),
+    "concatenate": (
+        lambda x: valid(jnp.concatenate([jnp.zeros((1, 2, 2, 4)), x], 2)), ((2, 0), (0, 0)), "zeros",
+    ),
     "wrapped by slices": (
         lambda x: valid(jnp.concatenate([x[:, :, -2:], x, x[:, :, :1]], 2)), ((2, 1), (0, 0)), "circular",
     ),
@@ -112,7 +113,9 @@ OTHER_WAYS = {  # name: (the function, padding, padding_mode)
         lambda x: conv(jnp.pad(x, PADS, mode="wrap"), K, padding=[(-1, 0), (-1, -1)]),
         ((0, 2), (1, 0)), "circular",
     ),
-    "mode, then holes": (lambda x: valid(lax_pad(jnp.pad(x, PADS, mode="edge"), (0, 0, 1))), PADS[2:], "edge"),
+    "mode, then holes": (
+        lambda x: valid(lax_pad(jnp.pad(x, PADS, mode="edge"), (0, 0, 1))), PADS[2:], "edge",
+    ),
     "after a flip": (lambda x: valid(jnp.pad(x[:, :, ::-1], ROWS, mode="wrap")), ROWS[2:], "circular"),
     "before a shuffle": (lambda x: valid(jnp.pad(x, ROWS, mode="wrap")[:, ::-1]), ROWS[2:], "circular"),
 }  # fmt: skip

@@ -77,6 +77,11 @@ class Value:
         return not isinstance(self.array, jax.ShapeDtypeStruct)
 
     @property
+    def params(self) -> dict[str, Any]:
+        """The parameters of the equation that made it."""
+        return self.eqn.params if self.eqn is not None else {}
+
+    @property
     def concrete(self) -> bool:
         """Whether its entries can be looked at."""
         return self.known and not is_traced(self.array)
@@ -193,8 +198,8 @@ def padded(numbers: np.ndarray, lo: int, hi: int, step: int, fill: int) -> np.nd
     return out
 
 
-def _merged(lines: Sequence[Line]) -> Line | None:
-    """Several axes as one, in row-major order."""
+def _merged(lines: Sequence[Line]) -> Any:
+    """Several axes as one :class:`Line`, in row-major order; None if that is too long to look at."""
     factors: list[tuple[int, int, int]] = []
     numbers = np.zeros(1, int)
     if math.prod(len(line.numbers) for line in lines) > _LONGEST:
@@ -221,19 +226,17 @@ def _split(line: Line, sizes: Sequence[int]) -> list[Line] | None:
 
 # -- the table: primitive -> the view of its result, from those of its operands -----------------------
 
-_Part = View | None
 
-
-def _same(value: Value, parts: Sequence[_Part]) -> _Part:
+def _same(value: Value, parts: Sequence[Any]) -> View | None:
     return parts[value.index]
 
 
-def _transpose(value: Value, parts: Sequence[_Part]) -> _Part:
+def _transpose(value: Value, parts: Sequence[Any]) -> View | None:
     (lines,) = parts
-    return (*(lines[i] for i in value.eqn.params["permutation"]), lines[-1])
+    return (*(lines[i] for i in value.params["permutation"]), lines[-1])
 
 
-def _reshape(value: Value, parts: Sequence[_Part]) -> _Part:
+def _reshape(value: Value, parts: Sequence[Any]) -> View | None:
     """Axes that become one, or a whole axis that becomes several. An axis of length 1 stays where it can."""
     *lines, rest = parts[0]
     shape, found = list(value.shape), []
@@ -264,51 +267,51 @@ def _leading_ones(sizes: Sequence[int]) -> int:
     return len(list(itertools.takewhile(lambda n: n == 1, sizes)))
 
 
-def _broadcast(value: Value, parts: Sequence[_Part]) -> _Part:
+def _broadcast(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     out = [Line((), np.zeros(n, int)) for n in value.shape]
-    for line, axis in zip(lines, value.eqn.params["broadcast_dimensions"], strict=True):
+    for line, axis in zip(lines, value.params["broadcast_dimensions"], strict=True):
         out[axis] = line.at(np.broadcast_to(line.numbers, value.shape[axis]))
     return (*out, rest)
 
 
-def _slice(value: Value, parts: Sequence[_Part]) -> _Part:
+def _slice(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
-    params = value.eqn.params
+    params = value.params
     steps = params["strides"] or (1,) * len(lines)
     bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
     return (*(a.at(a.numbers[slice(*b)]) for a, b in zip(lines, bounds, strict=True)), rest)
 
 
-def _piece(value: Value, parts: Sequence[_Part]) -> _Part:
+def _piece(value: Value, parts: Sequence[Any]) -> View | None:
     """One result of ``split``."""
-    sizes, axis, lines = value.eqn.params["sizes"], value.eqn.params["axis"], list(parts[0])
+    sizes, axis, lines = value.params["sizes"], value.params["axis"], list(parts[0])
     start = sum(sizes[: value.index])
     lines[axis] = lines[axis].at(lines[axis].numbers[start : start + sizes[value.index]])
     return tuple(lines)
 
 
-def _reverse(value: Value, parts: Sequence[_Part]) -> _Part:
-    turned = value.eqn.params["dimensions"]
+def _reverse(value: Value, parts: Sequence[Any]) -> View | None:
+    turned = value.params["dimensions"]
     return tuple(a.at(a.numbers[::-1]) if i in turned else a for i, a in enumerate(parts[0]))
 
 
-def _pad(value: Value, parts: Sequence[_Part]) -> _Part:
+def _pad(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
-    fill, config = _content(value.operands[1]), value.eqn.params["padding_config"]
+    fill, config = _content(value.operands[1]), value.params["padding_config"]
     pads = zip(lines, config, strict=True)
     return (*(a.at(padded(a.numbers, lo, hi, inner + 1, fill)) for a, (lo, hi, inner) in pads), rest)
 
 
-def _tile(value: Value, parts: Sequence[_Part]) -> _Part:
+def _tile(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
-    reps = value.eqn.params["reps"]
+    reps = value.params["reps"]
     return (*(a.at(np.tile(a.numbers, n)) for a, n in zip(lines, reps, strict=True)), rest)
 
 
-def _concatenate(value: Value, parts: Sequence[_Part]) -> _Part:
+def _concatenate(value: Value, parts: Sequence[Any]) -> View | None:
     """A part that is not like the longest one on the other axes counts as computed."""
-    axis = value.eqn.params["dimension"]
+    axis = value.params["dimension"]
     model = max((p for p in parts if p), key=lambda p: len(p[axis].numbers))
     alike = [p is not None and _alike(p, model, axis) for p in parts]
     numbers = [
@@ -325,22 +328,22 @@ def _alike(a: View, b: View, axis: int) -> bool:
     )
 
 
-def _dynamic_slice(value: Value, parts: Sequence[_Part]) -> _Part:
+def _dynamic_slice(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     out = []
-    for line, start, size in zip(lines, value.operands[1:], value.eqn.params["slice_sizes"], strict=True):
+    for line, start, size in zip(lines, value.operands[1:], value.params["slice_sizes"], strict=True):
         first = min(max(0, int(start.array)), len(line.numbers) - size)
         out.append(line.at(line.numbers[first : first + size]))
     return (*out, rest)
 
 
-def _update(value: Value, parts: Sequence[_Part]) -> _Part:
+def _update(value: Value, parts: Sequence[Any]) -> View | None:
     """An array that is written into another one, whose other entries stay: zeros, as a rule."""
     into, new = parts
     if into is not None or new is None:
         return None
-    params, shape = value.eqn.params, value.shape
-    if value.eqn.primitive.name == "scatter":
+    params, shape = value.params, value.shape
+    if "update_jaxpr" in value.params:
         numbers, (given,) = params["dimension_numbers"], (v.array for v in value.operands[1:2])
         if np.ndim(given) != 1 or numbers.inserted_window_dims or numbers.operand_batching_dims:
             return None
@@ -357,7 +360,7 @@ def _update(value: Value, parts: Sequence[_Part]) -> _Part:
     return (*out, rest)
 
 
-def _select(value: Value, parts: Sequence[_Part]) -> _Part:
+def _select(value: Value, parts: Sequence[Any]) -> View | None:
     """One of the cases everywhere, or a case inside of a box and zeros elsewhere."""
     which = np.asarray(value.operands[0].array).astype(int)
     cases = np.unique(which)
@@ -377,10 +380,10 @@ def _select(value: Value, parts: Sequence[_Part]) -> _Part:
     return (*kept, lines[-1])
 
 
-def _gather(value: Value, parts: Sequence[_Part]) -> _Part:
+def _gather(value: Value, parts: Sequence[Any]) -> View | None:
     """Indices along some axes, if those of an axis vary along one axis of the result alone."""
     *lines, rest = parts[0]
-    params = value.eqn.params
+    params = value.params
     numbers, mode = params["dimension_numbers"], params["mode"]
     starts = np.asarray(value.operands[1].array)
     if numbers.operand_batching_dims or (not starts.size and starts.shape[-1]):
@@ -420,10 +423,10 @@ def _content(value: Value) -> int:
 
 
 _POINTWISE = (
-    "convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "stop_gradient", "name",
-    "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary", "pcast",
+    "convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "stop_gradient",
+    "name", "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary", "pcast",
 )  # fmt: skip
-_MOVES: dict[str, Callable[[Value, Sequence[Any]], _Part]] = {
+_MOVES: dict[str, Callable[[Value, Sequence[Any]], View | None]] = {
     **dict.fromkeys(_POINTWISE, _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     "transpose": _transpose,

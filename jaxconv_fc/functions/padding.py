@@ -49,8 +49,8 @@ def without_padding(spec: ConvSpec, value: Value, spatial: Sequence[int]) -> tup
     values, necks = ancestry(value)
     for k in reversed(range(len(necks))):  # the first one is the value itself: no padding
         lines = view(values[necks[k] :: -1])
-        fitted = lines and _fitted(spec, [lines[axis] for axis in spatial])
-        if lines and fitted:
+        fitted = None if lines is None else _fitted(spec, [lines[axis] for axis in spatial])
+        if lines is not None and fitted is not None:
             break
     else:
         return spec, value.array, "" if len(values) == 1 else "moves along an axis too long to look at"
