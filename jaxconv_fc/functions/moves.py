@@ -424,7 +424,8 @@ def _content(value: Value) -> int:
 
 _POINTWISE = (
     "convert_element_type", "reduce_precision", "copy", "copy_p", "optimization_barrier", "stop_gradient",
-    "name", "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary", "pcast",
+    "name", "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary",
+    "pcast",
 )  # fmt: skip
 _MOVES: dict[str, Callable[[Value, Sequence[Any]], View | None]] = {
     **dict.fromkeys(_POINTWISE, _same),
