@@ -6,12 +6,12 @@ library wrote the layer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
@@ -22,24 +22,35 @@ from jaxconv_fc.functions.jaxprs import (
     inner_jaxprs,
     is_mutable,
     open_jaxpr,
-    scan_counts,
+    open_scan,
+    open_while,
     trace,
     wanted,
 )
+from jaxconv_fc.functions.moves import Value, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
+from jaxconv_fc.functions.padding import Made, bias_of, without_padding
 from jaxconv_fc.functions.sites import ConvSite, ConvSites
 from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
-def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
+def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: Any) -> ConvSites:
     """Every convolution ``y = M x`` that ``fn(*args, **kwargs)`` performs, in order of execution.
 
     Traces ``fn``, and looks inside jit, custom derivatives, remat, scan, while, cond (all branches),
     vmap and shard_map. Finds lax's convolutions as well as this library's matrix-free products. So
     ``find_convs(jax.grad(loss), ...)`` lists forward, transposed and kernel-gradient convolutions.
 
+    Padding that stands in front of a convolution is part of its layer, whatever library wrote it: the spec
+    has its pads and its ``padding_mode``, and M takes the input that is not padded yet. Crops and zeros
+    between the entries (``lax.pad``) are too. They are recognised by where the entries go. A pad that no spec
+    holds (modes that differ by axis, constants other than 0, means) is not in M: ``in_front`` and the table
+    say so, and a warning does.
+
     Args:
       fn: any function of JAX arrays, such as a flax, equinox or haiku model.
+      raw: True for the convolutions alone, as lax performs them, without the padding in front. An argument
+        of ``fn`` with this name is bound before: ``find_convs(functools.partial(fn, raw=...), ...)``.
       args, kwargs: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that
         depends on them is computed. From arrays, whatever the convolutions depend on is computed once, so
         that their kernels and inputs are known. Python numbers stay static, as in a plain call.
@@ -50,7 +61,10 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
       input are known where no iteration changes them.
 
     Raises:
-      TypeError: ``fn`` returns something, but no JAX array.
+      TypeError: ``fn`` returns something, but no JAX array; ``raw`` is not a bool.
+
+    Warns:
+      UserWarning: the padding in front of some convolution is not in its M.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> def layer(x, kernel):
@@ -60,6 +74,11 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
        layer  layout     geometry                              M  stored  density    dense    sparse  times
     0  layer  NCHW OIHW  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216 KiB  46.1 KiB      1
     """
+    if not isinstance(raw, bool):
+        raise TypeError(
+            f"find_convs: raw must be True or False, got {type(raw).__name__}. For an argument of fn "
+            "with this name, pass functools.partial(fn, raw=...)."
+        )
     traced = trace(fn, args, kwargs)
     if traced.others and not open_jaxpr(traced.jaxpr)[0].outvars:
         raise TypeError(
@@ -67,46 +86,95 @@ def find_convs(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> ConvSites:
             "computed with JAX arrays can be traced: pass a function of JAX arrays."
         )
     sites = ConvSites()
-    ConvFinder(sites, ArrayPaths(fn, args, kwargs)).visit(traced.jaxpr, traced.arguments)
+    arguments = [Value(v, given=True) for v in traced.arguments]
+    finder = ConvFinder(sites, ArrayPaths(fn, args, kwargs), raw)
+    finder.visit(traced.jaxpr, arguments)
+    with_bias = replace(finder, sites=[], raw=True, evaluable=False, biases=True)
+    with_bias.visit(traced.jaxpr, arguments)
+    for i, (site, same) in enumerate(zip(sites, with_bias.sites, strict=True)):
+        sites[i] = replace(site, bias=same.bias)
+    unlike = [f"{site.name} ({site.in_front})" for site in sites if site.in_front]
+    if unlike:
+        warnings.warn(
+            "find_convs: M is that of the convolution alone, of an input that is padded already, in "
+            f"{', '.join(unlike)}. Norms and neurons of its spec are not those of the layer: use "
+            "matrix_of for that. raw=True takes convolutions alone, and does not warn.",
+            stacklevel=2,
+        )
     return sites
 
 
 @dataclass(frozen=True)
 class ConvFinder:
-    """Records the convolutions of a jaxpr, in order.
+    """Records the convolutions of a jaxpr, in order. Only what a later convolution depends on is computed.
 
-    A value is an array where it is known, and a ``jax.ShapeDtypeStruct`` where it is not. Only what a later
-    convolution depends on is computed.
+    Biases are looked for in a walk of its own, which computes nothing: it passes all equations.
     """
 
     sites: list[ConvSite]  # the convolutions found so far
     paths: ArrayPaths
+    raw: bool = False  # whether the padding in front of a convolution stays outside of it
+    constants: dict[int, Value] = field(default_factory=dict)  # arrays of the jaxprs, by id
     scope: str = ""  # the name stacks of the calls around this jaxpr, joined
     times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated here
+    biases: bool = False  # whether all equations are passed, for what is added to convolutions
 
-    def visit(self, jaxpr: Any, arguments: Sequence[Any], used: Sequence[bool] | None = None) -> list[Any]:
+    def visit(self, jaxpr: Any, arguments: Sequence[Value], used: Sequence[bool] | None = None) -> list[Any]:
         """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
-        return evaluate(jaxpr, arguments, self.equation, finish=finish, keep=_performs_conv)
+        keep = (lambda eqn: True) if self.biases else _performs_conv
+        results = evaluate(jaxpr, arguments, self.equation, finish=finish, keep=keep)
+        return [None if v is None else self.value(v) for v in results]
 
-    def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
-        name = eqn.primitive.name
+    def value(self, value: Any) -> Value:
+        """An operand of an equation, which may be a constant."""
+        if isinstance(value, Value):
+            return value
+        return self.constants.setdefault(id(value), Value(value, fixed=True))
+
+    def equation(self, eqn: JaxprEqn, operands: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
+        name, values = eqn.primitive.name, list(map(self.value, operands))
         inside = replace(self, scope=nested(self.scope, eqn))
-        if name in CALLS and holds(eqn, CONVOLUTIONS):
+        if name in CALLS and (holds(eqn, CONVOLUTIONS) or pads(eqn)):
             return inside.visit(inner_jaxprs(eqn)[0], values, used)
+        made = None
         if name in _SITES:
-            site = _SITES[name](eqn, *values)
-            place = place_of(eqn, self.scope, self.paths[site.kernel])
-            self.sites.append(replace(site, name=place, times=self.times))
+            made = self.record(eqn, values)
         elif holds(eqn, CONVOLUTIONS):
             for body in _BODIES.get(name, _other_bodies)(eqn, values):
                 inside.visit_body(body)
-        known = self.evaluable and any(used) and all(map(_is_known, values)) and not is_mutable(eqn)
-        results = eval_eqn(eqn, values) if known else list(map(_abstract, eqn.outvars))
+        elif name == "add" and self.biases:
+            for y, term in (values, values[::-1]):
+                site, bias = bias_of(y, term) or (None, None)
+                if site is not None and self.sites[site].bias is None:
+                    self.sites[site] = replace(self.sites[site], bias=bias)
+        known = self.evaluable and any(used) and all(v.known for v in values) and not is_mutable(eqn)
+        arrays = eval_eqn(eqn, [v.array for v in values]) if known else list(map(_abstract, eqn.outvars))
         if name == "convert_element_type":  # a kernel that is cast still belongs to its layer
-            self.paths.hand_on(values[0], results[0])
+            self.paths.hand_on(values[0].array, arrays[0])
+        results = [result(eqn, values, i, array) for i, array in enumerate(arrays)]
+        if made:
+            results[0].made_by = made
         return results
+
+    def record(self, eqn: JaxprEqn, values: Sequence[Value]) -> Made | None:
+        """Adds the convolution that an equation is, and notes of its result what its bias is found by."""
+        site, x, lead = _SITES[eqn.primitive.name](eqn, values)
+        place = place_of(eqn, self.scope, self.paths[site.kernel])
+        site = replace(site, name=place, times=self.times)
+        spec, made = site.spec, None
+        if x is not None:
+            base = ancestry(x)[0][-1]
+            channels = spec.dimension_numbers.out_spec[1] if lead is None else lead + spec.out_order[-1]
+            made = Made(len(self.sites), channels, base.number)
+            if not self.raw:
+                order = spec.dimension_numbers.lhs_spec[2:]
+                spatial = order if lead is None else [lead + i for i in spec.in_order[: len(order)]]
+                spec, array, in_front = without_padding(spec, x, spatial)
+                site = replace(site, spec=spec, x=array, in_front=in_front)
+        self.sites.append(site)
+        return made
 
     def visit_body(self, body: _Body) -> None:
         times = None if self.times is None or body.times is None else self.times * body.times
@@ -117,20 +185,27 @@ class ConvFinder:
 # -- the table: primitive -> the convolution that it is ----------------------------------------------
 
 
-def _lax_site(eqn: JaxprEqn, x: Any, kernel: Any) -> ConvSite:
-    return ConvSite(spec_of(eqn), kernel, x, "")
+# The site, the value that it convolves (None if it does not), and how many batch axes stand before the
+# ``in_shape`` of the spec; None if the value has the whole ``lhs_shape``.
+_Found = tuple[ConvSite, Value | None, int | None]
 
 
-def _product_site(eqn: JaxprEqn, a: Any, b: Any) -> ConvSite:
-    spec, out = eqn.params["spec"], eqn.params["out"]  # (a, b): (kernel, x), (kernel, y) or (x, y)
+def _lax_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
+    x, kernel = values
+    return ConvSite(spec_of(eqn), kernel.array, x.array, ""), x, None
+
+
+def _product_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
+    spec, out = eqn.params["spec"], eqn.params["out"]
+    a, b = (v.array for v in values)  # (kernel, x), (kernel, y) or (x, y)
     if out == "y":
-        return ConvSite(spec, a, b, "")
+        return ConvSite(spec, a, b, ""), values[1], len(values[1].shape) - len(spec.in_shape)
     if out == "x":
-        return ConvSite(spec, a, None, "", product="M^T y", y=b)
-    return ConvSite(spec, None, a, "", product="X^T y", y=b)
+        return ConvSite(spec, a, None, "", product="M^T y", y=b), None, None
+    return ConvSite(spec, None, a, "", product="X^T y", y=b), None, None
 
 
-_SITES: dict[str, Callable[..., ConvSite]] = {
+_SITES: dict[str, Callable[[JaxprEqn, Sequence[Value]], _Found]] = {
     "conv_general_dilated": _lax_site,
     "conv_product": _product_site,
 }
@@ -148,42 +223,39 @@ class _Body(NamedTuple):
     """A jaxpr that an equation runs: the body of a loop, a branch of a condition."""
 
     jaxpr: Any
-    operands: Sequence[Any]  # arrays where known, jax.ShapeDtypeStruct elsewhere
+    operands: Sequence[Value]
     times: int | None = 1  # runs per run of the equation (a branch: 1 at most); None if only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated outside of the equation
 
 
-def _scan_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+def _scan_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
     """Constants are what they are outside. For the carry see :func:`_carry`. Slices of xs are unknown."""
-    (body,) = inner_jaxprs(eqn)
-    fixed, carried = scan_counts(eqn, body)
-    carry = _carry(body, values[: fixed + carried], fixed)
-    slices = map(_abstract, open_jaxpr(body)[0].invars[fixed + carried :])
-    return [_Body(body, [*values[:fixed], *carry, *slices], eqn.params["length"])]
+    scan = open_scan(eqn, values)
+    carry = _carry(scan.body, scan.constants, scan.carry)
+    inputs = open_jaxpr(scan.body)[0].invars[-len(scan.xs) :] if scan.xs else []
+    slices = [Value(_abstract(v), given=xs.given) for v, xs in zip(inputs, scan.xs, strict=True)]
+    return [_Body(scan.body, [*scan.constants, *carry, *slices], eqn.params["length"])]
 
 
-def _while_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    split, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    carry = _carry(body, values[split:], fixed)
+def _while_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
+    loop = open_while(eqn, values)
+    carry = _carry(loop.body, loop.body_constants, loop.carry)
     return [
-        _Body(cond, [*values[:split], *carry], None),
-        _Body(body, [*values[split : split + fixed], *carry], None),
+        _Body(loop.cond, [*loop.cond_constants, *carry], None),
+        _Body(loop.body, [*loop.body_constants, *carry], None),
     ]
 
 
-def _branches(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+def _branches(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
     return [_Body(branch, values[1:]) for branch in inner_jaxprs(eqn)]
 
 
-def _solve_bodies(eqn: JaxprEqn, values: Sequence[Any]) -> list[_Body]:
+def _solve_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
     """Only ``solve`` runs. The other three jaxprs of the equation are there for its derivatives."""
     return _other_bodies(eqn, values, [eqn.params["jaxprs"].solve])
 
 
-def _other_bodies(
-    eqn: JaxprEqn, values: Sequence[Any], jaxprs: Sequence[Any] | None = None
-) -> list[_Body]:
+def _other_bodies(eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] | None = None) -> list[_Body]:
     """The jaxprs of shard_map, and of any primitive that is not in the table below.
 
     An operand may be a shard of the equation's: its value is known only if it has the same shape. Equations
@@ -191,19 +263,20 @@ def _other_bodies(
     """
     bodies = []
     for body in inner_jaxprs(eqn) if jaxprs is None else jaxprs:
-        operands = [_abstract(v) for v in open_jaxpr(body)[0].invars]
+        operands = [Value(_abstract(v)) for v in open_jaxpr(body)[0].invars]
         if len(operands) == len(values):
-            pairs = zip(values, operands, strict=True)
-            operands = [v if np.shape(v) == shape.shape else shape for v, shape in pairs]
+            for i, v in enumerate(values):
+                share = replace(operands[i], given=v.given)
+                operands[i] = v if v.shape == share.shape else share
         bodies.append(_Body(body, operands, evaluable=False))
     return bodies
 
 
-def _carry(body: Any, values: Sequence[Any], fixed: int) -> list[Any]:
-    """The carry of a loop, known where the body returns it unchanged. It follows ``fixed`` constants."""
+def _carry(body: Any, constants: Sequence[Value], values: Sequence[Value]) -> list[Value]:
+    """The carry of a loop, known where the body returns it unchanged. It follows the constants."""
     inner = open_jaxpr(body)[0]
-    carry = zip(inner.invars[fixed:], inner.outvars, values[fixed:], strict=False)
-    return [value if before is after else _abstract(before) for before, after, value in carry]
+    carry = zip(inner.invars[len(constants) :], inner.outvars, values, strict=False)
+    return [value if before is after else Value(_abstract(before)) for before, after, value in carry]
 
 
 _BODIES: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[_Body]]] = {
@@ -212,10 +285,6 @@ _BODIES: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[_Body]]] = {
     "cond": _branches,
     "custom_linear_solve": _solve_bodies,
 }
-
-
-def _is_known(value: Any) -> bool:
-    return not isinstance(value, jax.ShapeDtypeStruct)
 
 
 def _abstract(variable: Any) -> jax.ShapeDtypeStruct:

@@ -338,7 +338,10 @@ def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
 
 @lru_cache(PROGRAMS)
 def _compiled(of: Callable[..., Any], program: _Program) -> Any:
-    return jax.jit(lambda constants, *arrays: of(_closed(program.jaxpr, _opens(of), iter(constants)), *arrays))
+    def run(constants: list[list[Any]], *arrays: Any) -> Any:
+        return of(_closed(program.jaxpr, _opens(of), iter(constants)), *arrays)
+
+    return jax.jit(run)
 
 
 def _opens(of: Any) -> Callable[[JaxprEqn], bool]:

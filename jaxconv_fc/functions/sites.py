@@ -31,6 +31,11 @@ class ConvSite:
       times: how often it is executed, the lengths of the scans around it multiplied; None in a while
         loop, where only the run can tell.
       product: ``"M x"``, ``"M^T y"`` or ``"X^T y"``.
+      bias: what is added to ``M x``, of shape ``(out channels,)``: an argument of the function or a constant
+        that is broadcast from the channels, known or not as kernels are. None where there is none, where it
+        also varies over positions or examples, and where it is computed from arguments other than by casts
+        and moves of entries.
+      in_front: the padding in front that is not in M, in words; empty if M is that of the whole layer.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> layer = lambda x: jax.lax.conv(x, jnp.ones((4, 3, 3, 3)), (1, 1), "VALID")
@@ -46,6 +51,8 @@ class ConvSite:
     times: int | None = 1
     product: str = "M x"
     y: Any = None
+    bias: Any = None
+    in_front: str = ""
 
     @property
     def dtype(self) -> Any:
@@ -93,7 +100,8 @@ def _row(index: int, site: ConvSite) -> tuple[str, ...]:
     shape = _by(spec.shape) + {"M x": "", "M^T y": " ^T", "X^T y": " (X)"}[site.product]
     times = "?" if site.times is None else f"{site.times:,}"
     stored = f"{spec.nse:,}"
-    words = str(index), site.name, _layout(spec), _geometry(spec)
+    missing = f", NOT IN M: {site.in_front}" if site.in_front else ""
+    words = str(index), site.name, _layout(spec), _geometry(spec) + missing
     return *words, shape, stored, f"{density:.2%}", dense, sparse, times
 
 
