@@ -126,6 +126,13 @@ class Axis:
         o = v // self.stride
         return o, (v % self.stride == 0) & (o >= 0) & (o < self.out_size)
 
+    def tap_of(self, o: Ints, j: Ints) -> tuple[Ints, Ints]:
+        """``(p, valid)``: the tap through which output ``o`` reads *padded* position ``j``."""
+        self._check_indices(o, j)
+        v = j * self.lhs_dilation + self.on_padded.lo - o * self.stride
+        p = v // self.rhs_dilation
+        return p, (v % self.rhs_dilation == 0) & (p >= 0) & (p < self.taps)
+
     def check_held_by(self, dtype: Any) -> None:
         """ValueError if this dtype does not hold the positions of the axis: they would wrap."""
         if np.dtype(dtype).kind in "iu" and self.reach > np.iinfo(dtype).max:
@@ -167,6 +174,20 @@ class Axis:
         met = inputs[np.minimum(at, len(inputs) - 1)] == t if len(inputs) else np.zeros(len(t), bool)
         found = (i, at[met]), (o[i, p].astype(np.int64), border[which[met]]), (p, tap[met])
         return tuple(map(np.concatenate, found))  # type: ignore[return-value]
+
+    def taps_of(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """``(first, count, step)``: each output reads through ``count`` taps ``first, first + step, ...``
+        (zeros mode)."""
+        s, l, r = self.stride, self.lhs_dilation, self.rhs_dilation
+        g = math.gcd(r, l)
+        b = self.lo - self._exact(outputs) * s  # p*r == b modulo l,  b <= p*r <= b + l*(size - 1)
+        step = l // g
+        residue = b // g % step * pow(r // g, -1, step) % step
+        low = np.maximum(0, -(-b // r))  # ceil(b / r)
+        first = low + (residue - low) % step
+        count = np.maximum(0, (np.minimum(self.taps - 1, (b + l * (self.size - 1)) // r) - first) // step + 1)
+        count = np.where(b % g == 0, count, 0).astype(np.int64)
+        return np.where(count > 0, first, 0).astype(np.int64), count, step
 
     def _exact(self, positions: np.ndarray) -> np.ndarray:
         """Positions in 64 bits, or as Python ints where those would overflow."""
@@ -211,23 +232,24 @@ class Axis:
         """
         if self.pads_with_zeros and self.stride < self.lhs_dilation:  # fewer residues that way round
             return self.transpose().pair_count
-        return sum(MODES[self.mode].distinct(windows, self.size) for windows in self._windows())
+        return sum(MODES[self.mode].distinct(windows, self.size) for _, windows in self.windows())
 
     @cached_property
     def collides(self) -> bool:
         """Whether some output reads one input through two taps: more triples (o, t, p) than pairs (o, t)."""
         if self.pads_with_zeros:  # any two of (o, p, t) determine the third
             return False
-        return sum(w.outputs * w.taps for w in self._windows()) > self.pair_count  # all taps read inputs
+        return sum(w.outputs * w.taps for _, w in self.windows()) > self.pair_count  # all taps read inputs
 
-    def _windows(self) -> Iterator[Windows]:
-        """What the outputs of each residue read: positions from the first input on, copies included."""
+    def windows(self) -> Iterator[tuple[int, Windows]]:
+        """``(c, windows)``: what outputs ``c, c + period, ...`` read, copies included. Positions count from the
+        first input on."""
         period, before = self.out_period, self.copied[0]
         for c in range(min(period, self.out_size)):
             axis = self.on_padded._phase(c).axis
             outputs = -(-(self.out_size - c) // period)
             if axis.taps:
-                yield Windows(-axis.lo - before, axis.stride, outputs, axis.rhs_dilation, axis.taps)
+                yield c, Windows(-axis.lo - before, axis.stride, outputs, axis.rhs_dilation, axis.taps)
 
     @property
     def out_period(self) -> int:

@@ -1,12 +1,16 @@
 """Integer points on a plane ``o*s + p*r == t*l + lo`` within a box: their number, and smaller steps.
 
-All arithmetic is of Python ints, exact for numbers of any size. A point or vector is a triple ``(o, p, t)``.
+All arithmetic is of Python ints, exact for numbers of any size; points are also counted for arrays of bounds.
+A point or vector is a triple ``(o, p, t)``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 Triple = tuple[int, int, int]
 
@@ -20,28 +24,33 @@ def solve_congruence(a: int, b: int, modulus: int) -> int | None:
     return b // g * pow(a // g, -1, reduced) % reduced
 
 
-def floor_sum(count: int, a: int, b: int, divisor: int) -> int:
-    """``sum of (a*x + b) // divisor`` over ``0 <= x < count``, for ``a, b >= 0``.
+def floor_sum(count: Any, a: int, b: Any, divisor: int) -> Any:
+    """``sum of (a*x + b) // divisor`` over ``0 <= x < count``, for ``a, b >= 0``. Arrays give arrays.
 
     The points below a line are counted as in Euclid's algorithm: take out whole multiples, exchange
     the two axes, repeat.
     """
     total = 0
-    while count > 0:
-        total += a // divisor * (count * (count - 1) // 2) + b // divisor * count
+    while np.any(count > 0):
+        total = total + a // divisor * (count * (count - 1) // 2) + b // divisor * count
         top = a % divisor * count + b % divisor
-        count, b = divmod(top, divisor)
+        count, b = top // divisor, top % divisor
         a, divisor = divisor, a % divisor
     return total
 
 
-def count_below(bound: int, s: int, outputs: int, r: int, taps: int) -> int:
-    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``."""
-    some = min(outputs, max(0, -(-bound // s)))  # outputs for which some tap is below
-    every = min(some, max(0, -(-(bound - (taps - 1) * r) // s)))  # outputs for which all taps are
+def count_below(bound: Any, s: int, outputs: Any, r: int, taps: int) -> Any:
+    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``. Arrays give arrays."""
+    some = least(outputs, -least(0, -bound // s))  # outputs for which some tap is below
+    every = least(some, -least(0, ((taps - 1) * r - bound) // s))  # outputs for which all taps are
     # The outputs between have ceil((bound - q*s) / r) such taps each. The sum begins with the last of them.
     last = bound - (some - 1) * s
     return taps * every + floor_sum(some - every, s, last + r - 1, r)
+
+
+def least(a: Any, b: Any) -> Any:
+    """The smaller one, in arithmetic that ints, arrays and tracers share."""
+    return (a + b - abs(a - b)) // 2
 
 
 def small_steps(sizes: Triple, steps: Triple, points: Iterable[Triple]) -> tuple[Triple, Triple | None]:

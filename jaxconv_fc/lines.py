@@ -91,7 +91,12 @@ def input_lines(axis: Axis) -> Lines:
         related = _related_outputs(axis.transpose())
     else:  # keep the longest part that no copy is made of
         related = range(axis.size)
-        _, copied, _ = axis.reads(axis.border(direct))
+        # Of the windows that read padding, those before the direct ones end where the last of them ends, and
+        # those behind begin where the first of them begins.
+        end = ((direct.start - 1) * s + axis.dilated_taps - 1) // l + 1 if direct.start else 0
+        begin = -(-direct.stop * s // l)
+        met = np.concatenate([np.arange(end), np.arange(begin, axis.padded_size)])
+        copied = axis.source(met[(met >= 0) & (met < axis.padded_size)])
         copied = copied[(copied >= regular.start) & (copied < regular.stop)]
         ends = np.concatenate([[regular.start - 1], np.unique(copied), [regular.stop]])
         longest = int(np.argmax(np.diff(ends)))

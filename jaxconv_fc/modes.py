@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.lattice import count_below
+from jaxconv_fc.lattice import count_below, least
 
 # Integers of any kind: int, numpy.ndarray, jax.Array or a tracer.
 Ints = Any
@@ -22,11 +22,11 @@ class Windows(NamedTuple):
 
     first: int  # the position that output 0 reads through tap 0
     stride: int
-    outputs: int  # 0 <= q < outputs
+    outputs: Ints  # 0 <= q < outputs
     dilation: int
     taps: int  # 0 <= p < taps
 
-    def below(self, bound: int) -> int:
+    def below(self, bound: Ints) -> Ints:
         """How many pairs (q, p) have a position less than ``bound``."""
         return count_below(bound - self.first, self.stride, self.outputs, self.dilation, self.taps)
 
@@ -59,7 +59,7 @@ class _Edge(BoundaryMode):
     """Padding repeats the first and the last input."""
 
     def source(self, i: Ints, n: int) -> Ints:
-        return _least((i + abs(i)) // 2, n - 1)  # max(i, 0), then min
+        return least((i + abs(i)) // 2, n - 1)  # max(i, 0), then min
 
     def depth(self, pads: int, n: int) -> int:
         return 1
@@ -112,7 +112,7 @@ class _Mirrored(_Circular):
 
     def source(self, i: Ints, n: int) -> Ints:
         within = super().source(i, n)
-        return _least(within, 2 * (n - 1) - self.mirror - within)
+        return least(within, 2 * (n - 1) - self.mirror - within)
 
     def depth(self, pads: int, n: int) -> int:
         return pads + 1 + self.mirror
@@ -159,8 +159,3 @@ MODES: dict[str, BoundaryMode] = {
     "symmetric": _Mirrored("symmetric", mirror=-1),
     "edge": _Edge("edge", ("replicate",)),
 }
-
-
-def _least(a: Ints, b: Ints) -> Ints:
-    """The smaller one, in arithmetic that ints, arrays and tracers share."""
-    return (a + b - abs(a - b)) // 2

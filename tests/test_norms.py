@@ -27,7 +27,7 @@ def test_norms(run_seed, number):
     close(spectrum.column_norms(spec, kernel, ord=1), sizes.sum(0))
     close(spectrum.trace(spec, kernel), np.trace(matrix))
     close(spectrum.orthogonality_residual(spec, kernel), np.linalg.norm(gram - np.eye(len(gram))))
-    whole = np.trunc(kernel.real * 4).astype(np.int64)
+    whole = np.trunc(kernel.real * 4).astype(np.int32)
     matrix = np.asarray(fc.as_matrix(spec, whole))  # integers stay integers, and exact
     assert spectrum.one_norm(spec, whole) == np.abs(matrix).sum(0).max(initial=0), name
     assert spectrum.inf_norm(spec, whole) == np.abs(matrix).sum(1).max(initial=0), name
@@ -44,7 +44,7 @@ def test_rows_of_zeros_are_counted_where_the_unit_matrix_has_ones():
 def test_the_trace_of_groups_that_the_diagonal_leaves():
     """Two outputs per input channel: entry (3, 3) belongs to no group, and is 0."""
     spec = fc.conv_spec((1, 2, 3), (4, 1, 1), (1,), "VALID", feature_group_count=2)
-    kernel = jnp.arange(1, 5).reshape(4, 1, 1)
+    kernel = jnp.arange(1, 5, dtype=jnp.int32).reshape(4, 1, 1)
     assert spectrum.trace(spec, kernel) == np.trace(fc.as_matrix(spec, kernel)) == 3
 
 

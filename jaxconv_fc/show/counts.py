@@ -9,10 +9,11 @@ from functools import partial
 import numpy as np
 
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.lines import Run, output_runs
+from jaxconv_fc.lattice import least
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.spec import ConvSpec
 
-_BLOCK = 2**20  # segments that are listed together
+_BLOCK = 2**20  # pairs of an output and a tap that are listed together
 
 # Per dimension of a shape an interval of indices: (starts, stops), two arrays with one entry per edge.
 Intervals = list[tuple[np.ndarray, np.ndarray]]
@@ -85,31 +86,27 @@ def _between(
 
 
 def _pairs_of_axis(axis: Axis, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The pairs (o, t) of an axis, counted in the blocks between the bounds and summed up."""
-    counts = np.zeros((len(x) + 1, len(y) + 1))
-    for run in output_runs(axis):
-        step = max(1, _BLOCK // (len(x) + len(y)))
-        for first in range(0, run.width, step):
-            o, t, pairs = _segments(run, run.reads[first : first + step, None], x, y)
-            np.add.at(counts, (np.searchsorted(x, o, "right"), np.searchsorted(y, t, "right")), pairs)
-    return counts.cumsum(0).cumsum(1)[:-1, :-1]
-
-
-def _segments(run: Run, reads: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-    """``(o, t, pairs)``: the first pair and the number of pairs that follow one another within one block.
-
-    The outputs ``o = start + q*step`` of the run read ``t = reads + q*advance``: one diagonal for each of the
-    ``reads``. A diagonal enters another block where o or t reaches a bound.
-    """
-    last, step = len(run.outputs), run.outputs.step
-    if last == 1:
-        return np.broadcast_to(run.outputs.start, reads.shape), reads, np.ones(reads.shape)
-    bounds = np.broadcast_to(-((run.outputs.start - x) // step), (len(reads), len(x)))
-    bounds = np.concatenate([bounds, -((reads - y) // run.advance)], axis=1)  # ceil((y - reads) / advance)
-    q = np.sort(np.clip(bounds, 0, last), axis=1)
-    q = np.concatenate([np.zeros((len(reads), 1), int), q], axis=1)
-    pairs = np.diff(q, axis=1, append=last)  # (reads, segments)
-    return run.outputs.start + q * step, reads + q * run.advance, pairs
+    """The pairs (o, t) of an axis with ``o < x[i]`` and ``t < y[j]``: those of outputs that read no copies by
+    a closed form, the others one by one."""
+    if axis.pads_with_zeros and axis.stride < axis.lhs_dilation:  # fewer residues that way round
+        return _pairs_of_axis(axis.transpose(), y, x).T
+    direct, counts = axis.direct, np.zeros((len(x), len(y)))
+    inside = np.clip(x, direct.start, direct.stop)[:, None]
+    for c, windows in axis.windows():
+        for sign, bound in ((1, inside), (-1, direct.start)):
+            below = windows._replace(outputs=least(windows.outputs, -((c - bound) // axis.out_period)))
+            counts += sign * (below.below(y[None]) - below.below(0))
+    border = axis.border(direct)
+    check_array("show.spy: pairs of an output and a tap", (len(border), axis.taps), np.int64, "zero padding")
+    blocks = np.zeros((len(x) + 1, len(y) + 1))
+    step = max(1, _BLOCK // axis.taps)
+    for first in range(0, len(border), step):
+        some = border[first : first + step]
+        t = np.sort(axis.table(some), axis=1)
+        i, p = np.nonzero((t >= 0) & (np.diff(t, axis=1, prepend=-1) > 0))  # each pair once
+        place = np.searchsorted(x, some[i], "right") * blocks.shape[1] + np.searchsorted(y, t[i, p], "right")
+        blocks += np.bincount(place, minlength=blocks.size).reshape(blocks.shape)
+    return counts + blocks.cumsum(0).cumsum(1)[:-1, :-1]
 
 
 def _pairs_of_groups(groups: int, outs: int, ins: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
