@@ -259,14 +259,12 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
         )
 
 
-# What arrays may hold. float8_e8m0fnu has no zero; a sum that is too large is a number in float4 and float6, which
-# have neither Inf nor NaN; JAX has no products of int2.
+# What arrays may hold. float8_e8m0fnu has no zero. In float4 and float6, which have neither Inf nor NaN, a
+# sum that is too large is a number. JAX has no products of int2.
+_FLOAT8 = "e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz"
 DTYPES = frozenset(
     jnp.dtype(name)
-    for name in """
-    bool int4 int8 int16 int32 int64 uint4 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128
-    bfloat16 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz
-    """.split()
+    for name in (*"?bhilqBHILQefdFD", "int4", "uint4", "bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
 )
 
 
@@ -288,8 +286,8 @@ def as_array(name: str, value: Any) -> jax.Array:
     value = native(value)
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"{name} must hold numbers, got dtype {value.dtype}, which has no sums or products here. Cast it: "
-            f"{name}.astype(jnp.float32)."
+            f"{name} must hold numbers, got dtype {value.dtype}, which has no sums or products here. "
+            f"Cast it: {name}.astype(jnp.float32)."
         )
     return jnp.asarray(value)
 

@@ -185,7 +185,8 @@ class Axis:
         residue = b // g % step * pow(r // g, -1, step) % step
         low = np.maximum(0, -(-b // r))  # ceil(b / r)
         first = low + (residue - low) % step
-        count = np.maximum(0, (np.minimum(self.taps - 1, (b + l * (self.size - 1)) // r) - first) // step + 1)
+        last = np.minimum(self.taps - 1, (b + l * (self.size - 1)) // r)
+        count = np.maximum(0, (last - first) // step + 1)
         count = np.where(b % g == 0, count, 0).astype(np.int64)
         return np.where(count > 0, first, 0).astype(np.int64), count, step
 
@@ -242,8 +243,8 @@ class Axis:
         return sum(w.outputs * w.taps for _, w in self.windows()) > self.pair_count  # all taps read inputs
 
     def windows(self) -> Iterator[tuple[int, Windows]]:
-        """``(c, windows)``: what outputs ``c, c + period, ...`` read, copies included. Positions count from the
-        first input on."""
+        """``(c, windows)``: what outputs ``c, c + period, ...`` read: positions from the first input on, copies
+        included."""
         period, before = self.out_period, self.copied[0]
         for c in range(min(period, self.out_size)):
             axis = self.on_padded._phase(c).axis

@@ -40,7 +40,7 @@ def floor_sum(count: Any, a: int, b: Any, divisor: int) -> Any:
 
 
 def count_below(bound: Any, s: int, outputs: Any, r: int, taps: int) -> Any:
-    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``. Arrays give arrays."""
+    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``."""
     some = least(outputs, -least(0, -bound // s))  # outputs for which some tap is below
     every = least(some, -least(0, ((taps - 1) * r - bound) // s))  # outputs for which all taps are
     # The outputs between have ceil((bound - q*s) / r) such taps each. The sum begins with the last of them.

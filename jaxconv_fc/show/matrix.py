@@ -35,7 +35,9 @@ _MOST_NAMED = 1000  # entries that are written into their cells
 _LINE_DISTANCE, _BORDER_DISTANCE = 5, 10  # pixels between lines that are drawn
 _SATURATED = 0.98  # a part of the means that the colours tell apart: few of them are large
 _SAMPLE = 2**22  # entries that a picture of values looks at
-_MOST_LISTED = 2**24  # and no more than so many, with one row per row of cells: fewer cells where rows are longer
+_MOST_LISTED = (
+    2**24
+)  # and no more than so many, with one row per row of cells: fewer cells where rows are longer
 
 
 def spy(spec: ConvSpec, kernel: Array | None = None, ax: Axes | None = None) -> Axes:

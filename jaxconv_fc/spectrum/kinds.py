@@ -91,7 +91,8 @@ class Ranges:
         begin = (self.first % self.step * width + self.first // self.step).astype(np.int32)
         ends = jnp.asarray(begin), jnp.asarray(begin + self.count.astype(np.int32))
         begin, end = lax.optimization_barrier(ends)
-        start, stop = (begin + (2**level - 1)) >> level, end >> level  # [level, range]: nodes within the range
+        # [level, range]: the nodes within the range are start, ..., stop - 1.
+        start, stop = (begin[None] + (2**level - 1)) >> level, end[None] >> level
         total = jnp.zeros((*value.shape[:-1], len(self.first)), value.dtype)
         for node, ends_here in ((start, start % 2 == 1), (stop - 1, stop % 2 == 1)):
             nodes = jnp.take(tree, node + offset, axis=-1, mode="clip")  # [..., level, range]
@@ -115,7 +116,9 @@ class LineKinds(NamedTuple):
     """
 
     lines: Kinds | Ranges  # the entries of each line, which is a kind of its own; Ranges of many taps
-    entries: Kinds | None  # the taps that meet in an entry, by kind; None where no taps meet: an entry is a tap
+    entries: (
+        Kinds | None
+    )  # the taps that meet in an entry, by kind; None where no taps meet: an entry is a tap
 
 
 @bounded_cache

@@ -84,8 +84,8 @@ def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
       kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      A real scalar, of at least 32 bits. For integers it is of jnp's default integer dtype, and exact, if that holds every
-      such sum of the kernel's dtype; else of the default floating dtype.
+      A real scalar of at least 32 bits. For integers it has the default integer dtype, and is exact, if that
+      holds every such sum of the kernel's dtype; else the default floating dtype.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -110,8 +110,8 @@ def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
       kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      A real scalar, of at least 32 bits. For integers it is of jnp's default integer dtype, and exact, if that holds every
-      such sum of the kernel's dtype; else of the default floating dtype.
+      A real scalar of at least 32 bits. For integers it has the default integer dtype, and is exact, if that
+      holds every such sum of the kernel's dtype; else the default floating dtype.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
