@@ -243,8 +243,10 @@ class Axis:
         return sum(w.outputs * w.taps for _, w in self.windows()) > self.pair_count  # all taps read inputs
 
     def windows(self) -> Iterator[tuple[int, Windows]]:
-        """``(c, windows)``: what outputs ``c, c + period, ...`` read: positions from the first input on, copies
-        included."""
+        """``(c, windows)``: what outputs ``c, c + period, ...`` read, copies included.
+
+        Positions count from the first input on.
+        """
         period, before = self.out_period, self.copied[0]
         for c in range(min(period, self.out_size)):
             axis = self.on_padded._phase(c).axis
