@@ -93,10 +93,10 @@ def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
-    >>> print(fc.spectrum.one_norm(spec, jnp.array([[[1, -2]]])))
-    3
+    >>> print(fc.spectrum.one_norm(spec, jnp.array([[[1., -2.]]])))
+    3.0
     """
-    return _largest_sum(spec, as_inexact(spec, kernel, _terms(spec, False)), False)
+    return _largest_sum(spec, as_inexact(spec, kernel, partial(_terms, rows=False)), False)
 
 
 def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
@@ -119,10 +119,10 @@ def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (2,), [(1, 1)], padding_mode="edge")
-    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1, -2, 1]]])))  # |1-2| + |1|, |1| + |-2| + |1|
-    4
+    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1., -2., 1.]]])))  # |1-2| + |1|, |1| + |-2| + |1|
+    4.0
     """
-    return _largest_sum(spec, as_inexact(spec, kernel, _terms(spec, True)), True)
+    return _largest_sum(spec, as_inexact(spec, kernel, partial(_terms, rows=True)), True)
 
 
 @partial(program, static_argnums=2)
@@ -192,7 +192,8 @@ def column_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
 def _line_norms(spec: ConvSpec, kernel: Array, ord: int, rows: bool) -> jax.Array:
     if ord not in (1, 2):
         raise ValueError(f"ord must be 1 (sum of absolute values) or 2 (Euclidean), got {ord!r}.")
-    return _every_line(spec, as_inexact(spec, kernel, _terms(spec, rows) if ord == 1 else None), ord, rows)
+    terms = partial(_terms, rows=rows) if ord == 1 else None
+    return _every_line(spec, as_inexact(spec, kernel, terms), ord, rows)
 
 
 @partial(program, static_argnums=(2, 3))
@@ -228,11 +229,15 @@ def trace(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME")
-    >>> print(fc.spectrum.trace(spec, jnp.array([[[1, 5, 2]]])))
+    >>> print(fc.spectrum.trace(spec, jnp.array([[[1, 5, 2]]], jnp.int8)))
     20
     """
-    meeting = (min(axis.taps, axis.copies) for axis in spec.axes)
-    return _trace(spec, as_inexact(spec, kernel, math.prod(meeting) * min(spec.shape)))
+    return _trace(spec, as_inexact(spec, kernel, _terms_of_trace))
+
+
+def _terms_of_trace(spec: ConvSpec) -> int:
+    """A bound on the number of kernel entries that are added: in zeros mode one tap per entry of M."""
+    return min(spec.shape) * math.prod(min(axis.taps, axis.copies) for axis in spec.axes)
 
 
 @program

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,11 @@ from jaxconv_fc.numerics import inexact
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def as_inexact(spec: ConvSpec, kernel: Array, terms: int | None = None) -> jax.Array:
+def as_inexact(spec: ConvSpec, kernel: Array, terms: Callable[[ConvSpec], int] | None = None) -> jax.Array:
     """The kernel in a floating or complex dtype of at least 32 bits.
 
-    With ``terms``, integers are cast to the default integer dtype instead, if it holds every sum of so many
-    entries of the kernel's dtype.
+    With ``terms``, integers are cast to the default integer dtype instead, if it holds every sum of
+    ``terms(spec)`` entries of the kernel's dtype.
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if kernel.dtype == jnp.bool_:
@@ -24,7 +26,7 @@ def as_inexact(spec: ConvSpec, kernel: Array, terms: int | None = None) -> jax.A
     kernel = without_unread_taps(spec, kernel)
     if terms is not None and jnp.issubdtype(kernel.dtype, jnp.integer):
         info, default = jnp.iinfo(kernel.dtype), jnp.result_type(int)
-        if terms * max(-int(info.min), int(info.max)) <= int(jnp.iinfo(default).max):
+        if terms(spec) * max(-int(info.min), int(info.max)) <= int(jnp.iinfo(default).max):
             return kernel.astype(default)
     return inexact(kernel)
 
