@@ -293,6 +293,15 @@ def check_steps(i: int, axis: Axis) -> None:
         )
 
 
+# What arrays may hold. float8_e8m0fnu has no zero. In float4 and float6, which have neither Inf nor NaN, a
+# sum that is too large is a number. JAX has no products of int2.
+_FLOAT8 = "e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz"
+DTYPES = frozenset(
+    jnp.dtype(name)
+    for name in (*"?bhilqBHILQefdFD", "int4", "uint4", "bfloat16", *(f"float8_{kind}" for kind in _FLOAT8))
+)
+
+
 # -- operands ----------------------------------------------------------------------------------
 
 
@@ -308,9 +317,13 @@ def as_array(name: str, value: Any) -> jax.Array:
             f"{name} must be a jax or NumPy array, got {type(value).__name__}: {brief(value)}. "
             "Write jnp.asarray(...)."
         )
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OSUMm":
-        raise TypeError(f"{name} must hold numbers, got dtype {value.dtype}. Cast it: {name}.astype(float).")
-    return jnp.asarray(native(value))
+    value = native(value)
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{name} must hold numbers, got dtype {value.dtype}, which has no sums or products here. "
+            f"Cast it: {name}.astype(jnp.float32)."
+        )
+    return jnp.asarray(value)
 
 
 def native(value: Any) -> Any:

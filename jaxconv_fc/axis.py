@@ -122,6 +122,13 @@ class Axis:
         o = v // self.stride
         return o, (v % self.stride == 0) & (o >= 0) & (o < self.out_size)
 
+    def tap_of(self, o: Ints, j: Ints) -> tuple[Ints, Ints]:
+        """``(p, valid)``: the tap through which output ``o`` reads *padded* position ``j``."""
+        self._check_indices(o, j)
+        v = j * self.lhs_dilation + self.on_padded.lo - o * self.stride
+        p = v // self.rhs_dilation
+        return p, (v % self.rhs_dilation == 0) & (p >= 0) & (p < self.taps)
+
     def check_held_by(self, dtype: Any) -> None:
         """ValueError if this dtype does not hold the positions of the axis: they would wrap."""
         if np.dtype(dtype).kind in "iu" and self.reach > np.iinfo(dtype).max:
@@ -168,6 +175,21 @@ class Axis:
     def copied_positions(self) -> np.ndarray:
         """The padded positions that are copies, ascending."""
         return np.concatenate([np.arange(self.own.start), np.arange(self.own.stop, self.padded_size)])
+
+    def taps_of(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """``(first, count, step)``: each output reads through ``count`` taps ``first, first + step, ...``
+        (zeros mode)."""
+        s, l, r = self.stride, self.lhs_dilation, self.rhs_dilation
+        g = math.gcd(r, l)
+        b = self.lo - outputs.astype(np.int64) * s  # p*r == b modulo l,  b <= p*r <= b + l*(size - 1)
+        step = l // g
+        residue = b // g % step * pow(r // g, -1, step) % step
+        low = np.maximum(0, -(-b // r))  # ceil(b / r)
+        first = low + (residue - low) % step
+        last = np.minimum(self.taps - 1, (b + l * (self.size - 1)) // r)
+        count = np.maximum(0, (last - first) // step + 1)
+        count = np.where(b % g == 0, count, 0)
+        return np.where(count > 0, first, 0), count, step
 
     @cached_property
     def copies(self) -> int:

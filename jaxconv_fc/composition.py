@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array, check_steps
+from jaxconv_fc.arguments import Array, check_steps, check_summable
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.layout import from_canonical, grid, inverse, to_canonical
 from jaxconv_fc.sharding import program
@@ -50,6 +50,8 @@ def compose(second: tuple[ConvSpec, Array], first: tuple[ConvSpec, Array]) -> tu
     (spec2, kernel2), (spec1, kernel1) = second, first
     kernel1 = as_operand("first kernel", kernel1, spec1, "rhs_shape")
     kernel2 = as_operand("second kernel", kernel2, spec2, "rhs_shape")
+    if jnp.bool_ in (kernel1.dtype, kernel2.dtype):
+        check_summable("first kernel", kernel1, "second kernel", kernel2)
     spec1, spec2 = _without_batch_groups(spec1, "first"), _without_batch_groups(spec2, "second")
     order = _next_axes(spec2, spec1)
     pairs = [(spec2.axes[j], a) for j, a in zip(order, spec1.axes, strict=True)]

@@ -34,6 +34,17 @@ def summed(terms: jax.Array, axis: int | Sequence[int] | None = None) -> jax.Arr
     return terms.sum(axis, dtype=None if jnp.issubdtype(terms.dtype, jnp.inexact) else terms.dtype)
 
 
+def inexact(array: jax.Array, least_bits: int = 32) -> jax.Array:
+    """The array in a floating or complex dtype of at least so many bits, 16 or more; integers as floats.
+
+    The bits of a number are read here of such dtypes only (:func:`_format`): narrower ones have biases and
+    largest numbers of their own.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array.astype(jnp.result_type(float))
+    return array.astype(jnp.float32) if jnp.finfo(array.dtype).bits < least_bits else array
+
+
 # -- scale ---------------------------------------------------------------------------------------
 
 
@@ -162,7 +173,7 @@ def _magnitude_bits(part: jax.Array) -> jax.Array:
 
 
 class _Format(NamedTuple):
-    """How a real floating dtype stores a number."""
+    """How a real floating dtype of 16 bits or more stores a number: as IEEE 754 does."""
 
     digits: int  # binary digits of the fraction
     bias: int  # what is added to the exponent

@@ -18,7 +18,15 @@ from jaxconv_fc.axis import Axis, Ints
 from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.layout import inverse
 from jaxconv_fc.lines import gram
-from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
+from jaxconv_fc.numerics import (
+    host_unit_scale,
+    inexact,
+    largest_part,
+    root,
+    scale_exponent,
+    squares,
+    to_unit_scale,
+)
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand, conv_spec
 
@@ -48,7 +56,7 @@ def kernel_from_matrix(spec: ConvSpec, matrix: Array) -> jax.Array:
     [[[1. 2.]]]
     """
     matrix = as_operand("matrix", matrix, spec, "shape")
-    return _nearest_kernel(spec, _inexact(matrix))
+    return _nearest_kernel(spec, inexact(matrix, 16))
 
 
 @program
@@ -61,12 +69,6 @@ def _divided_by_gram(spec: ConvSpec, sums: jax.Array) -> jax.Array:
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
         sums = _solve_gram(axis, sums, i)
     return sums
-
-
-def _inexact(array: jax.Array) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jnp.inexact):
-        return array
-    return array.astype(jax.dtypes.canonicalize_dtype(np.float64))
 
 
 def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
@@ -104,7 +106,7 @@ def conv_distance(spec: ConvSpec, matrix: Array) -> jax.Array:
     >>> float(fc.conv_distance(spec, jnp.zeros((3, 4)).at[0, 3].set(1.)))
     1.0
     """
-    matrix = _inexact(as_operand("matrix", matrix, spec, "shape"))
+    matrix = inexact(as_operand("matrix", matrix, spec, "shape"), 16)
     if not matrix.size:
         return jnp.zeros((), matrix.real.dtype)
     return _conv_distance(spec, matrix)
@@ -262,7 +264,7 @@ def _on_host(
         raise TypeError(
             "matrix must be concrete: its values decide the geometry. Call outside of jit and vmap."
         )
-    array, sizes = _inexact(as_array("matrix", matrix)), (math.prod(out_shape), math.prod(in_shape))
+    array, sizes = inexact(as_array("matrix", matrix), 16), (math.prod(out_shape), math.prod(in_shape))
     if array.shape != sizes:
         raise ValueError(
             f"matrix must have the shape {sizes}, the sizes of out_shape and in_shape, got {array.shape}."

@@ -2,13 +2,18 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from geometries import MODES, random_axis
 from spectra import COUNT, drawn
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
+from jaxconv_fc.lines import input_lines, output_lines
+from jaxconv_fc.spectrum import kinds
 
 
 @pytest.mark.parametrize("number", range(COUNT))
@@ -27,7 +32,7 @@ def test_norms(run_seed, number):
     close(spectrum.column_norms(spec, kernel, ord=1), sizes.sum(0))
     close(spectrum.trace(spec, kernel), np.trace(matrix))
     close(spectrum.orthogonality_residual(spec, kernel), np.linalg.norm(gram - np.eye(len(gram))))
-    whole = np.trunc(kernel.real * 4).astype(np.int64)
+    whole = np.trunc(kernel.real * 4).astype(np.int32)
     matrix = np.asarray(fc.as_matrix(spec, whole))  # integers stay integers, and exact
     assert spectrum.one_norm(spec, whole) == np.abs(matrix).sum(0).max(initial=0), name
     assert spectrum.inf_norm(spec, whole) == np.abs(matrix).sum(1).max(initial=0), name
@@ -44,7 +49,7 @@ def test_rows_of_zeros_are_counted_where_the_unit_matrix_has_ones():
 def test_the_trace_of_groups_that_the_diagonal_leaves():
     """Two outputs per input channel: entry (3, 3) belongs to no group, and is 0."""
     spec = fc.conv_spec((1, 2, 3), (4, 1, 1), (1,), "VALID", feature_group_count=2)
-    kernel = jnp.arange(1, 5).reshape(4, 1, 1)
+    kernel = jnp.arange(1, 5, dtype=jnp.int32).reshape(4, 1, 1)
     assert spectrum.trace(spec, kernel) == np.trace(fc.as_matrix(spec, kernel)) == 3
 
 
@@ -59,3 +64,49 @@ def test_norms_of_half_precision_are_those_of_single():
     ):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_sums_over_ranges_of_taps_as_over_the_whole_relation(run_seed, monkeypatch):
+    """Long kernels: a line holds a few ranges of taps, and Inf plays no part outside of them."""
+    monkeypatch.setattr(kinds, "_SMALL", 0)
+    rng = np.random.default_rng(run_seed)
+    found = 0
+    while found < 5:
+        axis = random_axis(rng, MODES[int(rng.integers(len(MODES)))])
+        if axis.collides:
+            continue
+        found += 1
+        values = rng.uniform(1, 2, axis.taps) * 10.0 ** rng.integers(-200, 200, axis.taps)
+        values[rng.integers(axis.taps)] = np.inf
+        matrix = np.zeros((axis.out_size, axis.size))
+        for o, t, p in oracle.related(axis):
+            matrix[o, t] += values[p]
+        for rows, lines in ((True, output_lines(axis)), (False, input_lines(axis))):
+            held = kinds.line_kinds.__wrapped__(axis, rows).lines
+            sums = np.append(jax.jit(lambda v, held=held: held.sums(v, 0))(values), 0)
+            got = sums[lines.sample_of(np.arange(lines.size))]
+            np.testing.assert_allclose(got, matrix.sum(int(rows)), rtol=1e-14, err_msg=f"{axis}")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_kernels_as_long_as_the_image(mode):
+    """Integers, by a sum over positions; 10**6 taps died with a MemoryError of 7 TB."""
+    n = 3000
+    spec = fc.conv_spec((1, 1, n), (1, 1, n), (1,), "SAME", padding_mode=mode)
+    kernel = np.random.default_rng(0).integers(-99, 100, n).astype(np.int32)
+    first = -spec.padding[0][0] + np.arange(n)  # output o reads o - lo + p through tap p
+    reads = first[:, None] + np.arange(n)
+    whole = np.ones(reads.shape, bool) if mode == "circular" else (reads >= 0) & (reads < n)
+    sizes = np.where(whole, np.abs(kernel), 0)
+    np.testing.assert_array_equal(spectrum.row_norms(spec, kernel[None, None], ord=1), sizes.sum(1))
+    columns = np.bincount(reads[whole] % n, sizes[whole], minlength=n)
+    np.testing.assert_array_equal(spectrum.column_norms(spec, kernel[None, None], ord=1), columns)
+    assert int(spectrum.trace(spec, kernel[None, None])) == n * int(kernel[spec.padding[0][0]])
+
+
+def test_what_is_not_linear_is_refused_before_it_is_made():
+    spec = fc.conv_spec((1, 1, 10**6), (1, 1, 10**6), (1,), "SAME", padding_mode="reflect")
+    kernel = np.ones(spec.rhs_shape, np.float32)
+    for function in (spectrum.one_norm, spectrum.frobenius_norm, spectrum.trace, fc.show.spy):
+        with pytest.raises(ValueError, match="memory_limit"):
+            function(spec, kernel) if function is not fc.show.spy else function(spec)

@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.lines import Run, output_runs
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.spec import ConvSpec
 
-_BLOCK = 2**20  # segments that are listed together
+_BLOCK = 2**20  # pairs of an output and a tap that are listed together
 
 # Per dimension of a shape an interval of indices: (starts, stops), two arrays with one entry per edge.
 Intervals = list[tuple[np.ndarray, np.ndarray]]
@@ -86,31 +86,55 @@ def _between(
 
 
 def _pairs_of_axis(axis: Axis, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The pairs (o, t) of an axis, counted in the blocks between the bounds and summed up."""
-    counts = np.zeros((len(x) + 1, len(y) + 1))
-    for run in output_runs(axis):
-        step = max(1, _BLOCK // (len(x) + len(y)))
-        for first in range(0, run.width, step):
-            o, t, pairs = _segments(run, run.reads[first : first + step, None], x, y)
-            np.add.at(counts, (np.searchsorted(x, o, "right"), np.searchsorted(y, t, "right")), pairs)
-    return counts.cumsum(0).cumsum(1)[:-1, :-1]
+    """The pairs (o, t) of an axis with ``o < x[i]`` and ``t < y[j]``: those of outputs that read no copies by
+    a closed form, the others one by one."""
+    if axis.pads_with_zeros and axis.stride < axis.lhs_dilation:  # fewer residues that way round
+        return _pairs_of_axis(axis.transpose(), y, x).T
+    direct, counts = axis.direct, np.zeros((len(x), len(y)))
+    inside = np.clip(x, direct.start, direct.stop)[:, None]
+    for c, phase in enumerate(axis.on_padded.polyphase()):  # outputs c, c + period, ...
+        inner = phase.axis
+        for sign, bound in ((1, inside), (-1, np.array([[direct.start]]))):
+            outputs = np.maximum(0, -((c - bound) // axis.out_period))
+            # Output q of them reads input  q*stride + p*dilation - lo - copied  through tap p.
+            for of, edge in ((sign, y[None]), (-sign, np.zeros((1, 1), int))):
+                edge = edge + inner.lo + axis.copied[0]
+                counts += of * _windows_below(edge, inner.stride, outputs, inner.rhs_dilation, inner.taps)
+    border = axis.border(direct)
+    check_array("show.spy: pairs of an output and a tap", (len(border), axis.taps), np.int64, "zero padding")
+    blocks = np.zeros((len(x) + 1, len(y) + 1))
+    step = max(1, _BLOCK // axis.taps)
+    for first in range(0, len(border), step):
+        some = border[first : first + step]
+        t = np.sort(axis.table(some), axis=1)
+        i, p = np.nonzero((t >= 0) & (np.diff(t, axis=1, prepend=-1) > 0))  # each pair once
+        place = np.searchsorted(x, some[i], "right") * blocks.shape[1] + np.searchsorted(y, t[i, p], "right")
+        blocks += np.bincount(place, minlength=blocks.size).reshape(blocks.shape)
+    return counts + blocks.cumsum(0).cumsum(1)[:-1, :-1]
 
 
-def _segments(run: Run, reads: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-    """``(o, t, pairs)``: the first pair and the number of pairs that follow one another within one block.
+def _windows_below(bound: np.ndarray, s: int, outputs: np.ndarray, r: int, taps: int) -> np.ndarray:
+    """How many pairs ``0 <= q < outputs``, ``0 <= p < taps`` have ``q*s + p*r < bound``."""
+    some = np.minimum(outputs, np.maximum(0, -(-bound // s)))  # outputs for which some tap is below
+    every = np.minimum(some, np.maximum(0, -(((taps - 1) * r - bound) // s)))  # outputs for which all are
+    # The outputs between have ceil((bound - q*s) / r) such taps each. The sum begins with the last of them.
+    last = bound - (some - 1) * s
+    return taps * every + _floor_sum(some - every, s, last + r - 1, r)
 
-    The outputs ``o = start + q*step`` of the run read ``t = reads + q*advance``: one diagonal for each of the
-    ``reads``. A diagonal enters another block where o or t reaches a bound.
+
+def _floor_sum(count: np.ndarray, a: int, b: np.ndarray, divisor: int) -> np.ndarray:
+    """``sum of (a*x + b) // divisor`` over ``0 <= x < count``, for ``a, b >= 0``.
+
+    The points below a line are counted as in Euclid's algorithm: take out whole multiples, exchange
+    the two axes, repeat.
     """
-    last, step = len(run.outputs), run.outputs.step
-    if last == 1:
-        return np.broadcast_to(run.outputs.start, reads.shape), reads, np.ones(reads.shape)
-    bounds = np.broadcast_to(-((run.outputs.start - x) // step), (len(reads), len(x)))
-    bounds = np.concatenate([bounds, -((reads - y) // run.advance)], axis=1)  # ceil((y - reads) / advance)
-    q = np.sort(np.clip(bounds, 0, last), axis=1)
-    q = np.concatenate([np.zeros((len(reads), 1), int), q], axis=1)
-    pairs = np.diff(q, axis=1, append=last)  # (reads, segments)
-    return run.outputs.start + q * step, reads + q * run.advance, pairs
+    total = np.zeros((), int)
+    while np.any(count > 0):
+        total = total + a // divisor * (count * (count - 1) // 2) + b // divisor * count
+        top = a % divisor * count + b % divisor
+        count, b = top // divisor, top % divisor
+        a, divisor = divisor, a % divisor
+    return total
 
 
 def _pairs_of_groups(groups: int, outs: int, ins: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -35,6 +35,9 @@ _MOST_NAMED = 1000  # entries that are written into their cells
 _LINE_DISTANCE, _BORDER_DISTANCE = 5, 10  # pixels between lines that are drawn
 _SATURATED = 0.98  # a part of the means that the colours tell apart: few of them are large
 _SAMPLE = 2**22  # entries that a picture of values looks at
+_MOST_LISTED = (
+    2**24
+)  # and no more than so many, with one row per row of cells: fewer cells where rows are longer
 
 
 def spy(spec: ConvSpec, kernel: Array | None = None, ax: Axes | None = None) -> Axes:
@@ -119,6 +122,7 @@ class _Cells(NamedTuple):
 def _cells(spec: ConvSpec, kernel: np.ndarray | None, most_rows: int, most_columns: int) -> _Cells:
     rows, columns = min(spec.out_size, most_rows), min(spec.in_size, most_columns)
     if kernel is not None:
+        rows = min(rows, max(1, _MOST_LISTED // _per_row(spec)))
         values, exact = _means(spec, kernel, rows, columns), (rows, columns) == spec.shape
         norm = value_norm(values, 1 if exact else _SATURATED)
         return _Cells(values, value_colours(), norm, "entry" if exact else "mean of the stored entries")
@@ -166,12 +170,16 @@ def _means(spec: ConvSpec, kernel: np.ndarray, rows: int, columns: int) -> np.nd
 
 def _sampled_rows(spec: ConvSpec, cell_rows: int) -> np.ndarray:
     """All rows, or as many as a picture may look at: one at random in each of equal parts of M."""
-    per_row = max(1, math.prod(spec.rhs_shape) // max(1, spec.out_channels))
-    parts = cell_rows * max(1, _SAMPLE // (per_row * cell_rows))
+    parts = cell_rows * max(1, _SAMPLE // (_per_row(spec) * cell_rows))
     if parts >= spec.out_size:
         return np.arange(spec.out_size)
     starts = _edges(spec.out_size, parts)
     return starts[:-1] + (np.random.default_rng(0).random(parts) * np.diff(starts)).astype(int)
+
+
+def _per_row(spec: ConvSpec) -> int:
+    """How many kernel entries a row reads at most."""
+    return max(1, math.prod(spec.rhs_shape) // max(1, spec.out_channels))
 
 
 def _cell_of(places: np.ndarray, size: int, cells: int) -> np.ndarray:

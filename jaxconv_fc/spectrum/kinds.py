@@ -19,8 +19,11 @@ from jax import lax
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.lines import Lines, input_lines, output_lines
+from jaxconv_fc.memory import check_array
+from jaxconv_fc.numerics import summed
 
 _SMALL = 2**12  # entries of a table of kinds that a program may hold as a constant
+_BYTES_PER_PAIR = 256  # that the host needs to sort pairs of a line and a tap into kinds
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,18 @@ class Kinds:
     codes: int  # codes are 0, 1, ..., codes - 1
     diagonal: np.ndarray | None = None  # [kind]: of pairs, 1 if they pair a line with itself, else 0
 
+    def sums(self, value: jax.Array, a: int) -> jax.Array:
+        """``[..., code, ...] -> [..., kind, ...]`` on axis ``a``: the sums over the codes of each kind."""
+        value = jnp.tensordot(value, self.matrix(value.dtype), [[a], [1]], precision="highest")
+        return jnp.moveaxis(value, -1, a)
+
     def matrix(self, dtype: Any) -> jax.Array:
         """``[kind, code]``: how often the code is in the list of the kind.
 
         A large one is made by the program, which then holds the list alone. The barrier keeps XLA from making
         it while it compiles, which takes seconds.
         """
+        check_array("a table of kinds", (len(self.count), self.codes), dtype, "a smaller kernel")
         shape, place = (len(self.count), self.codes), self.owner * self.codes + self.listed
         if math.prod(shape) <= _SMALL:
             return jnp.asarray(np.bincount(place, minlength=math.prod(shape)).reshape(shape), dtype)
@@ -50,25 +59,105 @@ class Kinds:
         return jnp.zeros(shape, dtype).at[owner, listed].add(jnp.ones((), dtype))
 
 
-class LineKinds(NamedTuple):
-    """The rows or columns of one axis by kind."""
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Lines of one axis, each of which holds the taps ``first, first + step, ...`` of one or more ranges."""
 
-    lines: Kinds  # of the samples of the lines; codes: kinds of entries, or taps where no taps meet
-    entries: Kinds | None  # of the entries of these; codes: the taps that meet; None where no taps meet
+    first: np.ndarray  # [range]: its first tap
+    count: np.ndarray  # [range]: how many taps it has
+    step: int
+    owner: np.ndarray  # [range]: the line whose taps they are, ascending
+    lines: int  # how many there are; those without a range hold no tap
+
+    def sums(self, value: jax.Array, a: int) -> jax.Array:
+        """``[..., tap, ...] -> [..., line, ...]`` on axis ``a``: the sums over the taps of each line.
+
+        A range is a union of nodes of a binary tree over the taps, two per level at most: no difference is
+        taken, so nothing cancels, and no entry outside of the range plays a part, be it Inf. Cost: the taps,
+        and the logarithm of their number per line.
+        """
+        value, width = jnp.moveaxis(value, a, -1), -(-value.shape[a] // self.step)
+        # The taps p in the order of (p % step, p // step), in which ranges have no gaps.
+        value = _padded(value, width * self.step).reshape(*value.shape[:-1], width, self.step)
+        value = jnp.swapaxes(value, -1, -2).reshape(*value.shape[:-2], width * self.step)
+        depth = (width * self.step - 1).bit_length()
+        levels = [_padded(value, 2**depth)]
+        for _ in range(depth):  # node i of a level is the sum of the nodes 2i and 2i + 1 of the one before
+            levels.append(levels[-1][..., ::2] + levels[-1][..., 1::2])
+        tree = jnp.concatenate(levels, axis=-1)
+        level = np.arange(depth + 1, dtype=np.int32)[:, None]
+        offset = (2 ** (depth + 1) - 2 ** (depth + 1 - level)).astype(np.int32)
+        # The barrier keeps XLA from computing with constants while it compiles.
+        begin = (self.first % self.step * width + self.first // self.step).astype(np.int32)
+        ends = jnp.asarray(begin), jnp.asarray(begin + self.count.astype(np.int32))
+        begin, end = lax.optimization_barrier(ends)
+        # [level, range]: the nodes within the range are start, ..., stop - 1.
+        start, stop = (begin[None] + (2**level - 1)) >> level, end[None] >> level
+        total = jnp.zeros((*value.shape[:-1], len(self.first)), value.dtype)
+        for node, ends_here in ((start, start % 2 == 1), (stop - 1, stop % 2 == 1)):
+            nodes = jnp.take(tree, node + offset, axis=-1, mode="clip")  # [..., level, range]
+            total = total + summed(jnp.where(ends_here & (start < stop), nodes, jnp.zeros_like(nodes)), -2)
+        if not np.array_equal(self.owner, np.arange(self.lines)):
+            total = jnp.zeros((*total.shape[:-1], self.lines), total.dtype).at[..., self.owner].add(total)
+        return jnp.moveaxis(total, -1, a)
+
+
+def _padded(value: jax.Array, size: int) -> jax.Array:
+    """The array with zeros behind its last axis, which then has this size."""
+    more = size - value.shape[-1]
+    return jnp.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, more)]) if more else value
+
+
+class LineKinds(NamedTuple):
+    """What the lines of one axis hold: rows by what they read, or columns by what reads them.
+
+    Of lines that repeat one stands for all: the :attr:`~jaxconv_fc.lines.Lines.samples`, and one more for
+    lines without a relation, if there are any.
+    """
+
+    lines: Kinds | Ranges  # the entries of each line, which is a kind of its own; Ranges of many taps
+    entries: (
+        Kinds | None
+    )  # the taps that meet in an entry, by kind; None where no taps meet: an entry is a tap
 
 
 @bounded_cache
 def line_kinds(axis: Axis, rows: bool) -> LineKinds:
-    """Rows by what they read, or columns by what reads them."""
+    """Rows or columns of one axis.
+
+    Where taps meet, all pairs (line, tap) are listed: ValueError if they are beyond the memory limit.
+    """
     lines = output_lines(axis) if rows else input_lines(axis)
+    pairs = len(lines.counts) * axis.taps
+    if pairs > _SMALL and not axis.collides:
+        return LineKinds(_ranges(axis, lines, rows), None)
+    check_array("pairs of a line and a tap", (pairs, _BYTES_PER_PAIR), np.uint8, "a smaller kernel")
     line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
-        return LineKinds(_kinds(line, p, lines.counts, axis.taps), None)
+        return LineKinds(Kinds(p, line, lines.counts, line, axis.taps), None)
     width = int(other.max(initial=0)) + 1
     places, entry = np.unique(line * width + other, return_inverse=True)  # entries (line, other), sorted
     line = places // width
     entries = _kinds(entry, p, lines.counts[line], axis.taps)
-    return LineKinds(_kinds(line, entries.kind, lines.counts, len(entries.count)), entries)
+    return LineKinds(Kinds(entries.kind, line, lines.counts, line, len(entries.count)), entries)
+
+
+def _ranges(axis: Axis, lines: Lines, rows: bool) -> Ranges:
+    """The taps of lines on an axis where no taps meet. A line is an output, or all copies of an input."""
+    padded, samples, total = axis.on_padded, lines.samples, len(lines.counts)
+    if rows:
+        return Ranges(*padded.taps_of(samples), np.arange(len(samples)), total)
+    before = axis.copied[0]
+    copies = np.concatenate([np.arange(before), np.arange(before + axis.size, axis.padded_size)])
+    sources = axis.source(copies)
+    owner = np.searchsorted(samples, sources)
+    met = samples[np.minimum(owner, len(samples) - 1)] == sources if len(samples) else sources < 0
+    owner = np.concatenate([np.arange(len(samples)), owner[met]])
+    order = np.argsort(owner, kind="stable")
+    turned = padded.transpose()  # its outputs are the padded positions, and its taps are in reverse
+    first, count, step = turned.taps_of(np.concatenate([samples + before, copies[met]])[order])
+    first = np.where(count > 0, axis.taps - 1 - (first + step * (count - 1)), 0)
+    return Ranges(first, count, step, owner[order], total)
 
 
 @bounded_cache

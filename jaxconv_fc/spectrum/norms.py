@@ -7,6 +7,7 @@ section 10). Taps that meet in an entry of M (boundary modes) are added before a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 
@@ -18,11 +19,12 @@ from jax import lax
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.layout import by_group, grid, in_channel, out_first, split_column, split_row, taps
 from jaxconv_fc.lines import input_lines, output_lines
+from jaxconv_fc.memory import check_array
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, summed, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
-from jaxconv_fc.spectrum.kinds import Kinds, line_kinds, pair_kinds
-from jaxconv_fc.spectrum.operands import as_image, as_inexact, as_numbers
+from jaxconv_fc.spectrum.kinds import Kinds, Ranges, line_kinds, pair_kinds
+from jaxconv_fc.spectrum.operands import as_image, as_inexact
 
 # Labels of einsum. Axis a has the labels TAP + a and OTHER_TAP + a.
 GROUP, LINE, OTHER_LINE, SHARED = range(4)
@@ -74,15 +76,16 @@ def _frobenius_norm(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``||M||_1``: the largest column sum of ``|M|``, the operator norm of the 1-norm.
 
-    Exact, for every geometry, and differentiable. Cost: the kernel times the kinds of columns, of which there
-    are a handful (docs/maths.md, section 10).
+    Exact, for every geometry, and differentiable. Cost: the kernel and the kinds of columns, of which there
+    are a handful, or as many as taps where the kernel is as long as the image (docs/maths.md, section 10).
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+      kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      A real scalar.
+      A real scalar of at least 32 bits. For integers it has the default integer dtype, and is exact, if that
+      holds every such sum of the kernel's dtype; else the default floating dtype.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -90,24 +93,25 @@ def one_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
-    >>> print(fc.spectrum.one_norm(spec, jnp.array([[[1, -2]]])))
-    3
+    >>> print(fc.spectrum.one_norm(spec, jnp.array([[[1., -2.]]])))
+    3.0
     """
-    return _largest_sum(spec, as_numbers(spec, kernel), False)
+    return _largest_sum(spec, as_inexact(spec, kernel, partial(_terms, rows=False)), False)
 
 
 def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``||M||_inf``: the largest row sum of ``|M|``, the operator norm of the maximum norm.
 
     It is how far an output can move if no input moves by more than 1. Exact, for every geometry, and
-    differentiable. Cost: the kernel times the kinds of rows (docs/maths.md, section 10).
+    differentiable. Cost: as :func:`one_norm`.
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+      kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      A real scalar.
+      A real scalar of at least 32 bits. For integers it has the default integer dtype, and is exact, if that
+      holds every such sum of the kernel's dtype; else the default floating dtype.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -115,10 +119,10 @@ def inf_norm(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (2,), [(1, 1)], padding_mode="edge")
-    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1, -2, 1]]])))  # |1-2| + |1|, |1| + |-2| + |1|
-    4
+    >>> print(fc.spectrum.inf_norm(spec, jnp.array([[[1., -2., 1.]]])))  # |1-2| + |1|, |1| + |-2| + |1|
+    4.0
     """
-    return _largest_sum(spec, as_numbers(spec, kernel), True)
+    return _largest_sum(spec, as_inexact(spec, kernel, partial(_terms, rows=True)), True)
 
 
 @partial(program, static_argnums=2)
@@ -136,16 +140,16 @@ def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every row of M: ``sqrt(sum over j of |M[i, j]|**2)``, or ``sum over j of |M[i, j]|``.
 
     ``ord`` is 2 or 1. The norm of row i is the largest ``|(M x)[i]|`` over all x of Euclidean norm 1, or over
-    all x with entries up to 1 in magnitude. Exact, for every geometry, differentiable. Cost: the kernel times
+    all x with entries up to 1 in magnitude. Exact, for every geometry, differentiable. Cost: the kernel and
     the kinds of rows, then one lookup per row (docs/maths.md, section 10).
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      kernel: array of shape ``spec.rhs_shape``.
       ord: 2 or 1.
 
     Returns:
-      Real array of shape ``(spec.out_size,)``.
+      Real array of shape ``(spec.out_size,)``, in a floating dtype; with ``ord=1`` as :func:`inf_norm`.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -162,16 +166,16 @@ def row_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
 def column_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
     """Norm of every column of M: ``sqrt(sum over i of |M[i, j]|**2)``, or ``sum over i of |M[i, j]|``.
 
-    Each is the norm of the output when one input neuron is 1 and all others are 0. Cost: the kernel times the
+    Each is the norm of the output when one input neuron is 1 and all others are 0. Cost: the kernel and the
     kinds of columns, then one lookup per column.
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      kernel: array of shape ``spec.rhs_shape``.
       ord: 2 or 1.
 
     Returns:
-      Real array of shape ``(spec.in_size,)``.
+      Real array of shape ``(spec.in_size,)``, in a floating dtype; with ``ord=1`` as :func:`one_norm`.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -188,8 +192,8 @@ def column_norms(spec: ConvSpec, kernel: Array, *, ord: int = 2) -> jax.Array:
 def _line_norms(spec: ConvSpec, kernel: Array, ord: int, rows: bool) -> jax.Array:
     if ord not in (1, 2):
         raise ValueError(f"ord must be 1 (sum of absolute values) or 2 (Euclidean), got {ord!r}.")
-    kernel = as_numbers(spec, kernel) if ord == 1 else as_inexact(spec, kernel)
-    return _every_line(spec, kernel, ord, rows)
+    terms = partial(_terms, rows=rows) if ord == 1 else None
+    return _every_line(spec, as_inexact(spec, kernel, terms), ord, rows)
 
 
 @partial(program, static_argnums=(2, 3))
@@ -198,11 +202,10 @@ def _every_line(spec: ConvSpec, kernel: jax.Array, ord: int, rows: bool) -> jax.
         norms = _at_unit_scale(partial(_line_sums, spec, power=1, rows=rows), kernel)
     else:
         norms = homogeneous(lambda k: root(_line_sums(spec, k, 2, rows)), (1,), kernel)
-    for a, axis in enumerate(spec.axes):  # [group, channel, kinds...] -> [group, channel, positions...]
+    for a, axis in enumerate(spec.axes):  # [group, channel, samples...] -> [group, channel, positions...]
         lines = output_lines(axis) if rows else input_lines(axis)
         sample = lines.sample_of(lax.iota(spec.index_dtype, lines.size), jnp.where)
-        kind = jnp.take(jnp.asarray(line_kinds(axis, rows).lines.kind, sample.dtype), sample, mode="clip")
-        norms = jnp.take(norms, kind, axis=2 + a, mode="clip")
+        norms = jnp.take(norms, sample, axis=2 + a, mode="clip")
     # [group, channel, positions...] -> [positions..., group, channel] -> out_shape or in_shape
     return as_image(spec, jnp.moveaxis(norms, (0, 1), (-2, -1)), output=rows).ravel()
 
@@ -211,14 +214,14 @@ def trace(spec: ConvSpec, kernel: Array) -> jax.Array:
     """``sum of M[i, i]`` over ``i < min(M.shape)``.
 
     Entry ``(i, i)`` relates output neuron ``i`` with input neuron ``i``, whatever the two layouts are.
-    Exact, linear in the kernel. Cost: ``min(M.shape)`` times the number of taps.
+    Exact, linear in the kernel. Cost: ``min(M.shape)``, in boundary modes times the number of taps.
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers stay integers.
+      kernel: array of shape ``spec.rhs_shape``.
 
     Returns:
-      A scalar.
+      A scalar of at least 32 bits, for integers of the dtype that :func:`one_norm` has.
 
     Raises:
       TypeError: the kernel is not an array of numbers.
@@ -226,10 +229,15 @@ def trace(spec: ConvSpec, kernel: Array) -> jax.Array:
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME")
-    >>> print(fc.spectrum.trace(spec, jnp.array([[[1, 5, 2]]])))
+    >>> print(fc.spectrum.trace(spec, jnp.array([[[1, 5, 2]]], jnp.int8)))
     20
     """
-    return _trace(spec, as_numbers(spec, kernel))
+    return _trace(spec, as_inexact(spec, kernel, _terms_of_trace))
+
+
+def _terms_of_trace(spec: ConvSpec) -> int:
+    """A bound on the number of kernel entries that are added: in zeros mode one tap per entry of M."""
+    return min(spec.shape) * math.prod(min(axis.taps, axis.copies) for axis in spec.axes)
 
 
 @program
@@ -240,14 +248,21 @@ def _trace(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 def _sum_of_diagonal(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros((), kernel.dtype)
-    # n: [neuron, 1, ...] and, per axis, p: [1, ..., tap, ..., 1]. Everything below broadcasts over both.
-    n, *tap = grid((min(spec.shape), *taps(spec)), spec.index_dtype)
+    # n: [neuron, 1, ...] and, per axis, p: [1, ..., tap, ..., 1]. Everything below broadcasts over both. In
+    # zeros mode two positions have one tap at most.
+    shape = (min(spec.shape), *(1 if axis.pads_with_zeros else axis.taps for axis in spec.axes))
+    check_array("trace: pairs of a neuron and a tap", shape, spec.index_dtype, "a smaller kernel")
+    n, *tap = grid(shape, spec.index_dtype)
     (outputs, d), (inputs, c) = split_row(spec, n), split_column(spec, n)
     i = c - in_channel(spec, d, 0)  # the input channel within the group of d
     meets = (i >= 0) & (i < spec.group_channels)
-    for axis, o, t, p in zip(spec.axes, outputs, inputs, tap, strict=True):
-        read, valid = axis.input_of(o, p)
-        meets = meets & valid & (read == t)
+    for a, (axis, o, t) in enumerate(zip(spec.axes, outputs, inputs, strict=True)):
+        if axis.pads_with_zeros:
+            tap[a], valid = axis.tap_of(o, t)
+        else:
+            read, valid = axis.input_of(o, tap[a])
+            valid &= read == t
+        meets = meets & valid
     entries = out_first(spec, kernel).at[(d, i, *tap)].get(mode="clip")
     return summed(jnp.where(meets, entries, jnp.zeros((), kernel.dtype)))
 
@@ -313,6 +328,8 @@ def _gram_entries(spec: ConvSpec, kernel: jax.Array, kinds: Sequence[Kinds], row
     value = value if rows else jnp.swapaxes(value, 1, 2)  # of columns, i stands for d below, and d for i
     first, second = ([label + a for a in range(len(kinds))] for label in (TAP, OTHER_TAP))
     pairs = [label for both in zip(first, second, strict=True) for label in both]
+    shape = (*value.shape[:2], value.shape[1], *(kind.codes for kind in kinds))
+    check_array("orthogonality_residual: pairs of taps", shape, value.dtype, "a smaller kernel")
     # R: [g, d, i, p...] [g, d', i, p'...] -> [g, d, d', p_1, p_1', p_2, p_2', ...]
     gram = jnp.einsum(
         *(value, [GROUP, LINE, SHARED, *first], value.conj(), [GROUP, OTHER_LINE, SHARED, *second]),
@@ -327,20 +344,24 @@ def _gram_entries(spec: ConvSpec, kernel: jax.Array, kinds: Sequence[Kinds], row
 
 
 def _line_sums(spec: ConvSpec, kernel: jax.Array, power: int, rows: bool) -> jax.Array:
-    """Sums of ``|M|**power`` over a row or column of each kind: ``[g, channel of the line, kinds...]``."""
+    """Sums of ``|M|**power`` over the sampled rows or columns: ``[g, channel of the line, samples...]``."""
     kinds = [line_kinds(axis, rows) for axis in spec.axes]
     entries = _contract(by_group(spec, kernel), [k.entries for k in kinds], 3)
     value = jnp.abs(entries) if power == 1 else squares(entries)  # [g, d, i, taps or kinds of entries...]
-    value = summed(value, 2 if rows else 1)
-    return _contract(value, [k.lines for k in kinds], 2)
+    return _contract(summed(value, 2 if rows else 1), [k.lines for k in kinds], 2)
 
 
-def _contract(value: jax.Array, kinds: Sequence[Kinds | None], first: int) -> jax.Array:
-    """``[..., code, ...] [kind, code] -> [..., kind, ...]`` on each axis from ``first`` on that has kinds."""
+def _terms(spec: ConvSpec, rows: bool) -> int:
+    """A bound on the number of kernel entries that a row or column sum has."""
+    if rows:
+        return spec.group_channels * math.prod(taps(spec))
+    return spec.out_channels // spec.groups * math.prod(axis.taps * axis.copies for axis in spec.axes)
+
+
+def _contract(value: jax.Array, kinds: Sequence[Kinds | Ranges | None], first: int) -> jax.Array:
+    """``[..., code, ...] -> [..., kind, ...]`` on each axis from ``first`` on that has kinds."""
     for a, kind in enumerate(kinds, start=first):
-        if kind is not None:
-            value = jnp.tensordot(value, kind.matrix(value.dtype), [[a], [1]], precision="highest")
-            value = jnp.moveaxis(value, -1, a)
+        value = value if kind is None else kind.sums(value, a)
     return value
 
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.arguments import Array, check_same_dtype
 from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.numerics import inexact
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 
-def as_numbers(spec: ConvSpec, kernel: Array) -> jax.Array:
-    """The kernel in its own dtype, which may be integer; TypeError for bool."""
+def as_inexact(spec: ConvSpec, kernel: Array, terms: Callable[[ConvSpec], int] | None = None) -> jax.Array:
+    """The kernel in a floating or complex dtype of at least 32 bits.
+
+    With ``terms``, integers are cast to the default integer dtype instead, if it holds every sum of
+    ``terms(spec)`` entries of the kernel's dtype.
+    """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
     if kernel.dtype == jnp.bool_:
         raise TypeError("kernel is bool, whose matrix has no norms: cast it with .astype(float).")
-    return without_unread_taps(spec, kernel)
-
-
-def as_inexact(spec: ConvSpec, kernel: Array) -> jax.Array:
-    """The kernel in a floating or complex dtype of at least 32 bits: integers and halves are widened."""
-    kernel = as_numbers(spec, kernel)
-    if not jnp.issubdtype(kernel.dtype, jnp.inexact):
-        return kernel.astype(jnp.result_type(float))
-    return kernel.astype(jnp.float32) if jnp.finfo(kernel.dtype).bits < 32 else kernel
+    kernel = without_unread_taps(spec, kernel)
+    if terms is not None and jnp.issubdtype(kernel.dtype, jnp.integer):
+        info, default = jnp.iinfo(kernel.dtype), jnp.result_type(int)
+        if terms(spec) * max(-int(info.min), int(info.max)) <= int(jnp.iinfo(default).max):
+            return kernel.astype(default)
+    return inexact(kernel)
 
 
 def as_system(spec: ConvSpec, kernel: Array, y: Array) -> tuple[jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
-from jaxconv_fc.spectrum.operands import as_inexact, as_system, check_square, widened, without_unread_taps
+from jaxconv_fc.spectrum.operands import as_inexact, as_system, check_square, widened
 from jaxconv_fc.spectrum.values import relative_cutoff
 
 _matmul = partial(jnp.matmul, precision="highest")
@@ -141,7 +141,7 @@ def lstsq(
 
     Args:
       spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``, of a floating or complex dtype.
+      kernel: array of shape ``spec.rhs_shape``; integers and halves are taken as floats of 32 bits or more.
       y: array of shape ``spec.out_shape`` and the kernel's dtype.
       rtol: stop once ``||M^H r||`` is at most ``rtol ||M|| ||r||``, or r small likewise; None for
         ``10 eps``.
@@ -166,8 +166,8 @@ def lstsq(
     """
     kernel, y = as_system(spec, kernel, y)
     import_lineax("lstsq")
-    as_linear_operator(spec, kernel)  # TypeError unless the dtype is floating or complex
-    return _lstsq(spec, without_unread_taps(spec, kernel), y, rtol, max_steps)
+    kernel = as_inexact(spec, kernel)  # a tolerance of some narrow eps would stop at a solution far off
+    return _lstsq(spec, kernel, y.astype(kernel.dtype), rtol, max_steps)
 
 
 @partial(program, static_argnums=(3, 4))
