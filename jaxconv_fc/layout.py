@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -38,14 +39,12 @@ def from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
     return to_canonical(value, inverse(order))
 
 
-def extent(dims: Sequence[int], axis: int) -> tuple[int, ...]:
-    """``dims`` with every size 1 but that of one axis."""
-    return tuple(n if i == axis else 1 for i, n in enumerate(dims))
-
-
-def grid(dims: Sequence[int], dtype: Any) -> list[jax.Array]:
+def grid(dims: Sequence[int], dtype: Any, xp: Any = jnp) -> list[Any]:
     """One index array per dimension, of size 1 along all others. Inside a trace they are no constants."""
-    return [lax.broadcasted_iota(dtype, extent(dims, i), i) for i in range(len(dims))]
+    shapes = [tuple(n if a == i else 1 for a, n in enumerate(dims)) for i in range(len(dims))]
+    if xp is np:
+        return [np.arange(max(shape, default=0), dtype=dtype).reshape(shape) for shape in shapes]
+    return [lax.broadcasted_iota(dtype, shape, i) for i, shape in enumerate(shapes)]
 
 
 def spread(table: Any, dims: Sequence[int], *axes: int) -> Any:
@@ -64,6 +63,13 @@ def taps(spec: ConvSpec) -> tuple[int, ...]:
 def out_first(spec: ConvSpec, kernel: _Kernel) -> _Kernel:
     """The kernel as (out channels, channels of a group, taps...)."""
     return kernel.transpose(spec.dimension_numbers.rhs_spec)
+
+
+def out_first_spec(spec: ConvSpec) -> ConvSpec:
+    """The same geometry for a kernel as :func:`out_first` has it."""
+    order = spec.dimension_numbers.rhs_spec
+    numbers = spec.dimension_numbers._replace(rhs_spec=tuple(range(len(order))))
+    return replace(spec, rhs_shape=tuple(spec.rhs_shape[i] for i in order), dimension_numbers=numbers)
 
 
 def from_out_first(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
