@@ -78,7 +78,7 @@ def entries(
     taps: Sequence[Ints],
     reads: Sequence[Reads] | None = None,
 ) -> Entries:
-    """The entries of outputs ``(d, positions)`` and kernel entries ``(d, i, taps)``, i a channel of d's group.
+    """The entries of outputs ``(d, positions)`` and kernel entries ``(d, i, taps)``; d's group has channel i.
 
     ``reads`` are what :meth:`Axis.input_of` says of each axis, where the caller has them already.
     """

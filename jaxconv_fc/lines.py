@@ -127,8 +127,6 @@ class Run:
     outputs: range
     reads: np.ndarray  # the inputs that the first output reads, ascending: shape (width,)
     advance: int  # how far they move from one output to the next
-    taps: np.ndarray  # the taps that read them, in the same order; more than width where some meet
-    firsts: np.ndarray  # where in `taps` each input's taps begin: shape (width,)
     start: int
     stride: int
 
@@ -152,17 +150,10 @@ def output_runs(axis: Axis) -> tuple[Run, ...]:
     cycle = int(widths[repeated].sum())  # pairs of one period
     skipped = (len(inside) // lines.period - 1) * cycle  # pairs of those periods that no sample is of
     starts = np.cumsum(widths) - widths + np.where(outputs >= inside.stop, skipped, 0)
-    return tuple(
-        _run(table[i], range(o, inside.stop if repeated[i] else o + 1, lines.period), axis, starts[i], cycle)
-        for i, o in enumerate(outputs.tolist())
-        if widths[i]
-    )
-
-
-def _run(reads: np.ndarray, outputs: range, axis: Axis, start: int, cycle: int) -> Run:
-    """The class of ``outputs``, from what the first of them reads through each tap (-1: nothing)."""
-    taps = np.flatnonzero(reads >= 0)
-    taps = taps[np.argsort(reads[taps], kind="stable")]
-    inputs, firsts = np.unique(reads[taps], return_index=True)
-    advance = outputs.step * axis.stride // axis.lhs_dilation if len(outputs) > 1 else 0
-    return Run(outputs, inputs, advance, taps, firsts, int(start), cycle)
+    runs = []
+    for i in np.flatnonzero(widths):
+        first = int(outputs[i])
+        alike = range(first, inside.stop if repeated[i] else first + 1, lines.period)
+        advance = lines.period * axis.stride // axis.lhs_dilation if len(alike) > 1 else 0
+        runs.append(Run(alike, np.unique(table[i][table[i] >= 0]), advance, int(starts[i]), cycle))
+    return tuple(runs)

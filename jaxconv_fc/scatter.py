@@ -95,7 +95,7 @@ def _sums(
 def _put(
     spec: ConvSpec, flat: jax.Array, to: jax.Array, values: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
-    """The matrix of this shape with every value at its place, among zeros. What is one past the end is dropped.
+    """The matrix of this shape: every value at its place, zeros elsewhere. One past the end is dropped.
 
     Two taps meet in one entry in boundary modes only. There values are added, or or-ed if bool. Elsewhere
     they are set, which does not read the old ones first, at places declared unique: the scatter is then
