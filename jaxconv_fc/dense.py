@@ -84,6 +84,20 @@ def _selected_sums(
     return selects.sums(spec, of(matrix, *constants))
 
 
+def sums_over_outputs(
+    spec: ConvSpec,
+    matrix: jax.Array,
+    of: Callable[..., jax.Array] | None = None,
+    *constants: jax.Array,
+) -> jax.Array:
+    """For every kernel entry, the sum over the entries of M that it fills: of them, or of
+    ``of(entry, *constants)``, which is linear in the entry."""
+    if not spec.nse:
+        return jnp.zeros(spec.rhs_shape, matrix.dtype)
+    result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
+    return by_platform(sum_forms(spec, of), result, matrix, *constants)
+
+
 def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
     """``as_matrix(spec, kernel)``, written over an earlier M of the same spec.
 

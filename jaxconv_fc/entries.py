@@ -28,7 +28,6 @@ from jaxconv_fc.layout import (
     group_of,
     in_channel,
     inverse,
-    out_first_spec,
     row_of,
     split_column,
     split_row,
@@ -191,7 +190,7 @@ def place(spec: ConvSpec, reads: Sequence[Reads], d: Ints, i: Ints) -> Ints:
 class Listed(NamedTuple):
     """Some entries of M in order, as a list of ``size``."""
 
-    at: Entries  # with the kernel as `out_first` has it
+    at: Entries
     where: jax.Array  # (at.dims): index in the list; `size` where nothing is read
     size: int
     collides: bool
@@ -205,15 +204,15 @@ class Listed(NamedTuple):
         zeros = jnp.zeros(self.size, values.dtype)
         return zeros.at[self.where].set(values, mode="drop", unique_indices=not self.collides)
 
-    def data(self, kernel: jax.Array) -> jax.Array:
-        """The entries in all parts of M, (parts, size), from the kernel as (parts, kernel entries).
+    def data(self, kernel: jax.Array, tap: Ints) -> jax.Array:
+        """The entries in all parts of M, (parts, size), from the kernel entries ``kernel[part, tap]``.
 
         Taps that meet are added (bool: or). If none meet, an entry of M is one kernel entry, and one list of
         indices in the kernel serves all parts.
         """
         if not self.collides:
-            return jnp.take(kernel, self.of(self.at.tap), axis=1, mode="clip")
-        tap = jnp.broadcast_to(self.at.tap, self.at.dims).reshape(-1)
+            return jnp.take(kernel, self.of(tap), axis=1, mode="clip")
+        tap = jnp.broadcast_to(tap, self.at.dims).reshape(-1)
         target = jnp.zeros((kernel.shape[0], self.size), kernel.dtype).at[:, self.where.reshape(-1)]
         add = target.max if kernel.dtype == jnp.bool_ else target.add
         return add(jnp.take(kernel, tap, axis=1, mode="clip"), mode="drop")
@@ -239,7 +238,7 @@ def listed(
     i, *taps = grid(shape, entry_dtype(spec))[n:]
     d, inside, *positions = (spread(v, shape, *range(n)) for v in (d, inside, *positions))
     reads = [read.each(lambda v, a=a: spread(v, shape, *range(n), n + 1 + a)) for a, read in enumerate(reads)]
-    at = entries(out_first_spec(spec), shape, positions, d, i, taps, reads)
+    at = entries(spec, shape, positions, d, i, taps, reads)
     where = jnp.where(at.valid & inside, place(spec, reads, d, i) - first, size)
     return Listed(at, jnp.broadcast_to(where, shape), size, spec.collides)
 
@@ -307,14 +306,6 @@ def entry_dtype(spec: ConvSpec) -> Any:
     """The narrowest integer dtype that holds every position and every index of an entry."""
     wide = index_dtype(spec.stored_reach, spec)
     return wide if wide == jnp.int64 else spec.index_dtype
-
-
-def part_count(spec: ConvSpec) -> int:
-    """How many blocks of rows M has that differ only in kernel values and in the channel group they read.
-
-    One per out channel if channels come first in ``out_shape``. Else 1, the whole of M.
-    """
-    return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
 
 
 def group_column(spec: ConvSpec, d: Ints) -> Ints:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -65,13 +64,6 @@ def out_first(spec: ConvSpec, kernel: _Kernel) -> _Kernel:
     return kernel.transpose(spec.dimension_numbers.rhs_spec)
 
 
-def out_first_spec(spec: ConvSpec) -> ConvSpec:
-    """The same geometry for a kernel as :func:`out_first` has it."""
-    order = spec.dimension_numbers.rhs_spec
-    numbers = spec.dimension_numbers._replace(rhs_spec=tuple(range(len(order))))
-    return replace(spec, rhs_shape=tuple(spec.rhs_shape[i] for i in order), dimension_numbers=numbers)
-
-
 def from_out_first(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """The inverse of :func:`out_first`."""
     return from_canonical(kernel, spec.dimension_numbers.rhs_spec)
@@ -91,6 +83,27 @@ def group_of(spec: ConvSpec, d: Ints) -> Ints:
 def in_channel(spec: ConvSpec, d: Ints, i: Ints) -> Ints:
     """The number, among all input channels, of channel ``i`` of the group of out channel ``d``."""
     return group_of(spec, d) * spec.group_channels + i
+
+
+# M has parts that differ only in kernel values and in the channel group they read: one block of rows per out
+# channel if channels come first in ``out_shape``. Else there is one part, the whole of M.
+
+
+def part_count(spec: ConvSpec) -> int:
+    return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
+
+
+def kernel_parts(spec: ConvSpec, kernel: _Kernel) -> _Kernel:
+    """The kernel as (parts, kernel entries of a part)."""
+    parts, out = part_count(spec), spec.dimension_numbers.rhs_spec[0]
+    others = [i for i in range(len(spec.rhs_shape)) if i != out]
+    return (kernel if parts == 1 else kernel.transpose(out, *others)).reshape(parts, -1)
+
+
+def tap_in_part(spec: ConvSpec, tap: Ints) -> Ints:
+    """The number in its part of a kernel entry, from its index in ``kernel.ravel()``."""
+    parts, inner = part_count(spec), math.prod(spec.rhs_shape[spec.dimension_numbers.rhs_spec[0] + 1 :])
+    return tap if parts == 1 else tap // (parts * inner) * inner + tap % inner
 
 
 # -- neurons and taps by number --------------------------------------------------------------------

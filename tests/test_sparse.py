@@ -19,7 +19,7 @@ from environment import count
 from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
-from jaxconv_fc.layout import out_first
+from jaxconv_fc.layout import kernel_parts
 from jaxconv_fc.sparse import host
 
 COUNT = count("GEOMETRIES", 6)
@@ -171,7 +171,7 @@ def test_every_depth_of_the_templates(rng):
         for depth in range(len(host._classes(spec)) + 1):
             plan = host._plan(spec, depth)
             got = np.zeros_like(data), np.zeros(len(columns), plan.columns.dtype)
-            plan.fill(out_first(spec, kernel), *got)
+            plan.fill(kernel_parts(spec, kernel), *got)
             for a, b in zip((*got, plan.pointers), (data, columns, indptr), strict=True):
                 np.testing.assert_array_equal(a, b, err_msg=f"depth {depth}: {geometry}")
 

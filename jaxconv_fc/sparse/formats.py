@@ -19,11 +19,10 @@ from jaxconv_fc.entries import (
     group_column,
     listed,
     pairs,
-    part_count,
     row_pointers,
     sorted_reads,
 )
-from jaxconv_fc.layout import column_of, grid, out_first, row_of, spread
+from jaxconv_fc.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.sparse.host import fresh_arrays, host_plan
@@ -134,7 +133,7 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
      [1. 2. 0.]
      [0. 1. 2.]]
     """
-    values = out_first(spec, host_kernel("as_scipy", spec, kernel))
+    values = kernel_parts(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec, spec.nbytes(values.dtype).bcsr)
     plan = host_plan(spec)
     index, rows = plan.pointers.dtype, len(plan.pointers)
@@ -201,7 +200,7 @@ def _part(spec: ConvSpec, tables: Sequence[Reads]) -> Listed:
 
 
 def _data(spec: ConvSpec, kernel: jax.Array, part: Listed) -> jax.Array:
-    return part.data(out_first(spec, kernel).reshape(part_count(spec), -1)).reshape(-1)  # [part, entry]
+    return part.data(kernel_parts(spec, kernel), tap_in_part(spec, part.at.tap)).reshape(-1)  # [part, entry]
 
 
 def _rows(spec: ConvSpec, part: Listed) -> jax.Array:

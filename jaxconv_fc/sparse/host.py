@@ -31,11 +31,10 @@ from jaxconv_fc.entries import (
     entries,
     group_column,
     pairs,
-    part_count,
     place,
     row_pointers,
 )
-from jaxconv_fc.layout import column_of, inverse, out_first_spec, spread
+from jaxconv_fc.layout import column_of, inverse, part_count, spread, tap_in_part
 from jaxconv_fc.lines import Run, output_runs
 from jaxconv_fc.spec import ConvSpec
 
@@ -128,8 +127,8 @@ class Plan(NamedTuple):
     empty: csr_array  # of this shape: a shallow copy takes less time than a new one
 
     def fill(self, kernel: np.ndarray, data: np.ndarray, columns: np.ndarray) -> None:
-        """Fill ``data``, from the kernel with out channels first, and ``columns``."""
-        kernel, data, columns = (v.reshape(len(self.groups), -1) for v in (kernel, data, columns))
+        """Fill ``data``, from the kernel as :func:`kernel_parts` has it, and ``columns``."""
+        data, columns = (v.reshape(len(self.groups), -1) for v in (data, columns))
         together(data.size, lambda: self.fill_data(kernel, data), lambda: self.fill_columns(columns))
 
     def fill_data(self, kernel: np.ndarray, data: np.ndarray) -> None:
@@ -199,8 +198,10 @@ def _plan(spec: ConvSpec, depth: int) -> Plan:
     i, d = (spread(np.arange(dims[a]), dims, a) for a in (n, n + 1))
     positions, taps = ([spread(triple[k], dims, a) for a, triple in enumerate(triples)] for k in (0, 1))
     reads = [triple[2].each(lambda v, a=a: spread(v, dims, a)) for a, triple in enumerate(triples)]
-    at = entries(out_first_spec(spec), dims, positions, d, i, taps, reads)
-    where, tap = (np.broadcast_to(v, dims).ravel() for v in (place(spec, reads, d, i), at.tap))
+    at = entries(spec, dims, positions, d, i, taps, reads)
+    where, tap = (
+        np.broadcast_to(v, dims).ravel() for v in (place(spec, reads, d, i), tap_in_part(spec, at.tap))
+    )
     size = math.prod((*(read.total for read in reads), *dims[n:]))
     columns = np.empty(size, dtype)
     columns[where] = np.broadcast_to(at.column, dims).ravel()

@@ -15,7 +15,7 @@ from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Ints
 from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
-from jaxconv_fc.layout import out_first, split_row
+from jaxconv_fc.layout import split_row
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
 from jaxconv_fc.spec import ConvSpec, as_operand
@@ -153,7 +153,7 @@ def _sparse_shards(
         reads = [table.each(lambda v, o=o: v[o]) for table, o in zip(tables, positions, strict=True)]
         part = listed(spec, row.shape, positions, d, reads, inside, first, size)
         stored = lax.iota(dtype, size) < last - first
-        data = part.data(out_first(spec, kernel).reshape(1, -1))[0]
+        data = part.data(kernel.reshape(1, -1), part.at.tap)[0]
         indices = jnp.stack([part.of(part.at.row), part.of(part.at.column)], axis=-1)
         data = jnp.where(stored, data, jnp.zeros((), data.dtype))
         return data, jnp.where(stored[:, None], indices, jnp.asarray([spec.shape], dtype))
