@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import sums_over_outputs
 from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.matrix import scatter, selects
+from jaxconv_fc.matrix.dense import sums_over_outputs
 from jaxconv_fc.memory import check_dense
 from jaxconv_fc.products import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program

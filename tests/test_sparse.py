@@ -20,7 +20,7 @@ from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
 from jaxconv_fc.layout import kernel_parts
-from jaxconv_fc.sparse import host
+from jaxconv_fc.matrix import host
 
 COUNT = count("GEOMETRIES", 6)
 EXAMPLES = Path(__file__).parent.parent / "examples"

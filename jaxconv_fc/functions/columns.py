@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.entries import all_entries
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
@@ -33,8 +32,9 @@ from jaxconv_fc.functions.jaxprs import (
     wanted,
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
+from jaxconv_fc.matrix.dense import as_matrix
+from jaxconv_fc.matrix.scatter import spread_kernel
 from jaxconv_fc.numerics import lengths
-from jaxconv_fc.scatter import spread_kernel
 from jaxconv_fc.spec import ConvSpec
 
 # Equations that move entries, with the operands they take them from.

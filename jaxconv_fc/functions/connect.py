@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.adjoint import kernel_matrix
-from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.functions.find import performs_conv, spec_of
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
@@ -35,6 +34,7 @@ from jaxconv_fc.functions.jaxprs import (
     scan_counts,
     trace,
 )
+from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.products import OPERANDS, vmap_or_sum
 from jaxconv_fc.sharding import as_on_one_device
 from jaxconv_fc.spec import ConvSpec

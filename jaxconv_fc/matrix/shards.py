@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Ints
-from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
 from jaxconv_fc.layout import split_row
+from jaxconv_fc.matrix.dense import matrix_rows
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
 from jaxconv_fc.spec import ConvSpec, as_operand

@@ -1,7 +1,8 @@
 """The builders as scatters and gathers: what CPU and GPU run.
 
 M, its rows and its columns scatter the kernel to the places of their :mod:`jaxconv_fc.entries`; sums over
-outputs, the transpose, gather from them. :mod:`jaxconv_fc.selects` does the same without indices, for a TPU.
+outputs, the transpose, gather from them. :mod:`jaxconv_fc.matrix.selects` does the same without indices, for
+a TPU.
 """
 
 from __future__ import annotations

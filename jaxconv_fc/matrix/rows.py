@@ -11,7 +11,7 @@ import numpy as np
 from jaxconv_fc.arguments import Array, as_int
 from jaxconv_fc.axis import Axis
 from jaxconv_fc.entries import axis_widths
-from jaxconv_fc.sparse.formats import as_scipy, host_kernel
+from jaxconv_fc.matrix.formats import as_scipy, host_kernel
 from jaxconv_fc.spec import ConvSpec, check_spec
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from jax import lax
 
 from jaxconv_fc.arguments import Array, as_array, as_ints, resolve_layouts
 from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.dense import matrix_rows, sums_over_outputs
 from jaxconv_fc.layout import inverse
 from jaxconv_fc.lines import gram
+from jaxconv_fc.matrix.dense import matrix_rows, sums_over_outputs
 from jaxconv_fc.numerics import host_unit_scale, largest_part, root, scale_exponent, squares, to_unit_scale
 from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand, conv_spec

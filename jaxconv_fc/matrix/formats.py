@@ -23,9 +23,9 @@ from jaxconv_fc.entries import (
     sorted_reads,
 )
 from jaxconv_fc.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
+from jaxconv_fc.matrix.host import fresh_arrays, host_plan
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
-from jaxconv_fc.sparse.host import fresh_arrays, host_plan
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
