@@ -55,7 +55,8 @@ class Reads(NamedTuple):
     total: int = 0  # pairs in all
 
     def each(self, change: Callable[[Any], Any]) -> Reads:
-        return Reads(*map(change, self[:5]), self.total)
+        t, valid, rank, width, start = map(change, self[:5])
+        return Reads(t, valid, rank, width, start, self.total)
 
 
 class Entries(NamedTuple):
