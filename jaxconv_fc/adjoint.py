@@ -8,17 +8,16 @@ to matrices. This file has M^T, X and L^T.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import sum_forms
 from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.matrix import scatter, selects
+from jaxconv_fc.matrix.dense import sums_over_outputs
 from jaxconv_fc.memory import check_array
 from jaxconv_fc.products.product import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program
@@ -160,17 +159,3 @@ def matrix_vjp(spec: ConvSpec, matrix_bar: Array) -> jax.Array:
 @program
 def _matrix_vjp(spec: ConvSpec, matrix_bar: jax.Array) -> jax.Array:
     return sums_over_outputs(spec, matrix_bar)
-
-
-def sums_over_outputs(
-    spec: ConvSpec,
-    matrix: jax.Array,
-    of: Callable[..., jax.Array] | None = None,
-    *constants: jax.Array,
-) -> jax.Array:
-    """For every kernel entry, the sum over the entries of M that it fills: of them, or of
-    ``of(entry, *constants)``, which is linear in the entry."""
-    if not spec.nse:
-        return jnp.zeros(spec.rhs_shape, matrix.dtype)
-    result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
-    return by_platform(sum_forms(spec, of), result, matrix, *constants)

@@ -38,14 +38,12 @@ def from_canonical(value: jax.Array, order: Sequence[int]) -> jax.Array:
     return to_canonical(value, inverse(order))
 
 
-def extent(dims: Sequence[int], axis: int) -> tuple[int, ...]:
-    """``dims`` with every size 1 but that of one axis."""
-    return tuple(n if i == axis else 1 for i, n in enumerate(dims))
-
-
-def grid(dims: Sequence[int], dtype: Any) -> list[jax.Array]:
+def grid(dims: Sequence[int], dtype: Any, xp: Any = jnp) -> list[Any]:
     """One index array per dimension, of size 1 along all others. Inside a trace they are no constants."""
-    return [lax.broadcasted_iota(dtype, extent(dims, i), i) for i in range(len(dims))]
+    shapes = [tuple(n if a == i else 1 for a, n in enumerate(dims)) for i in range(len(dims))]
+    if xp is np:
+        return [np.arange(max(shape, default=0), dtype=dtype).reshape(shape) for shape in shapes]
+    return [lax.broadcasted_iota(dtype, shape, i) for i, shape in enumerate(shapes)]
 
 
 def spread(table: Any, dims: Sequence[int], *axes: int) -> Any:
@@ -85,6 +83,27 @@ def group_of(spec: ConvSpec, d: Ints) -> Ints:
 def in_channel(spec: ConvSpec, d: Ints, i: Ints) -> Ints:
     """The number, among all input channels, of channel ``i`` of the group of out channel ``d``."""
     return group_of(spec, d) * spec.group_channels + i
+
+
+# M has parts that differ only in kernel values and in the channel group they read: one block of rows per out
+# channel if channels come first in ``out_shape``. Else there is one part, the whole of M.
+
+
+def part_count(spec: ConvSpec) -> int:
+    return spec.out_channels if spec.out_order[-1] == 0 and spec.nse else 1
+
+
+def kernel_parts(spec: ConvSpec, kernel: _Kernel) -> _Kernel:
+    """The kernel as (parts, kernel entries of a part)."""
+    parts, out = part_count(spec), spec.dimension_numbers.rhs_spec[0]
+    others = [i for i in range(len(spec.rhs_shape)) if i != out]
+    return (kernel if parts == 1 else kernel.transpose(out, *others)).reshape(parts, -1)
+
+
+def tap_in_part(spec: ConvSpec, tap: Ints) -> Ints:
+    """The number in its part of a kernel entry, from its index in ``kernel.ravel()``."""
+    parts, inner = part_count(spec), math.prod(spec.rhs_shape[spec.dimension_numbers.rhs_spec[0] + 1 :])
+    return tap if parts == 1 else tap // (parts * inner) * inner + tap % inner
 
 
 # -- neurons and taps by number --------------------------------------------------------------------

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.products.product import apply, apply_transpose
 from jaxconv_fc.sharding import result_sharding, zeros
 from jaxconv_fc.spec import ConvSpec, as_operand

@@ -127,8 +127,6 @@ class Run:
     outputs: range
     reads: np.ndarray  # the inputs that the first output reads, ascending: shape (width,)
     advance: int  # how far they move from one output to the next
-    taps: np.ndarray  # the taps that read them, in the same order; more than width where some meet
-    firsts: np.ndarray  # where in `taps` each input's taps begin: shape (width,)
     start: int
     stride: int
 
@@ -154,11 +152,8 @@ def output_runs(axis: Axis) -> tuple[Run, ...]:
     starts = np.cumsum(widths) - widths + np.where(outputs >= inside.stop, skipped, 0)
     runs = []
     for i in np.flatnonzero(widths):
-        o = int(outputs[i])
-        like = range(o, inside.stop if repeated[i] else o + 1, lines.period)
-        taps = np.flatnonzero(table[i] >= 0)
-        taps = taps[np.argsort(table[i, taps], kind="stable")]
-        inputs, firsts = np.unique(table[i, taps], return_index=True)
-        advance = lines.period * axis.stride // axis.lhs_dilation if len(like) > 1 else 0
-        runs.append(Run(like, inputs, advance, taps, firsts, int(starts[i]), cycle))
+        first = int(outputs[i])
+        alike = range(first, inside.stop if repeated[i] else first + 1, lines.period)
+        advance = lines.period * axis.stride // axis.lhs_dilation if len(alike) > 1 else 0
+        runs.append(Run(alike, np.unique(table[i][table[i] >= 0]), advance, int(starts[i]), cycle))
     return tuple(runs)

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxconv_fc.adjoint import transpose
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.modes import MODES
 from jaxconv_fc.products.product import apply, apply_transpose
 from jaxconv_fc.spec import ConvSpec, as_operand

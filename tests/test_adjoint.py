@@ -14,7 +14,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
-from jaxconv_fc import scatter
+from jaxconv_fc.matrix import scatter
 
 COUNT = count("GEOMETRIES", 20)
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work

@@ -13,7 +13,7 @@ def test_dir_shows_the_public_names_and_modules_and_nothing_else():
     shown = set(dir(fc))
     assert {"as_matrix", "conv_spec", "ConvSpec", "__version__"} <= shown
     assert {"neurons", "show", "spectrum", "testing"} <= shown
-    assert not {"annotations", "axis", "dense", "products", "functions", "sparse"} & shown
+    assert not {"annotations", "axis", "entries", "products", "functions", "matrix"} & shown
     assert {name for name in shown if name.startswith("_")} == {"__version__"}
     assert all(hasattr(fc, name) for name in shown)
 

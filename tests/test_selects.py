@@ -13,9 +13,9 @@ from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxconv_fc as fc
-from jaxconv_fc import adjoint, dense, scatter, selects
+from jaxconv_fc import adjoint
+from jaxconv_fc.matrix import dense, scatter, selects
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, platform_forms, program
-from jaxconv_fc.sparse import formats, pieces
 
 COUNT = count("GEOMETRIES", 8)
 CHUNKS = max(4, COUNT // 50)
@@ -25,34 +25,18 @@ MANY_TAPS = Geometry((1, 1, 4, 5), (2, 1, 3, 11), (1, 1), "SAME")  # two steps
 
 def forms(spec):
     """By name: the form of a TPU, and that of other platforms."""
-    found = {
+    return {
         "matrix": (partial(selects.matrix, spec), partial(scatter.matrix, spec)),
         "update": (partial(selects.updated, spec), partial(scatter.updated, spec)),
         "sums": (partial(selects.sums, spec), partial(scatter.sums, spec, dense._itself)),
         "patches": (partial(selects.kernel_matrix, spec), partial(scatter.kernel_matrix, spec)),
-        "rows": (partial(dense._selected_rows, spec), partial(scatter.rows, spec)),
-        "columns": (partial(dense._selected_columns, spec), partial(scatter.transposed_columns, spec)),
     }
-    if pieces.are_few(spec):
-        found |= {
-            "data": (partial(pieces.values, spec), lambda k: formats._data(spec, k, formats._places(spec))),
-            "row numbers": (partial(pieces.rows, spec), lambda: formats._rows(spec, formats._places(spec))),
-            "column numbers": (
-                partial(pieces.columns, spec),
-                lambda: formats._columns(spec, formats._places(spec)),
-            ),
-        }
-    return found
 
 
 def operands(geometry, rng, dtype, name):
-    """Whole numbers; of the indices of rows and columns some twice."""
+    """Whole numbers."""
     spec = geometry.spec()
     kernel = integers(rng, spec.rhs_shape, dtype)
-    if name in ("row numbers", "column numbers"):
-        return ()
-    if name in ("rows", "columns"):
-        return kernel, np.asarray(rng.integers(0, spec.shape[name == "columns"], 5), np.int32)
     if name == "patches":
         return (integers(rng, spec.in_shape, dtype),)
     matrix = integers(rng, spec.shape, dtype)
@@ -61,10 +45,9 @@ def operands(geometry, rng, dtype, name):
 
 def differentiated(form, args):
     """The value, and the cotangents of operands that have derivatives, unless their sums are rounded."""
-    args, constants = [v for v in args if v.dtype != np.int32], [v for v in args if v.dtype == np.int32]
-    if not args or args[0].dtype == jnp.bfloat16 or not jnp.issubdtype(args[0].dtype, jnp.inexact):
-        return form(*args, *constants), ()
-    value, pull = jax.vjp(lambda *v: form(*v, *constants), *args)
+    if args[0].dtype == jnp.bfloat16 or not jnp.issubdtype(args[0].dtype, jnp.inexact):
+        return form(*args), ()
+    value, pull = jax.vjp(form, *args)
     return value, pull(value)
 
 
@@ -135,7 +118,7 @@ def by_tpu_form(monkeypatch):
     def by_tpu(form, *operands, **options):
         return by_platform(PlatformForms(*[form.tpu] * 3), *operands, **options)
 
-    for module in (dense, adjoint, formats):
+    for module in (dense, adjoint):
         monkeypatch.setattr(module, "by_platform", by_tpu)
     jax.clear_caches()
 
@@ -146,7 +129,6 @@ def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
     spec = CASES[name].spec()
     kernels = jnp.asarray(integers(rng, (2, *spec.rhs_shape), np.float64))
     matrices = jnp.asarray(integers(rng, (2, *spec.shape), np.float64))
-    index = np.array([[0, 1], [1, 0]])
 
     def square(kernel):
         return (fc.update_matrix(spec, matrices[0], kernel) ** 2).sum()
@@ -156,9 +138,6 @@ def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
             jax.jit(jax.vmap(partial(fc.update_matrix, spec)))(matrices, kernels),
             jax.jvp(jax.grad(square), (kernels[0],), (kernels[1],)),
             jax.linear_transpose(partial(fc.as_matrix, spec), kernels[0])(matrices[0]),
-            jax.vmap(partial(fc.matrix_rows, spec))(kernels, index),
-            jax.vjp(lambda k: fc.matrix_columns(spec, k, index[0]), kernels[0])[1](matrices[0, :, :2]),
-            jax.vmap(partial(fc.as_bcsr, spec))(kernels).data,
         ]
 
     want = jax.tree.leaves(results())
@@ -235,26 +214,18 @@ def test_each_platform_has_its_form(platform, factor):
 # what a TPU gets -------------------------------------------------------------------------------------
 
 BUILDERS = {
-    "as_matrix": lambda spec, kernel, x, matrix, index: fc.as_matrix(spec, kernel),
-    "update_matrix": lambda spec, kernel, x, matrix, index: fc.update_matrix(spec, matrix, kernel),
-    "matrix_vjp": lambda spec, kernel, x, matrix, index: fc.matrix_vjp(spec, matrix),
-    "kernel_matrix": lambda spec, kernel, x, matrix, index: fc.kernel_matrix(spec, x),
-    "as_bcoo": lambda spec, kernel, x, matrix, index: fc.as_bcoo(spec, kernel),
-    "as_bcsr": lambda spec, kernel, x, matrix, index: fc.as_bcsr(spec, kernel),
-    "matrix_rows": lambda spec, kernel, x, matrix, index: fc.matrix_rows(spec, kernel, index),
-    "matrix_columns": lambda spec, kernel, x, matrix, index: fc.matrix_columns(spec, kernel, index),
+    "as_matrix": lambda spec, kernel, x, matrix: fc.as_matrix(spec, kernel),
+    "update_matrix": lambda spec, kernel, x, matrix: fc.update_matrix(spec, matrix, kernel),
+    "matrix_vjp": lambda spec, kernel, x, matrix: fc.matrix_vjp(spec, matrix),
+    "kernel_matrix": lambda spec, kernel, x, matrix: fc.kernel_matrix(spec, x),
 }
 
 
 def gradient(builder):
-    """Of the sum of squares of the result, with respect to the floats."""
+    """Of the sum of squares of the result."""
 
-    def pulled(spec, kernel, x, matrix, index):
-        def loss(kernel, x, matrix):
-            made = jax.tree.leaves(builder(spec, kernel, x, matrix, index))
-            return sum((v**2).sum() for v in made if v.dtype == kernel.dtype)
-
-        return jax.grad(loss, (0, 1, 2))(kernel, x, matrix)
+    def pulled(spec, *operands):
+        return jax.grad(lambda operands: (builder(spec, *operands) ** 2).sum())(operands)
 
     return pulled
 
@@ -264,19 +235,9 @@ def gradient(builder):
 @pytest.mark.parametrize("name", ["strided, dilated, lopsided", "grouped", "reflect", "NHWC"])
 def test_the_program_for_a_tpu_moves_no_single_entries(name, builder, change):
     spec = CASES[name].spec()
-    shapes = (spec.rhs_shape, spec.in_shape, spec.shape)
-    given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-    given.append(jax.ShapeDtypeStruct((3,), np.int32))
+    given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (spec.rhs_shape, spec.in_shape, spec.shape)]
     build = jax.jit(partial(change(BUILDERS[builder]), spec))
     of_cpu, of_tpu = (build.trace(*given).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu"))
     moves = re.compile(r'"stablehlo\.(?:dynamic_)?(?:gather|scatter)"')
     assert moves.search(of_cpu)  # what is looked for has this name
-    if builder not in ("matrix_rows", "matrix_columns"):
-        assert not moves.search(of_tpu)
-        return
-    # One slice of the kernel per row or column; in the gradient, the slices are added.
-    assert len(moves.findall(of_tpu)) == (3 if change is gradient else 1)  # one of three is not used
-    o, i, *taps = (spec.rhs_shape[j] for j in spec.dimension_numbers.rhs_spec)
-    slices = re.findall(r"slice_sizes = array<i64: ([\d, ]+)>", of_tpu)
-    whole = np.prod(taps) * (i if builder == "matrix_rows" else o)
-    assert {np.prod([int(n) for n in sizes.split(",")]) for sizes in slices} == {whole}
+    assert not moves.search(of_tpu)

@@ -19,7 +19,8 @@ from environment import count
 from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
-from jaxconv_fc.sparse import formats, host
+from jaxconv_fc.layout import kernel_parts
+from jaxconv_fc.matrix import host
 
 COUNT = count("GEOMETRIES", 6)
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -161,26 +162,23 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
 
 
-WAYS = {"_PLANNED": 2**20, "_LISTED": 0, "_KEPT_PART": 0, "_KEPT_LINES": 2**20, "_SMALL_BLOCK": 0}
-
-
-@pytest.mark.parametrize(
-    "limits",
-    [
-        WAYS | {"_LISTED": 2**20},
-        WAYS,
-        WAYS | {"_PLANNED": 0, "_KEPT_LINES": 0},
-        WAYS | {"_PLANNED": 0, "_SMALL_BLOCK": 2**40},
-    ],
-    ids=["lines", "blocks of a plan", "block by block", "entry by entry"],
-)
-def test_every_way_to_fill_the_arrays(limits, monkeypatch, rng):
-    """The other tests have small matrices, whose tables are kept whole."""
-    for name, limit in limits.items():
-        monkeypatch.setattr(host, name, limit)
-    monkeypatch.setattr(formats, "host_tables", host._host_tables)  # not cached
+def test_every_depth_of_the_templates(rng):
+    """One plan is taken for each geometry. All of them write the same arrays."""
     for geometry in CASES.values():
-        check_host(geometry, integers(rng, geometry.rhs_shape))
+        spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+        data, rows, columns = expected(geometry, kernel)
+        indptr = np.searchsorted(rows, np.arange(spec.out_size + 1))
+        for depth in range(len(host._classes(spec)) + 1):
+            plan = host._plan(spec, depth)
+            got = np.zeros_like(data), np.zeros(len(columns), plan.columns.dtype)
+            plan.fill(kernel_parts(spec, kernel), *got)
+            for a, b in zip((*got, plan.pointers), (data, columns, indptr), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=f"depth {depth}: {geometry}")
+
+
+def test_plans_whose_columns_are_not_kept(monkeypatch, rng):
+    monkeypatch.setattr(host, "_KEPT", 0)
+    test_every_depth_of_the_templates(rng)
 
 
 def test_a_matrix_shares_nothing_with_the_next(rng):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.dense import as_matrix
+from jaxconv_fc.entries import all_entries
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     Finish,
@@ -32,8 +32,9 @@ from jaxconv_fc.functions.jaxprs import (
     wanted,
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
+from jaxconv_fc.matrix.dense import as_matrix
+from jaxconv_fc.matrix.scatter import spread_kernel
 from jaxconv_fc.numerics import lengths
-from jaxconv_fc.scatter import entries, spread_kernel
 from jaxconv_fc.spec import ConvSpec
 
 # Equations that move entries, with the operands they take them from.
@@ -256,13 +257,14 @@ def _first_layer(
 @partial(jax.jit, static_argnames=("size", "transposed"))
 def _scattered(spec: ConvSpec, kernel: Any, labels: Any, weights: Any, *, size: int, transposed: bool) -> Any:
     """Every entry of M, added to the column of the entry of x that it reads."""
-    at = entries(spec)
+    at = all_entries(spec)
     outputs = spec.in_size if transposed else spec.out_size
     values = spread_kernel(spec, kernel)
-    rows, columns, values = (jnp.broadcast_to(v, at.dims).ravel() for v in (at.rows, at.columns, values))
+    inside, rows, columns, values = (
+        jnp.broadcast_to(v, at.dims).ravel() for v in (at.valid, at.row, at.column, values)
+    )
     reads, makes = (rows, columns) if transposed else (columns, rows)
-    inside = columns < spec.in_size  # entries that read padding have no column, and are dropped
-    makes, reads = jnp.where(inside, makes, outputs), jnp.where(inside, reads, 0)
+    makes, reads = jnp.where(inside, makes, outputs), jnp.where(inside, reads, 0)  # padding is dropped
 
     def example(labels: Any, weights: Any) -> Any:
         label = labels[reads]

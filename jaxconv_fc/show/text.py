@@ -6,15 +6,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import product
 from string import ascii_lowercase
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxconv_fc.arguments import Array
+from jaxconv_fc.entries import stored_entries
 from jaxconv_fc.html import table
-from jaxconv_fc.layout import in_channel, split_column, split_row, tap_of
 from jaxconv_fc.memory import readable
 from jaxconv_fc.spec import ConvSpec, as_operand, check_spec, conv_spec
 
@@ -95,22 +94,12 @@ def blocks(shape: Sequence[int]) -> list[int]:
 
 def entries_of_row(spec: ConvSpec, row: int, shown: Sequence[int]) -> dict[int, list[int]]:
     """``{column: taps}`` of some columns of a row: the flat indices of the kernel entries that meet there."""
-    positions, d = split_row(spec, row)
-    columns = {column: split_column(spec, column) for column in shown}
-    met = []  # per axis: {input position of a shown column: taps that read it}
-    for a, (axis, o) in enumerate(zip(spec.axes, positions, strict=True)):
-        table = axis.table(np.array([o]))[0]
-        at: dict[int, list[int]] = {}
-        for p in np.flatnonzero(np.isin(table, [inputs[a] for inputs, _ in columns.values()])).tolist():
-            at.setdefault(int(table[p]), []).append(p)
-        met.append(at)
-    first = in_channel(spec, d, 0)
-    entries = {}
-    for column, (inputs, channel) in columns.items():
-        if first <= channel < first + spec.group_channels:
-            taps = [v.get(t, []) for v, t in zip(met, inputs, strict=True)]
-            entries[column] = [tap_of(spec, p, channel - first, d) for p in product(*taps)]
-    return entries
+    met: dict[int, list[int]] = {}
+    for _, columns, taps in stored_entries(spec, np.array([row])):
+        among = np.isin(columns, shown)
+        for column, tap in zip(columns[among].tolist(), taps[among].tolist(), strict=True):
+            met.setdefault(column, []).append(tap)
+    return met
 
 
 def entry_text(spec: ConvSpec, kernel: Array | None) -> Callable[[Sequence[int]], str]:

@@ -17,8 +17,8 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.arguments import Array
-from jaxconv_fc.dense import as_matrix
 from jaxconv_fc.layout import by_group
+from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spec import ConvSpec, as_operand

@@ -13,21 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxconv_fc.arguments import Array
 from jaxconv_fc.axis import Ints
-from jaxconv_fc.dense import matrix_rows
-from jaxconv_fc.layout import out_first, split_row
+from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
+from jaxconv_fc.layout import split_row
+from jaxconv_fc.matrix.dense import matrix_rows
 from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
-from jaxconv_fc.sparse.entries import (
-    AxisReads,
-    Rows,
-    axis_reads,
-    axis_widths,
-    entry_dtype,
-    entry_places,
-    listed,
-    listed_entries,
-    row_starts,
-)
 from jaxconv_fc.spec import ConvSpec, as_operand
 
 if TYPE_CHECKING:
@@ -157,14 +147,14 @@ def _sparse_shards(
 
     def build(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         row, inside = _shard_rows(spec, mesh, axis_name)
-        positions, d = split_row(spec, row)
-        tables = [axis_reads(axis, dtype) for axis in spec.axes]
-        reads = [AxisReads(*(v[o] for v in table)) for table, o in zip(tables, positions, strict=True)]
         first, last = (jnp.asarray(b, dtype)[lax.axis_index(axis_name)] for b in (bounds[:-1], bounds[1:]))
-        places = entry_places(spec, Rows(row.shape, positions, d, reads, inside), first, size)
+        positions, d = split_row(spec, row)
+        tables = [sorted_reads(axis, dtype) for axis in spec.axes]
+        reads = [table.each(lambda v, o=o: v[o]) for table, o in zip(tables, positions, strict=True)]
+        part = listed(spec, row.shape, positions, d, reads, inside, first, size)
         stored = lax.iota(dtype, size) < last - first
-        data = listed_entries(spec, places, out_first(spec, kernel).reshape(1, -1))[0]
-        indices = jnp.stack([listed(spec, places, v) for v in (places.row, places.column)], axis=-1)
+        data = part.data(kernel.reshape(1, -1), part.at.tap)[0]
+        indices = jnp.stack([part.of(part.at.row), part.of(part.at.column)], axis=-1)
         data = jnp.where(stored, data, jnp.zeros((), data.dtype))
         return data, jnp.where(stored[:, None], indices, jnp.asarray([spec.shape], dtype))
 
@@ -176,12 +166,12 @@ def _shard_starts(spec: ConvSpec, shards: int) -> np.ndarray:
     """How many entries stand before each of equal shares of the rows, and ``nse`` at the end."""
     share = -(-spec.out_size // shards)
     tables = [(w, w.cumsum() - w) for w in map(axis_widths, spec.axes)]
-    starts = []
-    for row in (min(n * share, spec.out_size) for n in range(shards + 1)):
-        if row == spec.out_size:
-            starts.append(spec.nse)
-            continue
-        positions, d = split_row(spec, row)
-        pairs = [(int(w[o]), int(s[o])) for (w, s), o in zip(tables, positions, strict=True)]
-        starts.append(row_starts(spec, [w for w, _ in pairs], [s for _, s in pairs], d)[0])
+    starts = [spec.nse] * (shards + 1)
+    for n in range(-(-spec.out_size // max(1, share))):
+        positions, d = split_row(spec, n * share)
+        reads = [
+            Reads(0, True, 0, int(width[o]), int(start[o]), axis.pair_count)
+            for axis, (width, start), o in zip(spec.axes, tables, positions, strict=True)
+        ]
+        starts[n] = place(spec, reads, d, 0)
     return np.asarray(starts)

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxconv_fc.arguments import Array, as_int
 from jaxconv_fc.axis import Axis
-from jaxconv_fc.sparse.entries import axis_widths
-from jaxconv_fc.sparse.formats import as_scipy, host_kernel
+from jaxconv_fc.entries import axis_widths
+from jaxconv_fc.matrix.formats import as_scipy, host_kernel
 from jaxconv_fc.spec import ConvSpec, check_spec
 
 if TYPE_CHECKING:

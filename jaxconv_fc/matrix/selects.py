@@ -28,14 +28,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.axis import Ints
+from jaxconv_fc.entries import reading
 from jaxconv_fc.layout import (
     column_of,
     grid,
     group_of,
     in_channel,
     inverse,
-    out_first,
     split_column,
     split_tap,
     spread,
@@ -62,27 +61,17 @@ class Relation(NamedTuple):
         return Relation(table.reshape(m * n, k * l), self.positions * other.positions, place)
 
 
-class Columns(NamedTuple):
-    """The second index of the array to make: positions and channels, ravelled in some order."""
-
-    size: int
-    places: Sequence[Ints]  # per spatial axis, (size,): the position of each column
-    positions: Sequence[int]  # per spatial axis: how many positions there are
-    group: Ints | None  # (size,): the channel group of each column; None: that of the row
-    step: int  # columns from one channel of a group to the next
-
-
 # -- M, its update and its transpose ---------------------------------------------------------------
 
 
 def matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """M, from a kernel of shape ``spec.rhs_shape``."""
-    return selected(spec, kernel, _tables(spec), _columns(spec)).reshape(spec.shape)
+    return _selected(spec, kernel, None)
 
 
 def updated(spec: ConvSpec, old: jax.Array, kernel: jax.Array) -> jax.Array:
     """M, with the values of ``old`` (spec.shape) in place of its structural zeros."""
-    return selected(spec, kernel, _tables(spec), _columns(spec), old).reshape(spec.shape)
+    return _selected(spec, kernel, old)
 
 
 def sums(spec: ConvSpec, cotangent: jax.Array) -> jax.Array:
@@ -93,103 +82,70 @@ def sums(spec: ConvSpec, cotangent: jax.Array) -> jax.Array:
     return jax.linear_transpose(partial(matrix, spec), kernel)(cotangent)[0]
 
 
-def selected(
-    spec: ConvSpec,
-    kernel: jax.Array,
-    tables: Sequence[jax.Array],
-    columns: Columns,
-    old: jax.Array | None = None,
-) -> jax.Array:
-    """``[outputs and d as in out_shape, e]``: the sum of the taps whose table entry is the place of ``e``.
-
-    ``tables`` has one table (outputs, taps) per spatial axis. Entries that no tap fills are those of ``old``,
-    or 0 without it.
-    """
+def _selected(spec: ConvSpec, kernel: jax.Array, old: jax.Array | None) -> jax.Array:
+    """M. Entries that no tap fills are those of ``old``, or 0 without it."""
+    places, channel = split_column(spec, lax.iota(spec.index_dtype, spec.in_size))  # of every column e
+    groups = group_of(spec, lax.iota(channel.dtype, spec.out_channels))  # of every row channel d
+    own = groups[:, None] == (channel // spec.group_channels)[None]  # [d, e]
     order = inverse(spec.out_order)  # dimensions of out_shape: spatial axes by number, and `d` after the last
-    steps = _steps(tables, columns, order)
-    relations = [step for step in steps if step is not None]
-    taps = [relation.table.shape[1] for relation in relations]
+    steps = _steps(spec, places, order)
+    taps = [step.table.shape[1] for step in steps if step is not None]
     heights = [spec.out_channels if step is None else 1 for step in steps]
-    values = _spread_kernel(spec, kernel, columns, order)  # [taps of all axes, d, e]
-    values = values.reshape(*taps, *heights, columns.size)  # of two steps: [p_1, p_2, 1, d, 1, e]
+    values = _spread_kernel(spec, kernel, order)  # [taps of all axes, d, e]
+    values = values.reshape(*taps, *heights, spec.in_size)  # of two steps: [p_1, p_2, 1, d, 1, e]
     for at, step in enumerate(steps):
         if step is None:
             continue
         lead = values.ndim - len(steps) - 1  # dimensions of taps: those of this step first
+        place = jnp.where(own, step.place[None], jnp.full_like(step.place, -2)[None])  # -2: of another group
         # The comparison must depend on d. Else XLA stores its results, an array 1/O of the size of M per tap.
-        place = lax.optimization_barrier(_of_group(spec, step.place, columns.group))  # [d, e]
-        place = spread(place, values.shape, lead + steps.index(None), values.ndim - 1)
+        place = spread(
+            lax.optimization_barrier(place), values.shape, lead + steps.index(None), values.ndim - 1
+        )
         table = spread(step.table.T, values.shape, 0, lead + at)
         if old is None or lead > 1:
             values = _chosen(table, place, values)
         else:
             values = _written(table, place, values, old, _read_before(steps, at))
-    counts = [*(len(table) for table in tables), spec.out_channels]
-    return values.reshape(*(counts[a] for a in order), columns.size)
+    return values.reshape(spec.shape)
 
 
-def _tables(spec: ConvSpec) -> list[jax.Array]:
-    """Per axis, (outputs, taps): the input position that is read; -1 for padding."""
-    tables = []
-    for axis in spec.axes:
-        o, p = grid((axis.out_size, axis.taps), spec.index_dtype)
-        t, reads = axis.input_of(o, p)
-        tables.append(jnp.where(reads, t, jnp.full_like(t, -1)))
-    return tables
-
-
-def _columns(spec: ConvSpec) -> Columns:
-    """The columns of M."""
-    places, channel = split_column(spec, lax.iota(spec.index_dtype, spec.in_size))
-    sizes = [axis.size for axis in spec.axes]
-    return Columns(spec.in_size, places, sizes, channel // spec.group_channels, channel_step(spec))
-
-
-def channel_step(spec: ConvSpec) -> int:
-    """Columns of M from one channel of a group to the next."""
-    return column_of(spec, [0] * len(spec.axes), 1) if spec.group_channels > 1 else 1
-
-
-def _steps(tables: Sequence[jax.Array], columns: Columns, order: Sequence[int]) -> list[Relation | None]:
+def _steps(spec: ConvSpec, places: Sequence[jax.Array], order: Sequence[int]) -> list[Relation | None]:
     """The dimensions of the rows: relations of neighbouring spatial axes, and None for the out channel."""
     steps: list[Relation | None] = []
     for a in order:
         relation = None
-        if a < len(tables):
-            relation = Relation(tables[a], columns.positions[a], columns.places[a])
+        if a < len(spec.axes):
+            axis = spec.axes[a]
+            o, p = grid((axis.out_size, axis.taps), spec.index_dtype)
+            relation = Relation(reading(axis, o, p), axis.size, places[a])
             last = steps[-1] if steps else None
             if last is not None and last.table.shape[1] * relation.table.shape[1] <= _MOST_TAPS:
                 steps.pop()
                 relation = last.and_then(relation)
         steps.append(relation)
     if len(steps) == 1:  # no spatial axis: one output reads one position
-        steps.append(Relation(jnp.zeros((1, 1), jnp.int32), 1, jnp.zeros(columns.size, jnp.int32)))
+        steps.append(Relation(jnp.zeros((1, 1), jnp.int32), 1, jnp.zeros(spec.in_size, jnp.int32)))
     return steps
 
 
-def _of_group(spec: ConvSpec, place: jax.Array, group: Ints | None) -> jax.Array:
-    """``[d, e]``: the place of column e, or -2 if it belongs to another group than row channel d."""
-    place = jnp.broadcast_to(place, (spec.out_channels, *place.shape))
-    if group is None:
-        return place
-    own = group_of(spec, lax.iota(spec.index_dtype, spec.out_channels))[:, None] == group[None]
-    return jnp.where(own, place, jnp.full_like(place, -2))
-
-
-def _spread_kernel(spec: ConvSpec, kernel: jax.Array, columns: Columns, order: Sequence[int]) -> jax.Array:
+def _spread_kernel(spec: ConvSpec, kernel: jax.Array, order: Sequence[int]) -> jax.Array:
     """``[p, d, e] = kernel[d, i(e), p]``, with the taps in this order of their axes."""
     n = len(spec.axes)
     values = to_canonical(kernel, spec.kernel_order)  # [p, i, d]
     values = values.transpose(*(a for a in order if a < n), n + 1, n)  # [p, d, i]
-    outer = columns.size // (spec.group_channels * columns.step)
-    values = values[..., None, :, None]  # [p, d, 1, i, 1] -> [p, d, outer, i, step] -> [p, d, e]
-    values = jnp.broadcast_to(values, (*values.shape[:-3], outer, spec.group_channels, columns.step))
-    return values.reshape(*values.shape[:-3], columns.size)
+    step = (
+        column_of(spec, [0] * n, 1) if spec.group_channels > 1 else 1
+    )  # from one channel of a group to the next
+    shape = *values.shape[:-1], spec.in_size // (spec.group_channels * step), spec.group_channels, step
+    # [p, d, 1, i, 1] -> [p, d, outer, i, step] -> [p, d, e]
+    return jnp.broadcast_to(values[..., None, :, None], shape).reshape(*values.shape[:-1], spec.in_size)
 
 
 def _chosen(table: jax.Array, place: jax.Array, values: jax.Array) -> jax.Array:
-    """The sum over the first dimension, the taps, of the values where ``table == place``."""
-    return _total(jnp.where(table == place, values, jnp.zeros((), values.dtype)))
+    """The sum over the first dimension, the taps, of the values where ``table == place``; `or` of bools."""
+    terms = jnp.where(table == place, values, jnp.zeros((), values.dtype))
+    return terms.any(0) if terms.dtype == jnp.bool_ else terms.sum(0, dtype=terms.dtype)
 
 
 def _written(
@@ -219,50 +175,6 @@ def _read_before(steps: Sequence[Relation | None], last: int) -> jax.Array:
     return inside
 
 
-def _total(terms: jax.Array) -> jax.Array:
-    """The sum over the first dimension in the dtype of the terms, or their `or`."""
-    return terms.any(0) if terms.dtype == jnp.bool_ else terms.sum(0, dtype=terms.dtype)
-
-
-# -- rows and columns ------------------------------------------------------------------------------
-
-
-def rows(spec: ConvSpec, kernel: jax.Array, d: jax.Array, reads: jax.Array) -> jax.Array:
-    """Rows of M, (n, in_size), of which row n has out channel ``d[n]``.
-
-    ``reads`` [n, p] holds the column of channel 0 that it reads through each tap, ``in_size`` for padding.
-    """
-    first, _ = _by_channel(spec, lax.iota(reads.dtype, spec.in_size))
-    first = first.reshape(1, 1, -1, spec.group_channels, channel_step(spec))  # [1, 1, outer, i, inner]
-    values = out_first(spec, kernel)[d]  # [n, i, p]
-    values = values.reshape(*values.shape[:2], -1).transpose(2, 0, 1)[:, :, None, :, None]  # [p, n, 1, i, 1]
-    table = reads.reshape(len(d), -1).T[:, :, None, None, None]  # [p, n, 1, 1, 1]
-    return _chosen(table, first, values).reshape(len(d), spec.in_size)
-
-
-def transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array, reads: jax.Array) -> jax.Array:
-    """Columns ``index`` of M, transposed: (n, out_size).
-
-    ``reads`` [d, o, p] holds the column of channel 0 that each row reads through each tap.
-    """
-    n = len(spec.axes)
-    first, i = _by_channel(spec, index)
-    inner = math.prod(spec.out_shape[spec.out_order[-1] + 1 :])
-    heights = [1 + a if a < n else 0 for a in inverse(spec.out_order)]
-    table = reads.transpose(*range(1 + n, 1 + 2 * n), *heights)  # [p, o and d as in out_shape]
-    table = table.reshape(-1, 1, spec.out_size // (spec.out_channels * inner), spec.out_channels, inner)
-    values = out_first(spec, kernel)[:, i]  # [d, n, p]
-    values = values.reshape(*values.shape[:2], -1).transpose(2, 1, 0)[:, :, None, :, None]  # [p, n, 1, d, 1]
-    return _chosen(table, first[None, :, None, None, None], values).reshape(len(index), spec.out_size)
-
-
-def _by_channel(spec: ConvSpec, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``(first, i)``: the channel of a column within its group, and the same column of channel 0."""
-    step = channel_step(spec)
-    i = columns // step % spec.group_channels
-    return columns - i * step, i
-
-
 # -- the kernel matrix -----------------------------------------------------------------------------
 
 
@@ -285,8 +197,7 @@ def kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
         if a == len(spec.axes):
             continue
         axis = spec.axes[a]
-        t, reads = axis.input_of(lax.iota(f.dtype, axis.out_size)[:, None], taps[a][None])
-        source = jnp.where(reads, t, jnp.full_like(t, -1))  # [o, f]
+        source = reading(axis, lax.iota(f.dtype, axis.out_size)[:, None], taps[a][None])  # [o, f]
         values = values[..., None, :]  # [t_a, other t, earlier o, 1, f] -> [other t, earlier o, o_a, f]
         source = spread(source, values.shape, values.ndim - 2, values.ndim - 1)
         values = _chosen(spread(lax.iota(f.dtype, axis.size), values.shape, 0), source, values)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +12,20 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.arguments import Array, native
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import column_of, grid, out_first, row_of, spread
-from jaxconv_fc.lines import output_runs
-from jaxconv_fc.memory import check_stored
-from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, program
-from jaxconv_fc.sparse import pieces
-from jaxconv_fc.sparse.entries import (
-    AxisReads,
-    Places,
-    Rows,
-    axis_reads,
-    axis_widths,
+from jaxconv_fc.entries import (
+    Listed,
+    Reads,
     entry_dtype,
-    entry_places,
     group_column,
     listed,
-    listed_entries,
-    part_count,
+    pairs,
     row_pointers,
+    sorted_reads,
 )
-from jaxconv_fc.sparse.host import fill, fresh_arrays, host_tables
+from jaxconv_fc.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
+from jaxconv_fc.matrix.host import fresh_arrays, host_plan
+from jaxconv_fc.memory import check_stored
+from jaxconv_fc.sharding import is_traced, program
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
@@ -140,14 +133,14 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
      [1. 2. 0.]
      [0. 1. 2.]]
     """
-    values = out_first(spec, host_kernel("as_scipy", spec, kernel))
+    values = kernel_parts(spec, host_kernel("as_scipy", spec, kernel))
     check_stored("as_scipy", spec.nse, spec.nbytes(values.dtype).bcsr)
-    tables = host_tables(spec)
-    index, rows = tables.pointers.dtype, len(tables.pointers)
+    plan = host_plan(spec)
+    index, rows = plan.pointers.dtype, len(plan.pointers)
     data, columns, indptr = fresh_arrays((spec.nse, values.dtype), (spec.nse, index), (rows, index))
-    indptr[:] = tables.pointers
-    fill(spec, tables, values, data, columns)
-    matrix = copy(tables.empty)
+    indptr[:] = plan.pointers
+    plan.fill(values, data, columns)
+    matrix = copy(plan.empty)
     matrix.data, matrix.indices, matrix.indptr = data, columns, indptr
     return matrix
 
@@ -168,103 +161,60 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
 @program
 def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``(data, columns, indptr)``, as BCSR takes them."""
-    dtype = entry_dtype(spec)
-    tables = [axis_reads(axis, dtype) for axis in spec.axes]
-    widths, starts = [t.width[:, 0] for t in tables], [t.start[:, 0] for t in tables]
-    indptr = row_pointers(spec, widths, starts, lax.iota(dtype, spec.out_channels))
-    places = _places(spec)
-    return _data(spec, kernel, places), _columns(spec, places), indptr
+    if not spec.nse:
+        dtype = entry_dtype(spec)
+        return jnp.zeros(0, kernel.dtype), jnp.zeros(0, dtype), jnp.zeros(spec.out_size + 1, dtype)
+    tables = _tables(spec)
+    part, d = _part(spec, tables), lax.iota(entry_dtype(spec), spec.out_channels)
+    indptr = row_pointers(spec, [table.each(lambda v: v[:, 0]) for table in tables], d)
+    return _data(spec, kernel, part), _columns(spec, part), indptr
 
 
 @program
 def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
-    places = _places(spec)
-    return _data(spec, kernel, places), jnp.stack([_rows(spec, places), _columns(spec, places)], axis=-1)
-
-
-# The entries of M in order, each (nse,). By scatter one of the equal parts of M is listed, and repeated for
-# the others.
-
-
-def _data(spec: ConvSpec, kernel: jax.Array, places: Places) -> jax.Array:
-    return _listed(spec, _scattered_data, pieces.values, kernel.dtype, places, kernel)
-
-
-def _scattered_data(spec: ConvSpec, places: Places, kernel: jax.Array) -> jax.Array:
-    parts = out_first(spec, kernel).reshape(part_count(spec), -1)
-    return listed_entries(spec, places, parts).reshape(-1)  # [part, entry]
-
-
-def _rows(spec: ConvSpec, places: Places) -> jax.Array:
-    return _listed(spec, _scattered_rows, pieces.rows, entry_dtype(spec), places)
-
-
-def _scattered_rows(spec: ConvSpec, places: Places) -> jax.Array:
-    part = _parts(spec)
-    first = row_of(spec, [part * 0] * len(spec.axes), part)
-    return (listed(spec, places, places.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
-
-
-def _columns(spec: ConvSpec, places: Places) -> jax.Array:
-    return _listed(spec, _scattered_columns, pieces.columns, entry_dtype(spec), places)
-
-
-def _scattered_columns(spec: ConvSpec, places: Places) -> jax.Array:
-    first = group_column(spec, _parts(spec))
-    return (listed(spec, places, places.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
-
-
-def _listed(
-    spec: ConvSpec,
-    scattered: Callable[..., jax.Array],
-    in_pieces: Callable[..., jax.Array],
-    dtype: Any,
-    places: Places,
-    *kernel: jax.Array,
-) -> jax.Array:
-    """A list of all entries, by ``scattered(spec, places, *kernel)``; on TPU in pieces, if these are few."""
     if not spec.nse:
-        return jnp.zeros(0, dtype)
-    dims, size, *indices = places
-    default = Bound(_from_indices, (spec, scattered, dims, size, len(kernel)))
-    form = PlatformForms(default, default, Bound(_in_pieces, (spec, in_pieces, default, len(kernel))))
-    result = jax.ShapeDtypeStruct((spec.nse,), dtype)
-    return by_platform(form, result, *kernel, *indices, linear=len(kernel))
+        return jnp.zeros(0, kernel.dtype), jnp.zeros((0, 2), entry_dtype(spec))
+    part = _part(spec, _tables(spec))
+    return _data(spec, kernel, part), jnp.stack([_rows(spec, part), _columns(spec, part)], axis=-1)
 
 
-def _from_indices(
-    spec: ConvSpec,
-    scattered: Callable[..., jax.Array],
-    dims: tuple[int, ...],
-    size: int,
-    given: int,
-    *operands: jax.Array,
-) -> jax.Array:
-    return scattered(spec, Places(dims, size, *operands[given:]), *operands[:given])
+# One of the equal parts of M is listed, and repeated for the others. The results are (nse,).
 
 
-def _in_pieces(
-    spec: ConvSpec, in_pieces: Callable[..., jax.Array], default: Bound, given: int, *operands: jax.Array
-) -> jax.Array:
-    return in_pieces(spec, *operands[:given]) if pieces.are_few(spec) else default(*operands)
+def _tables(spec: ConvSpec) -> list[Reads]:
+    return [sorted_reads(axis, entry_dtype(spec)) for axis in spec.axes]
+
+
+def _part(spec: ConvSpec, tables: Sequence[Reads]) -> Listed:
+    """The entries of one part of M, [o, d, i, p], from the tables (outputs, taps) of every axis."""
+    dtype, parts = entry_dtype(spec), part_count(spec)
+    dims = (*(axis.out_size for axis in spec.axes), spec.out_channels // parts)
+    *positions, d = grid(dims, dtype)
+    reads = [
+        table.each(lambda v, a=a: spread(v, (*dims, v.shape[1]), a, len(dims)))
+        for a, table in enumerate(tables)
+    ]
+    inside = jnp.ones((1,) * len(dims), bool)
+    return listed(spec, dims, positions, d, reads, inside, 0, spec.nse // parts)
+
+
+def _data(spec: ConvSpec, kernel: jax.Array, part: Listed) -> jax.Array:
+    return part.data(kernel_parts(spec, kernel), tap_in_part(spec, part.at.tap)).reshape(-1)  # [part, entry]
+
+
+def _rows(spec: ConvSpec, part: Listed) -> jax.Array:
+    first = row_of(spec, [0] * len(spec.axes), _parts(spec))
+    return (part.of(part.at.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+
+
+def _columns(spec: ConvSpec, part: Listed) -> jax.Array:
+    first = group_column(spec, _parts(spec))
+    return (part.of(part.at.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
     return lax.broadcasted_iota(entry_dtype(spec), (part_count(spec), 1), 0)
-
-
-def _places(spec: ConvSpec) -> Places:
-    """Where the entries of one part go."""
-    dtype, parts = entry_dtype(spec), part_count(spec)
-    dims = (*(a.out_size for a in spec.axes), spec.out_channels // parts)
-    *positions, d = grid(dims, dtype)
-    reads = [
-        AxisReads(*(spread(v, (*dims, axis.taps), a, len(dims)) for v in axis_reads(axis, dtype)))
-        for a, axis in enumerate(spec.axes)
-    ]
-    rows = Rows(dims, positions, d, reads, jnp.ones((1,) * len(dims), bool))
-    return entry_places(spec, rows, 0, spec.nse // parts)
 
 
 # -- diagonals ---------------------------------------------------------------------------------
@@ -311,25 +261,15 @@ def _offsets(spec: ConvSpec) -> np.ndarray:
     """Every ``(column - row) % in_size`` of an entry: all sums of one term per axis."""
     if not spec.nse:
         return np.empty(0, np.int64)
-    o = [np.repeat(np.arange(a.out_size), axis_widths(a)) for a in spec.axes]
-    t = [_inputs_read(a) for a in spec.axes]
     zeros = [0] * len(spec.axes)
     d, i = np.arange(spec.out_channels)[:, None], np.arange(spec.group_channels)
     sums = np.unique(column_of(spec, zeros, i) + group_column(spec, d) - row_of(spec, zeros, d))
-    for a in range(len(spec.axes)):
-        at, to = ([v[b] if a == b else 0 for b in range(len(v))] for v in (o, t))
-        terms = np.unique(column_of(spec, to, 0) - row_of(spec, at, 0))
+    for a, axis in enumerate(spec.axes):
+        o, _, reads = pairs(axis, np.arange(axis.out_size))
+        of_axis = [*zeros[:a], 1, *zeros[a + 1 :]]
+        terms = np.unique(reads.t * column_of(spec, of_axis, 0) - o * row_of(spec, of_axis, 0))
         sums = np.unique((sums[:, None] + terms) % spec.in_size)
     return np.unique(sums % spec.in_size)
-
-
-def _inputs_read(axis: Axis) -> np.ndarray:
-    """The input of every pair (output, input) of an axis, sorted by output, then by input."""
-    t = np.empty(axis.pair_count, np.int64)
-    for run in output_runs(axis):
-        q = np.arange(len(run.outputs))[:, None]
-        t[run.start + q * run.stride + np.arange(run.width)] = run.reads + q * run.advance
-    return t
 
 
 @program
@@ -338,7 +278,7 @@ def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
     if not len(offsets):
         return stacked
-    places = _places(spec)
-    data, row, column = _data(spec, kernel, places), _rows(spec, places), _columns(spec, places)
+    part = _part(spec, _tables(spec))
+    data, row, column = _data(spec, kernel, part), _rows(spec, part), _columns(spec, part)
     which = jnp.searchsorted(jnp.asarray(offsets, row.dtype), (column - row) % spec.in_size)
     return stacked.at[which, row].set(data, unique_indices=True)

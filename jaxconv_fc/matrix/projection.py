@@ -12,12 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.adjoint import sums_over_outputs
 from jaxconv_fc.arguments import Array, as_array, as_ints, resolve_layouts
 from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.dense import matrix_rows
 from jaxconv_fc.layout import inverse
 from jaxconv_fc.lines import gram
+from jaxconv_fc.matrix.dense import matrix_rows, sums_over_outputs
 from jaxconv_fc.numerics import (
     host_unit_scale,
     inexact,

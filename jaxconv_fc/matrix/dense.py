@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc import scatter, selects
 from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
-from jaxconv_fc.layout import grid, split_row
-from jaxconv_fc.layout import taps as kernel_taps
+from jaxconv_fc.matrix import scatter, selects
 from jaxconv_fc.memory import check_array, fits_in_memory
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, platform_forms, program
 from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
@@ -57,7 +55,9 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _matrix(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return _zeros_or(spec, _matrix_forms(spec), spec.shape, kernel)
+    if not spec.nse:
+        return jnp.zeros(spec.shape, kernel.dtype)
+    return by_platform(_matrix_forms(spec), jax.ShapeDtypeStruct(spec.shape, kernel.dtype), kernel)
 
 
 def _matrix_forms(spec: ConvSpec) -> PlatformForms:
@@ -65,9 +65,9 @@ def _matrix_forms(spec: ConvSpec) -> PlatformForms:
 
 
 def sum_forms(spec: ConvSpec, of: Callable[..., jax.Array] | None = None) -> PlatformForms:
-    """For every kernel entry, the sum over the entries of M that it fills: the transpose of as_matrix.
+    """The transpose of as_matrix: for every kernel entry, the sum of the entries of M that it fills.
 
-    Or the sum of ``of(entry, *constants)``, which is linear in the entry.
+    With ``of``, the sum of ``of(entry, *constants)``, a function that is linear in the entry.
     """
     back = Bound(_matrix_forms, (spec,)) if of is None else None
     given = (spec, of or _itself)
@@ -84,13 +84,18 @@ def _selected_sums(
     return selects.sums(spec, of(matrix, *constants))
 
 
-def _zeros_or(
-    spec: ConvSpec, form: PlatformForms, shape: tuple[int, int], kernel: jax.Array, *fixed: jax.Array
+def sums_over_outputs(
+    spec: ConvSpec,
+    matrix: jax.Array,
+    of: Callable[..., jax.Array] | None = None,
+    *constants: jax.Array,
 ) -> jax.Array:
-    """The form of a matrix that is linear in the kernel; zeros if it has no entries."""
-    if not spec.nse or not math.prod(shape):
-        return jnp.zeros(shape, kernel.dtype)
-    return by_platform(form, jax.ShapeDtypeStruct(shape, kernel.dtype), kernel, *fixed)
+    """For every kernel entry, the sum over the entries of M that it fills: of them, or of
+    ``of(entry, *constants)``, which is linear in the entry."""
+    if not spec.nse:
+        return jnp.zeros(spec.rhs_shape, matrix.dtype)
+    result = jax.ShapeDtypeStruct(spec.rhs_shape, matrix.dtype)
+    return by_platform(sum_forms(spec, of), result, matrix, *constants)
 
 
 def update_matrix(spec: ConvSpec, matrix: Array, kernel: Array) -> jax.Array:
@@ -209,15 +214,9 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
 
 @program
 def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = platform_forms(scatter.rows, _selected_rows, spec)
-    return _zeros_or(spec, form, (index.shape[0], spec.in_size), kernel, index)
-
-
-def _selected_rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    dims = (index.shape[0], *kernel_taps(spec))  # [n, p]
-    positions, d = split_row(spec, jnp.expand_dims(index, range(1, len(dims))))
-    reads = scatter.columns_read(spec, d, d * 0, positions, grid(dims, spec.index_dtype)[1:])
-    return selects.rows(spec, kernel, d.reshape(-1), jnp.broadcast_to(reads, dims))
+    if not spec.nse:
+        return jnp.zeros((len(index), spec.in_size), kernel.dtype)
+    return scatter.rows(spec, kernel, index)
 
 
 def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
@@ -253,14 +252,9 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
 
 @program
 def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    form = platform_forms(scatter.transposed_columns, _selected_columns, spec)
-    return _zeros_or(spec, form, (index.shape[0], spec.out_size), kernel, index)
-
-
-def _selected_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    at = scatter.entries(spec)  # [d, i, o, p]
-    reads = jnp.broadcast_to(at.columns, at.dims)[:, 0]  # [d, o, p]
-    return selects.transposed_columns(spec, kernel, index, reads)
+    if not spec.nse:
+        return jnp.zeros((len(index), spec.out_size), kernel.dtype)
+    return scatter.transposed_columns(spec, kernel, index)
 
 
 def _index(name: str, values: Any, shape: tuple[int, ...], spec: ConvSpec) -> tuple[jax.Array, jax.Array]:

@@ -1,1 +1,0 @@
-"""The matrix of a convolution without its zeros."""
