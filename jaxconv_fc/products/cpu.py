@@ -96,7 +96,7 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
             return fenced(partial(_sums_over_outputs, axes, call), x, y)
         if len(axes) > MOST_AXES:
             axis, *others = axes
-            taps = axis.kernel_gradient()  # its outputs are those of y
+            taps = axis.with_taps_as_outputs()  # its outputs are those of y
             x = _taps_as_channels(taps, x, call.groups)
             kernel = _undilated_gradient(others, x, y.reshape(-1, *y.shape[2:]), call)  # [p..., p*i, g*e]
             kernel = kernel.reshape(*kernel.shape[:-2], taps.taps, -1, kernel.shape[-1])
