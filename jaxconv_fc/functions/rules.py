@@ -196,39 +196,31 @@ def _conversion(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) ->
 def _bits(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """The bits of an integer as an integer with another sign, which is equal to it modulo 2**n."""
     before, after = operand_avals(eqn)[0], result_avals(eqn)[0]
-    both = jnp.issubdtype(before.dtype, jnp.integer) and jnp.issubdtype(after.dtype, jnp.integer)
-    if not both or before.shape != after.shape:
-        return linearizer.broken(eqn, f" from {before.dtype} to {after.dtype}")
-    return _IN_FIRST(linearizer, eqn, values)
+    if before.shape == after.shape and all(jnp.issubdtype(a.dtype, jnp.integer) for a in (before, after)):
+        return _IN_FIRST(linearizer, eqn, values)
+    return linearizer.broken(eqn, f" from {before.dtype} to {after.dtype}")
 
 
 def _not(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """``~x`` is ``-1 - x`` for integers."""
-    (x,), out = values, result_avals(eqn)[0]
-    if out.dtype == jnp.bool_:
+    if result_avals(eqn)[0].dtype == jnp.bool_:
         return linearizer.broken(eqn, " of booleans")
-    return [Value(-x.tangent, *compute_now(eval_eqn, eqn, [at_point(x, out)]))]
+    return [Value(-values[0].tangent, *compute_now(eval_eqn, eqn, operands_at_point(eqn, values)))]
 
 
 def _sort(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """The operands after the keys are permuted, in the order that the keys have."""
-    keys, axis = eqn.params["num_keys"], eqn.params["dimension"]
+    keys, axis, stable = (eqn.params[name] for name in ("num_keys", "dimension", "is_stable"))
     if any(isinstance(v, Value) for v in values[:keys]):
         return linearizer.broken(eqn)
-
-    def sort(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-        return list(lax.sort(operands, axis, is_stable=eqn.params["is_stable"], num_keys=keys))
-
-    positions = lax.broadcasted_iota(jnp.int32, operand_avals(eqn)[0].shape, axis)
-    order = compute_now(sort, eqn, [*values[:keys], positions])[-1]
-    primals = compute_now(eval_eqn, eqn, operands_at_point(eqn, values))
-
-    def permuted(v: Value, primal: Any) -> Value:
-        tangent = jnp.take_along_axis(v.tangent, order, axis, mode="promise_in_bounds")
-        return Value(tangent, None if is_zero(v) else primal)
-
-    pairs = zip(values, primals, strict=True)
-    return [permuted(v, primal) if isinstance(v, Value) else primal for v, primal in pairs]
+    inputs = [*values[:keys], lax.broadcasted_iota(jnp.int32, operand_avals(eqn)[0].shape, axis)]
+    order = compute_now(lambda _, operands: [*lax.sort(operands, axis, stable, keys)], eqn, inputs)[-1]
+    results = compute_now(eval_eqn, eqn, operands_at_point(eqn, values))
+    for i, v in enumerate(values):
+        if isinstance(v, Value):
+            tangent = jnp.take_along_axis(v.tangent, order, axis, mode="promise_in_bounds")
+            results[i] = Value(tangent, None if is_zero(v) else results[i])
+    return results
 
 
 def _psum(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -266,8 +258,7 @@ def _write(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 def _scan(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """A loop of known length, unrolled."""
     body, constants, carry, xs = open_scan(eqn, values)
-    carried = len(carry)
-    steps = range(eqn.params["length"])
+    carried, steps = len(carry), range(eqn.params["length"])
     ys: list[Any] = [None] * len(steps)  # [step][result]
     for i in reversed(steps) if eqn.params["reverse"] else steps:
         results = linearizer.run(body, [*constants, *carry, *(entry(v, i) for v in xs)])
