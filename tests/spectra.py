@@ -4,11 +4,12 @@ import geometries
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from environment import count
+import pytest
+from environment import count, numbers
 
 import jaxconv_fc as fc
 
-COUNT = count("GEOMETRIES", 3)
+every_number = pytest.mark.parametrize("number", numbers(count("GEOMETRIES", 3), 9))
 
 
 def conv(n, kernel, padding, mode="zeros", stride=1, **options):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from spectra import COUNT, drawn, svd
+from spectra import drawn, every_number, svd
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_bounds(run_seed, number, record_property):
     spec, kernel, _, _, name = drawn(run_seed, number)
     for dtype in (np.complex64, np.complex128) if np.iscomplexobj(kernel) else (np.float32, np.float64):
@@ -42,7 +42,7 @@ def adversaries(rng, shape):
     yield np.where(rng.random(shape) < 0.5, 1.0, -1.0) * 10.0 ** rng.integers(-6, 6, shape)
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_bounds_of_adversarial_kernels(run_seed, number):
     rng = np.random.default_rng([run_seed, number, 12])
     geometry = geometries.random_geometry(rng)

@@ -217,7 +217,8 @@ def test_all_rows_and_all_columns_and_traced_indices(geometry, rng):
         every = (f(spec, kernel, np.arange(n)) for f, n in zip(TAKE, matrix.shape, strict=True))
         return *every, fc.matrix_rows(spec, kernel, rows), fc.matrix_columns(spec, kernel, columns)
 
-    for got, want in zip(parts(kernel, *some), (matrix, matrix, matrix[some[0]], matrix[:, some[1]]), strict=True):
+    wanted = matrix, matrix, matrix[some[0]], matrix[:, some[1]]
+    for got, want in zip(parts(kernel, *some), wanted, strict=True):
         assert got.dtype == kernel.dtype
         np.testing.assert_array_equal(got, want)
 

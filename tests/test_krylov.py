@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from spectra import COUNT, conv, drawn, layer, svd
+from spectra import conv, drawn, every_number, layer, svd
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_largest_values(run_seed, number):
     spec, kernel, _, matrix, name = drawn(run_seed, number)
     values = svd(matrix)

@@ -27,8 +27,8 @@ from jaxconv_fc import products
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-EXECUTED = environment.count("GEOMETRIES", 7)
-EXPORTED = environment.count("GEOMETRIES", 3)
+EXECUTED = environment.numbers(environment.count("GEOMETRIES", 7), 21)
+EXPORTED = environment.numbers(environment.count("GEOMETRIES", 2), 7)
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
@@ -105,7 +105,7 @@ def test_native_products_of_every_dtype(dtype, native_forms, rng):
     check_products(CASES["dilated both ways"], dtype, rng)
 
 
-@pytest.mark.parametrize("number", range(EXECUTED))
+@pytest.mark.parametrize("number", EXECUTED)
 def test_native_products_of_random_geometries(number, native_forms, run_seed):
     rng = np.random.default_rng([run_seed, number])
     check_products(random_geometry(rng), (*FLOATS, *INTEGERS)[number % 14], rng)
@@ -433,7 +433,7 @@ def test_cuda_can_run_the_products(geometry, rng):
     assert not faults(program(of_both, operands), spec.pads_with_zeros)
 
 
-@pytest.mark.parametrize("number", range(EXPORTED))
+@pytest.mark.parametrize("number", EXPORTED)
 def test_cuda_can_run_every_public_function(number, run_seed):
     """Every function on every third geometry."""
     rng = np.random.default_rng([run_seed, number])

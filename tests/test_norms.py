@@ -4,14 +4,13 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from spectra import COUNT, drawn
+from spectra import drawn, every_number
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_norms(run_seed, number):
     spec, kernel, _, matrix, name = drawn(run_seed, number)
     sizes, scale = np.abs(matrix), np.linalg.norm(matrix)

@@ -71,7 +71,8 @@ def grid():
 
 GRID = list(grid())
 # Some of them in every run, all of them where many geometries are asked for.
-DRAWN = [GRID[i] for i in np.random.default_rng(SEED).permutation(len(GRID))[: count("GEOMETRIES", 20)]]
+_ORDER = [GRID[i] for i in np.random.default_rng(SEED).permutation(len(GRID))]
+DRAWN, REST = _ORDER[: count("GEOMETRIES", 20)], _ORDER[count("GEOMETRIES", 20) :]
 PADDED = [  # the boundary modes, which lax does not have: compared with the oracle
     Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
     for mode in MODES
@@ -148,23 +149,12 @@ def on_every_device(**parts):
     return parameterized.named_parameters(cases)
 
 
-@pytest.mark.platform
-class OnEveryDevice(chex.TestCase):
-    """Functions as they are called: jitted or not, with arrays on the device or of NumPy."""
+class Checked(chex.TestCase):
+    """What is checked of one function on one device."""
 
     def setUp(self):
         super().setUp()
         self.rng = np.random.default_rng(0)
-
-    @chex.variants(with_jit=True)
-    @on_every_device(geometry=named(DRAWN))
-    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
-        self.check_gradients(device, geometry)
-
-    @chex.variants(without_jit=True, with_device=True, without_device=True)
-    @on_every_device(geometry=named(GRID[::26]))
-    def test_apply_and_its_gradients_are_laxs_without_jit(self, device, geometry):
-        self.check_gradients(device, geometry)
 
     def check_gradients(self, device, geometry):
         """float32 at precision 'highest': values and both gradients, a whole batch at once."""
@@ -185,6 +175,32 @@ class OnEveryDevice(chex.TestCase):
         kernel_bound, x_bound = gradient_bounds(geometry, kernel, xs, ys, axis)
         chex.assert_trees_all_close(of_kernel, want_kernel, rtol=0, atol=kernel_bound)
         chex.assert_trees_all_close(of_xs, jnp.asarray(want_xs), rtol=0, atol=x_bound)
+
+
+@pytest.mark.platform
+@pytest.mark.long
+class RestOfTheGrid(Checked):
+    """The geometries that :class:`OnEveryDevice` has not drawn in this run."""
+
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named(REST or DRAWN[:1]))
+    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
+        self.check_gradients(device, geometry)
+
+
+@pytest.mark.platform
+class OnEveryDevice(Checked):
+    """Functions as they are called: jitted or not, with arrays on the device or of NumPy."""
+
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named(DRAWN))
+    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
+        self.check_gradients(device, geometry)
+
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
+    @on_every_device(geometry=named(GRID[::26]))
+    def test_apply_and_its_gradients_are_laxs_without_jit(self, device, geometry):
+        self.check_gradients(device, geometry)
 
     @chex.variants(with_jit=True)
     @on_every_device(geometry=named([*GRID[::4], *PADDED]))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from spectra import COUNT, conv, drawn, layer
+from spectra import conv, drawn, every_number, layer
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
@@ -15,7 +15,7 @@ import jaxconv_fc.spectrum as spectrum
 STEPS = 60
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_every_step_is_as_predicted(run_seed, number):
     """With ``v = sum c_i v_i`` of the singular vectors, ``u`` of step k is ``sum c_i sigma_i**(2k - 1) u_i``.
 

@@ -238,8 +238,9 @@ def mapped_group(group, check_vma, deal):
     args = [jnp.asarray(v if i in deal else v[0]) for i, v in enumerate(operands())]
     mapped = partial(jax.shard_map, mesh=mesh, in_specs=specs, check_vma=check_vma)
     want, gradients = expected(group, deal)
-    # The others use none of the operands that are distributed.
-    used = [name for name, made in want.items() if any(np.ptp(v, axis=0).any() for v in jax.tree.leaves(made))]
+    # Where all devices have one value, none of the operands that are distributed is used.
+    leaves = {name: jax.tree.leaves(made) for name, made in want.items()}
+    used = [name for name, made in leaves.items() if any(np.ptp(v, axis=0).any() for v in made)]
     functions = group.only(used).functions
 
     def local(values):
@@ -267,7 +268,7 @@ def mapped_group(group, check_vma, deal):
                 slopes[name] = jax.grad(mapped(loss, out_specs=jax.P()), argnums=(0, 1, 2))(*values)
         return slopes
 
-    if not used:
+    if not functions:
         return
     all_close(jax.jit(mapped(each, out_specs=jax.P("d")))(*args), want, label)
     all_close(jax.jit(differentiated)(*args), gradients, f"{label}, gradient")
