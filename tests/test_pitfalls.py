@@ -128,9 +128,10 @@ def check_against_truth(geometry, dtypes, rng):
         jax.tree.map(np.testing.assert_array_equal, program(given), want)
 
 
-@every_row
-def test_stacks_too(geometry, cpu_form, rng):
+@pytest.mark.parametrize("name", TABLE)
+def test_stacks_too(name, cpu_form, rng):
     """vmap over vectors and over kernels turns them into batched and grouped convolutions."""
+    geometry = TABLE[name][-1]
     spec = geometry.spec()
     sets = [arrays(geometry, rng, np.float32) for _ in range(2)]
     wants = [truth(geometry, *one) for one in sets]
