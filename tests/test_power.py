@@ -139,3 +139,12 @@ def test_a_cold_run_of_the_same_length_does_not():
     warm = spectrum.singular_triplet(spec, kernel, start=right, **once)
     cold = spectrum.singular_triplet(spec, kernel, start=jnp.ones_like(right) + right, **once)
     assert warm.residual <= 1e-6 * warm.value < cold.residual
+
+
+def test_a_step_on_zero_keeps_the_vector():
+    """M v = 0 has no direction."""
+    spec, kernel = layer()
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
+    sigma, after = spectrum.power_step(spec, jnp.zeros_like(kernel), v)
+    assert sigma == 0
+    np.testing.assert_array_equal(after, v)
