@@ -5,6 +5,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from handwritten import COMPILED
 
 from jaxconv_fc.products import cpu
 
@@ -21,9 +22,25 @@ _LENIENT = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
     "print_blob": True,
 }
-hypothesis.settings.register_profile("default", max_examples=12, **_LENIENT)
+hypothesis.settings.register_profile("default", max_examples=8, **_LENIENT)
 hypothesis.settings.register_profile("long", max_examples=2000, **_LENIENT)
 hypothesis.settings.load_profile(environment.HYPOTHESIS_PROFILE)
+
+
+MOST_PROGRAMS = 700  # that a process keeps
+_kept = 0  # how many programs had been compiled when they were last forgotten
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of ``pytest -n 2``: each file to one worker, which compiles what its tests share once. In the order of
+    collection, so that the small doctests come last and the workers end together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    if config.option.dist != "load":
+        return None
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_report_header():
@@ -34,19 +51,15 @@ def pytest_report_header():
     ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _forget_programs():
-    """Every geometry compiles programs of its own. Without this they would fill the memory."""
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture(autouse=True)
-def _forget_programs_of_random_geometries(request):
-    """Thousands of programs need more mappings than Linux allows a process: LLVM would crash."""
+def _forget_programs():
+    """A program takes 12 of the 65,530 mappings that Linux allows a process, and 2 MB of memory. Until there
+    are many, files share what they all compile: the operations of arrays that are not jitted."""
+    global _kept
     yield
-    if {"chunk", "number"} & set(request.fixturenames):
+    if len(COMPILED) - _kept > MOST_PROGRAMS:
         jax.clear_caches()
+        _kept = len(COMPILED)
 
 
 @pytest.fixture(params=["sums over taps", "convolutions"])

@@ -18,6 +18,8 @@ import secrets
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 # Most of the time would go into compiling thousands of small programs that run once.
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):  # others abort at a flag that they do not know
@@ -27,6 +29,12 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 SEED = int(os.environ.setdefault("JAXCONV_FC_SEED", str(secrets.randbits(32))))
 HYPOTHESIS_PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
 CASES = Path(os.environ["JAXCONV_FC_CASES"]) if "JAXCONV_FC_CASES" in os.environ else None
+
+
+def numbers(first, further):
+    """Random cases by number: those of every run, and as many further ones that ``-m long`` runs."""
+    long = (pytest.param(n, marks=pytest.mark.long) for n in range(first, first + further))
+    return [*range(first), *long]
 
 
 def count(of, default):

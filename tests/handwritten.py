@@ -21,16 +21,19 @@ def close(a, b, digits=12):
     np.testing.assert_allclose(a, b, rtol=0, atol=scale * 10.0**-digits)
 
 
+COMPILED: list[str] = []  # an entry for every program that this process has compiled
+
+
+def _note(event, duration, **_):
+    COMPILED.extend([event] * ("backend_compile" in event))
+
+
+monitoring.register_event_duration_secs_listener(_note)
+
+
 @contextmanager
 def compilations():
-    """The list of the programs that are compiled inside of the block, which they are appended to."""
-    programs = []
-
-    def note(event, duration, **_):
-        programs.extend([event] * ("backend_compile" in event))
-
-    monitoring.register_event_duration_secs_listener(note)
-    try:
-        yield programs
-    finally:
-        monitoring.clear_event_listeners()
+    """The list of the programs that are compiled inside of the block; it is filled at its end."""
+    programs, before = [], len(COMPILED)
+    yield programs
+    programs += COMPILED[before:]

@@ -116,9 +116,13 @@ AFFINE["scan"] = lambda x, scan=AFFINE["scan"]: scan(x)[0] + scan(x)[1].sum(0)[:
 @pytest.mark.parametrize("name", AFFINE)
 def test_matrix_of_is_the_jacobian_and_the_offset(name):
     fn = AFFINE[name]
-    matrix, offset = jax.jit(lambda: fc.matrix_of(fn, jax.ShapeDtypeStruct(X.shape, X.dtype)))()
-    close(matrix, jax.jit(jax.jacobian(fn))(X).reshape(-1, X.size))
-    close(matrix @ X.ravel() + offset, fn(X).ravel())
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    (matrix, offset), jacobian, value = map(
+        partial(jax.tree.map, np.asarray),
+        jax.jit(lambda x: (fc.matrix_of(fn, shape), jax.jacobian(fn)(x), fn(x)))(X),
+    )
+    close(matrix, jacobian.reshape(-1, X.size))
+    close(matrix @ np.ravel(X) + offset, value.ravel())
 
 
 @pytest.mark.parametrize("name", ["constant", "circular", "batch norm", "deep and narrow"])

@@ -42,28 +42,28 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
             close(spectrum.log_abs_det(spec, k), np.linalg.slogdet(matrix)[1])
 
 
-@pytest.mark.parametrize("most", [1, 2**7])
-def test_blocks_in_parts_are_the_blocks(most, monkeypatch):
+@pytest.mark.parametrize(("most", "groups", "dtype"), [(1, 1, complex), (2**7, 2, float)])
+def test_blocks_in_parts_are_the_blocks(most, groups, dtype, monkeypatch):
     """Many frequencies are made part by part, and the last part is filled up."""
     monkeypatch.setattr(blocks, "ENTRIES_AT_ONCE", most)
     jax.clear_caches()
     rng = np.random.default_rng(7)
-    for groups, dtype in ((2, float), (1, complex)):
-        shapes = (1, 4, 5, 6), (4, 4 // groups, 3, 2)
-        options = {"padding_mode": "circular", "feature_group_count": groups}
-        spec = fc.conv_spec(*shapes, (1, 1), "SAME", **options)
-        kernel = jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype))
-        matrix = oracle.matrix(kernel, spec)
-        values = svd(matrix)
-        np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-12)
-        want = np.linalg.slogdet(matrix)[1]
-        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-11)
+    shapes = (1, 4, 5, 6), (4, 4 // groups, 3, 2)
+    options = {"padding_mode": "circular", "feature_group_count": groups}
+    spec = fc.conv_spec(*shapes, (1, 1), "SAME", **options)
+    kernel = jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype))
+    matrix = oracle.matrix(kernel, spec)
+    values = svd(matrix)
+    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-12)
+    want = np.linalg.slogdet(matrix)[1]
+    np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-11)
+    if most > 1:  # the same parts
         lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
         assert lower <= values[0] * (1 + 1e-14)
         assert values[0] * (1 - 1e-14) <= upper < values[0] * 1.05
-        slope = jax.grad(lambda k, s=spec: spectrum.log_abs_det(s, k))(kernel.real)
-        inverse = jnp.linalg.inv(fc.as_matrix(spec, kernel.real))
-        np.testing.assert_allclose(slope, fc.matrix_vjp(spec, inverse.T), rtol=1e-9, atol=1e-10)
+    slope = jax.grad(lambda k: spectrum.log_abs_det(spec, k))(kernel.real)
+    inverse = np.linalg.inv(oracle.matrix(np.asarray(kernel.real), spec))
+    np.testing.assert_allclose(slope, oracle.matrix_gradient(inverse.T, spec), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,10 @@ def test_real_blocks_where_a_frequency_is_its_own_opposite(n, taps, stride, padd
     kernel = geometries.normals(np.random.default_rng(3), spec.rhs_shape, float)
     want = svd(oracle.matrix(kernel, spec))
     np.testing.assert_allclose(spectrum.singular_values(spec, kernel), want, rtol=0, atol=1e-12)
-    lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
-    assert lower * (1 - 1e-14) <= want[0] <= upper * (1 + 1e-14)
-    assert upper < want[0] * 1.05
+    if n in ((4, 6), (12,)):  # one of blocks of one position, one of longer ones
+        lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+        assert lower * (1 - 1e-14) <= want[0] <= upper * (1 + 1e-14)
+        assert upper < want[0] * 1.05
 
 
 def test_a_matrix_without_entries_is_exactly_zero():

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from spectra import COUNT, drawn, svd
+from spectra import drawn, every_number, svd
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_bounds(run_seed, number, record_property):
     spec, kernel, _, _, name = drawn(run_seed, number)
     for dtype in (np.complex64, np.complex128) if np.iscomplexobj(kernel) else (np.float32, np.float64):
@@ -42,7 +42,7 @@ def adversaries(rng, shape):
     yield np.where(rng.random(shape) < 0.5, 1.0, -1.0) * 10.0 ** rng.integers(-6, 6, shape)
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_bounds_of_adversarial_kernels(run_seed, number):
     rng = np.random.default_rng([run_seed, number, 12])
     geometry = geometries.random_geometry(rng)
@@ -85,17 +85,17 @@ def test_a_cover_one_short_would_wrap_into_the_matrix():
 def test_bounds_on_an_image_beyond_the_dense_size():
     """The covering circulants and the grid of frequencies, against the true value."""
     rng = np.random.default_rng(4)
-    for n, c in (((12, 12), 4), ((300,), 2), ((1100,), 1)):
-        for stride in (1, 2):
-            shape = (c, c, *[3] * len(n))
-            spec = fc.conv_spec((1, c, *n), shape, (stride,) * len(n), "SAME")
-            kernel = rng.standard_normal(shape)
-            top = svd(np.asarray(fc.as_matrix(spec, kernel)))[0]
-            lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
-            assert lower <= top <= upper < 1.06 * lower, (n, c, stride)
+    for n, c, stride in (((12, 12), 4, 1), ((300,), 2, 1), ((1100,), 1, 2)):
+        shape = (c, c, *[3] * len(n))
+        spec = fc.conv_spec((1, c, *n), shape, (stride,) * len(n), "SAME")
+        kernel = rng.standard_normal(shape)
+        gram = (matrix := oracle.matrix(kernel, spec)) @ matrix.T
+        top = np.linalg.eigvalsh(gram)[-1] ** 0.5
+        lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+        assert lower <= top * (1 + 1e-12) <= upper * (1 + 2e-12) < 1.06 * lower, (n, c, stride)
 
 
-@pytest.mark.parametrize("phase", np.linspace(0, np.pi / 16, 5))
+@pytest.mark.parametrize("phase", np.linspace(0, np.pi / 16, 3))
 def test_bounds_reach_between_the_frequencies_of_a_grid(phase):
     """A long axis has 32 frequencies per span: the peak of ``|1 + exp(i (phase + f))|`` is between two."""
     spec = fc.conv_spec((1, 1, 700), (1, 1, 2), (1,), "VALID")
@@ -116,7 +116,7 @@ def test_bounds_count_the_copies_of_a_boundary_mode(mode, copies):
 @pytest.mark.parametrize(("padding", "mode"), [("SAME", "circular"), ("VALID", "zeros"), ("SAME", "edge")])
 def test_bounds_hold_where_all_is_computed_in_single_precision(padding, mode):
     rng = np.random.default_rng(11)
-    for _ in range(8):
+    for _ in range(4):
         kernel = rng.random((3, 3, 3, 3)).astype(np.float32)
         with jax.enable_x64(False):
             spec = fc.conv_spec((1, 3, 6, 8), kernel.shape, (1, 1), padding, padding_mode=mode)

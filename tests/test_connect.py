@@ -249,7 +249,7 @@ def test_found_and_replaced_wherever_they_are(name):
     assert len(fc.find_convs(fn, *SHAPES)) == count
     connected = fc.fully_connected(fn)
     assert not fc.find_convs(connected, *SHAPES)
-    close(jit(connected)(X, K), jit(fn)(X, K))
+    close(*jit(lambda x, k: (connected(x, k), fn(x, k)))(X, K))
 
 
 @pytest.mark.parametrize("name", ["jit(custom_vjp(cond(scan)))", "custom_jvp", "apply"])
@@ -268,11 +268,13 @@ def test_gradients_flow_through_the_matrices_and_keep_custom_rules(name):
     def gradient(fn):
         return jax.grad(lambda x, k: jnp.sum(jnp.sin(fn(x, k))), (0, 1))
 
-    want = jit(gradient(fn))(X, K)
     assert fc.find_convs(gradient(fn), *SHAPES)
-    for got_fn in (gradient(fc.fully_connected(fn)), fc.fully_connected(gradient(fn))):
-        assert not fc.find_convs(got_fn, *SHAPES)
-        for got, expected in zip(jit(got_fn)(X, K), want, strict=True):
+    ways = gradient(fc.fully_connected(fn)), fc.fully_connected(gradient(fn))
+    for way in ways:
+        assert not fc.find_convs(way, *SHAPES)
+    want, *made = jit(lambda *a: [of(*a) for of in (gradient(fn), *ways)])(X, K)
+    for both in made:
+        for got, expected in zip(both, want, strict=True):
             close(got, expected, 11)
 
 
@@ -292,10 +294,13 @@ def test_forward_and_second_derivatives():
 def test_vmap_on_either_side(name):
     fn, _ = DEEP[name]
     xs = jnp.stack([X, 2 * X])
-    want = jit(jax.vmap(fn, (0, None)))(xs, K)
-    for mapped in (jax.vmap(fc.fully_connected(fn), (0, None)), fc.fully_connected(jax.vmap(fn, (0, None)))):
-        assert not fc.find_convs(mapped, jax.ShapeDtypeStruct(xs.shape, xs.dtype), SHAPES[1])
-        close(jit(mapped)(xs, K), want, 11)
+    mapped = jax.vmap(fn, (0, None))
+    ways = jax.vmap(fc.fully_connected(fn), (0, None)), fc.fully_connected(mapped)
+    for way in ways:
+        assert not fc.find_convs(way, jax.ShapeDtypeStruct(xs.shape, xs.dtype), SHAPES[1])
+    want, *made = jit(lambda *a: [of(*a) for of in (mapped, *ways)])(xs, K)
+    for got in made:
+        close(got, want, 11)
 
 
 # a trained network ------------------------------------------------------------------------------

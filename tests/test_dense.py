@@ -31,14 +31,23 @@ def test_no_case_is_empty_by_accident():
 # values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX, *INTEGERS, "bool"])
+@pytest.mark.parametrize("dtypes", [[*FLOATS, *COMPLEX], [*INTEGERS, "bool"]], ids=["inexact", "exact"])
 @pytest.mark.parametrize("name", ["strided, dilated, lopsided", "colliding"])
-def test_every_dtype(name, dtype, rng):
+def test_every_dtype(name, dtypes, rng):
+    """M, two rows and two columns: one program for several dtypes."""
     geometry = CASES[name]
-    kernel = integers(rng, geometry.rhs_shape, dtype)
-    matrix = fc.as_matrix(geometry.spec(), kernel)
-    assert matrix.dtype == kernel.dtype
-    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
+    kernels = [integers(rng, geometry.rhs_shape, dtype) for dtype in dtypes]
+
+    @jax.jit
+    def build(kernels):
+        spec = geometry.spec()
+        return [(fc.as_matrix(spec, k), *(f(spec, k, [1, 0]) for f in TAKE)) for k in kernels]
+
+    for kernel, made in zip(kernels, build(kernels), strict=True):
+        assert {v.dtype for v in made} == {kernel.dtype}
+        matrix = oracle.matrix(kernel, geometry)
+        for got, want in zip(made, (matrix, matrix[[1, 0]], matrix[:, [1, 0]]), strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8"])
@@ -101,12 +110,16 @@ def test_linear_in_the_kernel(geometry, rng):
     cotangent = integers(rng, oracle.matrix_shape(geometry), np.float64)
     want = oracle.matrix_gradient(cotangent, geometry)
 
-    matrix, pushed = jax.jvp(build, (kernel,), (tangent,))
+    @jax.jit
+    def derivatives(kernel, tangent, cotangent):
+        (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
+        gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(kernel)
+        return *jax.jvp(build, (kernel,), (tangent,)), pulled, gradient
+
+    matrix, pushed, pulled, gradient = derivatives(kernel, tangent, cotangent)
     np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
     np.testing.assert_array_equal(pushed, oracle.matrix(tangent, geometry))
-    (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
     np.testing.assert_array_equal(pulled, want)
-    gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(jnp.asarray(kernel))
     np.testing.assert_array_equal(gradient, want)
 
 
@@ -165,7 +178,7 @@ def test_affine_with_a_bias_per_channel(geometry, rng):
     np.testing.assert_array_equal((matrix @ x.ravel() + vector).reshape(spec.out_shape), want)
 
 
-@every_case
+@some_cases
 def test_affine_with_a_bias_map(geometry, rng):
     kernel, _, bias = arrays(geometry, rng, np.float32)
     _, vector = fc.as_affine(geometry.spec(), kernel, bias)
@@ -188,18 +201,26 @@ def test_affine_under_jit_vmap_and_grad(rng):
 # rows and columns ------------------------------------------------------------------------------------
 
 PARTS = {"rows": (fc.matrix_rows, 0), "columns": (fc.matrix_columns, 1)}
+TAKE = (fc.matrix_rows, fc.matrix_columns)
 both_parts = pytest.mark.parametrize("part", PARTS)
 
 
 @every_case
-@both_parts
-def test_all_rows_and_all_columns(part, geometry, rng):
-    take, axis = PARTS[part]
-    kernel = integers(rng, geometry.rhs_shape, np.float32)
+def test_all_rows_and_all_columns_and_traced_indices(geometry, rng):
+    """Static indices, and traced ones of which some are negative: one program."""
+    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float32)
     matrix = oracle.matrix(kernel, geometry)
-    got = take(geometry.spec(), kernel, np.arange(matrix.shape[axis]))
-    assert got.dtype == kernel.dtype
-    np.testing.assert_array_equal(got, matrix)
+    some = [rng.integers(-size, size, 4) if size else np.array([], int) for size in matrix.shape]
+
+    @jax.jit
+    def parts(kernel, rows, columns):
+        every = (f(spec, kernel, np.arange(n)) for f, n in zip(TAKE, matrix.shape, strict=True))
+        return *every, fc.matrix_rows(spec, kernel, rows), fc.matrix_columns(spec, kernel, columns)
+
+    wanted = matrix, matrix, matrix[some[0]], matrix[:, some[1]]
+    for got, want in zip(parts(kernel, *some), wanted, strict=True):
+        assert got.dtype == kernel.dtype
+        np.testing.assert_array_equal(got, want)
 
 
 INDICES = {
@@ -225,18 +246,6 @@ def test_kinds_of_indices(part, indices, rng):
     got = take(PLAIN.spec(), kernel, indices)
     assert got.shape == want.shape
     np.testing.assert_array_equal(got, want)
-
-
-@every_case
-@both_parts
-def test_traced_indices(part, geometry, rng):
-    take, axis = PARTS[part]
-    kernel = integers(rng, geometry.rhs_shape)
-    matrix = oracle.matrix(kernel, geometry)
-    size = matrix.shape[axis]
-    indices = rng.integers(-size, size, 4) if size else np.array([], int)
-    got = jax.jit(take)(geometry.spec(), kernel, indices)
-    np.testing.assert_array_equal(got, np.take(matrix, indices, axis=axis))
 
 
 @both_parts
@@ -265,20 +274,13 @@ def test_parts_are_linear_in_the_kernel(part, geometry, rng):
     def build(kernel):
         return take(geometry.spec(), kernel, indices)
 
-    np.testing.assert_array_equal(jax.linear_transpose(build, kernel)(cotangent)[0], want)
-    gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(jnp.asarray(kernel))
-    np.testing.assert_array_equal(gradient, want)
+    @jax.jit
+    def both(kernel, cotangent):
+        (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
+        return pulled, jax.grad(lambda k: (build(k) * cotangent).sum())(kernel)
 
-
-@pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX, *INTEGERS, "bool"])
-@both_parts
-def test_parts_in_every_dtype(part, dtype, rng):
-    take, axis = PARTS[part]
-    geometry = CASES["colliding"]
-    kernel = integers(rng, geometry.rhs_shape, dtype)
-    got = take(geometry.spec(), kernel, [1, 0])
-    assert got.dtype == kernel.dtype
-    np.testing.assert_array_equal(got, np.take(oracle.matrix(kernel, geometry), [1, 0], axis=axis))
+    for got in both(kernel, cotangent):
+        np.testing.assert_array_equal(got, want)
 
 
 @both_parts

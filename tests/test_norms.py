@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from geometries import MODES, random_axis
-from spectra import COUNT, drawn
+from spectra import drawn, every_number
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
@@ -16,7 +16,7 @@ from jaxconv_fc.lines import input_lines, output_lines
 from jaxconv_fc.spectrum import kinds
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_norms(run_seed, number):
     spec, kernel, _, matrix, name = drawn(run_seed, number)
     sizes, scale = np.abs(matrix), np.linalg.norm(matrix)

@@ -15,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from absl.testing import parameterized
+from environment import SEED, count
 from geometries import MODES, Geometry, arrays, integers, normals
 from jax import export, lax
 
@@ -69,13 +70,14 @@ def grid():
 
 
 GRID = list(grid())
+# Some of them in every run, all of them where many geometries are asked for.
+_ORDER = [GRID[i] for i in np.random.default_rng(SEED).permutation(len(GRID))]
+DRAWN, REST = _ORDER[: count("GEOMETRIES", 20)], _ORDER[count("GEOMETRIES", 20) :]
 PADDED = [  # the boundary modes, which lax does not have: compared with the oracle
     Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
     for mode in MODES
 ]
 number = itertools.count()
-DTYPES = {"float32": np.float32, "int32": np.int32}
-FLOATS = {"float32": "float32", "bfloat16": "bfloat16"}
 
 
 def identity(geometry):
@@ -147,23 +149,12 @@ def on_every_device(**parts):
     return parameterized.named_parameters(cases)
 
 
-@pytest.mark.platform
-class OnEveryDevice(chex.TestCase):
-    """Functions as they are called: jitted or not, with arrays on the device or of NumPy."""
+class Checked(chex.TestCase):
+    """What is checked of one function on one device."""
 
     def setUp(self):
         super().setUp()
         self.rng = np.random.default_rng(0)
-
-    @chex.variants(with_jit=True)
-    @on_every_device(geometry=named(GRID))
-    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
-        self.check_gradients(device, geometry)
-
-    @chex.variants(without_jit=True, with_device=True, without_device=True)
-    @on_every_device(geometry=named(GRID[::13]))
-    def test_apply_and_its_gradients_are_laxs_without_jit(self, device, geometry):
-        self.check_gradients(device, geometry)
 
     def check_gradients(self, device, geometry):
         """float32 at precision 'highest': values and both gradients, a whole batch at once."""
@@ -185,29 +176,58 @@ class OnEveryDevice(chex.TestCase):
         chex.assert_trees_all_close(of_kernel, want_kernel, rtol=0, atol=kernel_bound)
         chex.assert_trees_all_close(of_xs, jnp.asarray(want_xs), rtol=0, atol=x_bound)
 
+
+@pytest.mark.platform
+@pytest.mark.long
+class RestOfTheGrid(Checked):
+    """The geometries that :class:`OnEveryDevice` has not drawn in this run."""
+
     @chex.variants(with_jit=True)
-    @on_every_device(geometry=named([*GRID[::4], *PADDED]), dtype=DTYPES)
-    def test_the_matrix_and_its_parts(self, device, geometry, dtype):
-        """Scatters must give the same entries everywhere, float and integer."""
-        self.check_matrix(device, geometry, dtype)
+    @on_every_device(geometry=named(REST or DRAWN[:1]))
+    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
+        self.check_gradients(device, geometry)
+
+
+@pytest.mark.platform
+class OnEveryDevice(Checked):
+    """Functions as they are called: jitted or not, with arrays on the device or of NumPy."""
+
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named(DRAWN))
+    def test_apply_and_its_gradients_are_laxs(self, device, geometry):
+        self.check_gradients(device, geometry)
 
     @chex.variants(without_jit=True, with_device=True, without_device=True)
-    @on_every_device(geometry=named(GRID[::19]), dtype=DTYPES)
-    def test_the_matrix_and_its_parts_without_jit(self, device, geometry, dtype):
-        self.check_matrix(device, geometry, dtype)
+    @on_every_device(geometry=named(GRID[::26]))
+    def test_apply_and_its_gradients_are_laxs_without_jit(self, device, geometry):
+        self.check_gradients(device, geometry)
 
-    def check_matrix(self, device, geometry, dtype):
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named([*GRID[::4], *PADDED]))
+    def test_the_matrix_and_its_parts(self, device, geometry):
+        """Scatters must give the same entries everywhere, float and integer."""
+        self.check_matrix(device, geometry)
+
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
+    @on_every_device(geometry=named(GRID[::26]))
+    def test_the_matrix_and_its_parts_without_jit(self, device, geometry):
+        self.check_matrix(device, geometry)
+
+    def check_matrix(self, device, geometry):
         spec = geometry.spec()
 
-        def build(kernel):
-            rows, columns = (part(spec, kernel, [1, -1]) for part in (fc.matrix_rows, fc.matrix_columns))
-            return fc.as_matrix(spec, kernel), rows, columns
+        def build(kernels):
+            return [
+                (fc.as_matrix(spec, k), fc.matrix_rows(spec, k, [1, -1]), fc.matrix_columns(spec, k, [1, -1]))
+                for k in kernels
+            ]
 
-        kernel = integers(self.rng, geometry.rhs_shape, dtype)
-        want = oracle.matrix(kernel, geometry)
+        kernels = [integers(self.rng, geometry.rhs_shape, dtype) for dtype in (np.float32, np.int32)]
         with jax.default_device(device):
-            got = self.variant(build)(kernel)
-        chex.assert_trees_all_close(got, (want, want[[1, -1]], want[:, [1, -1]]), rtol=0, atol=0)
+            made = self.variant(build)(kernels)
+        for kernel, got in zip(kernels, made, strict=True):
+            want = oracle.matrix(kernel, geometry)
+            chex.assert_trees_all_close(got, (want, want[[1, -1]], want[:, [1, -1]]), rtol=0, atol=0)
 
     @chex.variants(with_jit=True, without_jit=True)
     @on_every_device(geometry=named(GRID[:2]))
@@ -220,19 +240,20 @@ class OnEveryDevice(chex.TestCase):
         want = 0.01 * oracle.product(x, kernel, geometry)
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
-    @chex.variants(with_jit=True, without_jit=True)
-    @on_every_device(geometry=named([*GRID[::9], *PADDED]), dtype=FLOATS)
-    def test_products_against_the_oracle(self, device, geometry, dtype):
+    @chex.variants(with_jit=True)
+    @on_every_device(geometry=named([*GRID[::9], *PADDED]))
+    def test_products_against_the_oracle(self, device, geometry):
         spec = geometry.spec()
-        kernel, x, y = arrays(geometry, self.rng, dtype, normals)
+        ahead_of, back_of = (partial(f, spec, precision="highest") for f in (fc.apply, fc.apply_transpose))
+        given = [arrays(geometry, self.rng, dtype, normals) for dtype in ("float32", "bfloat16")]
         with jax.default_device(device):
-            ahead = self.variant(partial(fc.apply, spec, precision="highest"))(kernel, x)
-            back = self.variant(partial(fc.apply_transpose, spec, precision="highest"))(kernel, y)
-        chex.assert_shape((ahead, back), (spec.out_shape, spec.in_shape))
-        oracle.assert_product(ahead, kernel, x, geometry)
-        oracle.assert_transpose_product(back, kernel, y, geometry)
+            made = self.variant(lambda given: [(ahead_of(k, x), back_of(k, y)) for k, x, y in given])(given)
+        for (kernel, x, y), (ahead, back) in zip(given, made, strict=True):
+            chex.assert_shape((ahead, back), (spec.out_shape, spec.in_shape))
+            oracle.assert_product(ahead, kernel, x, geometry)
+            oracle.assert_transpose_product(back, kernel, y, geometry)
 
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @chex.variants(without_jit=True, with_device=True, without_device=True)
     @on_every_device(verb={name: name for name in VERBS}, layer={name: name for name in ("plain", "reflect")})
     def test_every_verb(self, device, verb, layer):
         """Whole numbers: values must be those of the oracle's matrix."""
@@ -289,21 +310,24 @@ def exported(verb, geometry, inputs):
     return program
 
 
+def of_all(verbs):
+    """All of them as one program."""
+    return lambda *operands: {name: verb(*operands) for name, verb in verbs.items()}
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 @pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
-@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
-def test_every_verb_exports_for_all_platforms(verb, geometry, dtype, rng):
-    inputs = arrays(geometry, rng, dtype)
-    program = exported(verb, geometry, inputs)
+def test_every_verb_exports_for_all_platforms(geometry, dtype, rng):
+    inputs, verbs = arrays(geometry, rng, dtype), of_all(VERBS)
+    program = exported(verbs, geometry, inputs)
     if dtype is np.float32:
-        here = jax.jit(verb)(geometry.spec(), *inputs)
+        here = jax.jit(verbs)(geometry.spec(), *inputs)
         chex.assert_trees_all_close(program.call(*inputs), here, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
-@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
-def test_gradients_export_for_all_platforms(verb, geometry, rng):
+def test_gradients_export_for_all_platforms(geometry, rng):
     inputs = arrays(geometry, rng, np.float32)
-    pulled = gradients(verb)
+    pulled = of_all({name: gradients(verb) for name, verb in VERBS.items()})
     here = jax.jit(pulled)(geometry.spec(), *inputs)
     chex.assert_trees_all_close(exported(pulled, geometry, inputs).call(*inputs), here, rtol=0, atol=0)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from spectra import COUNT, conv, drawn, layer
+from spectra import conv, drawn, every_number, layer
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
@@ -15,7 +15,7 @@ import jaxconv_fc.spectrum as spectrum
 STEPS = 60
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_every_step_is_as_predicted(run_seed, number):
     """With ``v = sum c_i v_i`` of the singular vectors, ``u`` of step k is ``sum c_i sigma_i**(2k - 1) u_i``.
 
@@ -139,3 +139,12 @@ def test_a_cold_run_of_the_same_length_does_not():
     warm = spectrum.singular_triplet(spec, kernel, start=right, **once)
     cold = spectrum.singular_triplet(spec, kernel, start=jnp.ones_like(right) + right, **once)
     assert warm.residual <= 1e-6 * warm.value < cold.residual
+
+
+def test_a_step_on_zero_keeps_the_vector():
+    """M v = 0 has no direction."""
+    spec, kernel = layer()
+    v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))
+    sigma, after = spectrum.power_step(spec, jnp.zeros_like(kernel), v)
+    assert sigma == 0
+    np.testing.assert_array_equal(after, v)

@@ -65,18 +65,31 @@ def test_no_case_is_empty_by_accident():
 # values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["int32", "float32", "complex128"])
-@every_case
-def test_products_are_the_oracles(geometry, dtype, cpu_form, rng):
-    """Whole numbers, so both are exact in every dtype."""
+def in_every_dtype(geometry, given, **options):
+    """Both products of every ``(kernel, x, y)``, as one program."""
     spec = geometry.spec()
-    kernel, x, y = arrays(geometry, rng, dtype)
-    ahead, back = fc.apply(spec, kernel, x), fc.apply_transpose(spec, kernel, y)
-    assert ahead.dtype == back.dtype == kernel.dtype
-    assert ahead.shape == spec.out_shape
-    assert back.shape == spec.in_shape
-    np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
-    np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
+
+    def products(given):
+        return [
+            (fc.apply(spec, kernel, x, **options), fc.apply_transpose(spec, kernel, y, **options))
+            for kernel, x, y in given
+        ]
+
+    made = jax.jit(products)(given)
+    for (kernel, _, _), (ahead, back) in zip(given, made, strict=True):
+        assert ahead.dtype == back.dtype == kernel.dtype
+        assert ahead.shape == spec.out_shape
+        assert back.shape == spec.in_shape
+    return made
+
+
+@every_case
+def test_products_are_the_oracles(geometry, cpu_form, rng):
+    """Whole numbers, so both are exact in every dtype."""
+    given = [arrays(geometry, rng, dtype) for dtype in ("int32", "float32", "complex128")]
+    for (kernel, x, y), (ahead, back) in zip(given, in_every_dtype(geometry, given), strict=True):
+        np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
+        np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
 
 
 @pytest.mark.parametrize("most", [0, 10**6], ids=["products of matrices", "one loop"])
@@ -101,19 +114,20 @@ def test_copies_are_added_to_their_sources(platform, low, high, mode, rng):
     x = integers(rng, (2, axis.padded_size, 3), np.float64)
     want = np.zeros((2, 5, 3))
     np.add.at(want, (slice(None), axis.source(np.arange(axis.padded_size))), x)
-    np.testing.assert_array_equal(PLATFORMS[platform].fold(axis, jnp.asarray(x), 1), want)
+    fold = PLATFORMS[platform].fold
+    np.testing.assert_array_equal(jax.jit(lambda x: fold(axis, x, 1))(x), want)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"])
+FLOATS = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
+
 @some_cases
-def test_rounding_stays_within_its_bound(geometry, dtype, cpu_form, rng):
-    spec = geometry.spec()
-    kernel, x, y = arrays(geometry, rng, dtype, normals)
-    ahead = fc.apply(spec, kernel, x, precision="highest")
-    back = fc.apply_transpose(spec, kernel, y, precision="highest")
-    assert ahead.dtype == back.dtype == kernel.dtype
-    oracle.assert_product(ahead, kernel, x, geometry)
-    oracle.assert_transpose_product(back, kernel, y, geometry)
+def test_rounding_stays_within_its_bound(geometry, cpu_form, rng):
+    given = [arrays(geometry, rng, dtype, normals) for dtype in FLOATS]
+    made = in_every_dtype(geometry, given, precision="highest")
+    for (kernel, x, y), (ahead, back) in zip(given, made, strict=True):
+        oracle.assert_product(ahead, kernel, x, geometry)
+        oracle.assert_transpose_product(back, kernel, y, geometry)
 
 
 @given(geometries(), seeds)
@@ -247,14 +261,22 @@ def test_vmap_over_vectors_kernels_and_both(geometry, name, rng):
     function, truth, _ = pair(geometry)[name]
     sets = [setting(geometry, name, rng, np.float32)[1:3] for _ in range(3)]
     kernels, vectors = (np.stack(a) for a in zip(*sets, strict=True))
-    for in_axes in ((None, 0), (0, None), (0, 0)):
-        arguments = [a if axis == 0 else a[0] for a, axis in zip((kernels, vectors), in_axes, strict=True)]
+    axes = ((None, 0), (0, None), (0, 0))
+
+    @jax.jit
+    def mapped(kernels, vectors):
+        first = kernels[0], vectors[0]
+        given = [[v if a == 0 else one for v, a, one in zip((kernels, vectors), in_axes, first, strict=True)]
+                 for in_axes in axes]  # fmt: skip
+        return [jax.vmap(function, in_axes)(*two) for in_axes, two in zip(axes, given, strict=True)]
+
+    for in_axes, got in zip(axes, mapped(kernels, vectors), strict=True):
         want = [
             truth(vectors[i if in_axes[1] == 0 else 0], kernels[i if in_axes[0] == 0 else 0], geometry)
             for i in range(3)
         ]
-        np.testing.assert_array_equal(jax.vmap(function, in_axes)(*arguments), want)
-        np.testing.assert_array_equal(jax.jit(jax.vmap(function, in_axes))(*arguments), want)
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(jax.vmap(function)(kernels, vectors), want)  # and without jit
 
 
 @both
@@ -289,10 +311,10 @@ def test_grad_of_vmap_and_vmap_of_grad(geometry, name, rng):
 
     each = [truth(v, c) for v, c in zip(vectors, cotangents, strict=True)]
     back = [adjoint(c, kernel, geometry) for c in cotangents]
-    of_kernel, of_vectors = jax.grad(total, (0, 1))(jnp.asarray(kernel), jnp.asarray(vectors))
+    of_kernel, of_vectors = jax.jit(jax.grad(total, (0, 1)))(kernel, vectors)
     np.testing.assert_array_equal(of_kernel, sum(each))
     np.testing.assert_array_equal(of_vectors, back)
-    per_example = jax.vmap(jax.grad(loss, (0, 1)), (None, 0, 0))(kernel, vectors, cotangents)
+    per_example = jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0, 0)))(kernel, vectors, cotangents)
     np.testing.assert_array_equal(per_example[0], each)
     np.testing.assert_array_equal(per_example[1], back)
 
@@ -315,9 +337,9 @@ def test_gradient_of_the_operand_that_a_vmap_shares(geometry, name, rng):
         return oracle.kernel_gradient(*((v, c) if name == "apply" else (c, v)), geometry)
 
     shared_vector = sum(adjoint(c, k, geometry) for k, c in zip(kernels, cotangents, strict=True))
-    np.testing.assert_array_equal(jax.grad(of_vector)(jnp.asarray(vectors[0])), shared_vector)
+    np.testing.assert_array_equal(jax.jit(jax.grad(of_vector))(vectors[0]), shared_vector)
     shared_kernel = sum(kernel_gradient(v, c) for v, c in zip(vectors, cotangents, strict=True))
-    np.testing.assert_array_equal(jax.grad(of_kernel)(jnp.asarray(kernels[0])), shared_kernel)
+    np.testing.assert_array_equal(jax.jit(jax.grad(of_kernel))(kernels[0]), shared_kernel)
 
 
 def test_vmap_over_an_empty_batch():
@@ -342,11 +364,15 @@ def test_inside_scan_fori_loop_and_while_loop(geometry, rng):
     def step(x):
         return fc.apply_transpose(spec, kernel, fc.apply(spec, kernel, x)) % 7
 
-    scanned, _ = lax.scan(lambda carry, _: (step(carry), None), x, None, length=3)
-    np.testing.assert_array_equal(scanned, want)
-    np.testing.assert_array_equal(lax.fori_loop(0, 3, lambda _, carry: step(carry), x), want)
-    count, looped = lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, step(c[1])), (0, x))
-    np.testing.assert_array_equal(looped, want)
+    @jax.jit
+    def loops(x):
+        scanned, _ = lax.scan(lambda carry, _: (step(carry), None), x, None, length=3)
+        counted = lax.fori_loop(0, 3, lambda _, carry: step(carry), x)
+        return scanned, counted, lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, step(c[1])), (0, x))
+
+    scanned, counted, (count, looped) = loops(x)
+    for got in (scanned, counted, looped):
+        np.testing.assert_array_equal(got, want)
     assert count == 3
 
 
@@ -381,20 +407,16 @@ def test_under_checkpoint_and_cond(name, rng):
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
-@pytest.mark.parametrize("dtype", INTEGERS)
-@both
 @some_cases
-def test_integers_are_exact_and_wrap(geometry, name, dtype, rng):
+def test_integers_are_exact_and_wrap(geometry, rng):
     """Arithmetic modulo 2**bits, as NumPy's: large entries, so that narrow types wrap."""
-    shapes = [a.shape for a in arrays(geometry, rng)]
-    limits = np.iinfo(dtype)
-    kernel, x, y = (rng.integers(limits.min, limits.max, shape, dtype, True) for shape in shapes)
-    vector = x if name == "apply" else y
-    function, truth, _ = pair(geometry)[name]
-    got = function(kernel, vector)
-    assert got.dtype == np.dtype(dtype)
-    modulo_2_64 = truth(vector.astype(np.uint64), kernel.astype(np.uint64), geometry)
-    np.testing.assert_array_equal(got, modulo_2_64.astype(dtype))
+    shapes, limits = [a.shape for a in arrays(geometry, rng)], map(np.iinfo, INTEGERS)
+    given = [[rng.integers(i.min, i.max, shape, i.dtype, True) for shape in shapes] for i in limits]
+    for operands, (ahead, back) in zip(given, in_every_dtype(geometry, given), strict=True):
+        kernel, x, y = (v.astype(np.uint64) for v in operands)  # modulo 2**64
+        np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry).astype(ahead.dtype))
+        want = oracle.transpose_product(y, kernel, geometry)
+        np.testing.assert_array_equal(back, want.astype(back.dtype))
 
 
 @both
@@ -403,12 +425,12 @@ def test_the_integer_adjoint_is_a_number(geometry, name, rng):
     """Where JAX's own convolution would silently return float0."""
     function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng, np.int32)
     _, _, adjoint = pair(geometry)[name]
-    (got,) = jax.linear_transpose(partial(function, kernel), vector)(cotangent)
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, adjoint(cotangent, kernel, geometry))
-    (got,) = jax.linear_transpose(lambda k: function(k, vector), kernel)(cotangent)
-    assert got.dtype == np.int32
-    np.testing.assert_array_equal(got, kernel_bar)
+    to_vector = jax.linear_transpose(partial(function, kernel), vector)
+    to_kernel = jax.linear_transpose(lambda k: function(k, vector), kernel)
+    made = jax.jit(lambda c: (*to_vector(c), *to_kernel(c)))(cotangent)
+    for got, want in zip(made, (adjoint(cotangent, kernel, geometry), kernel_bar), strict=True):
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, want)
 
 
 @both
@@ -417,8 +439,8 @@ def test_complex_gives_the_plain_transpose(geometry, name, rng):
     """No conjugate anywhere: M^T and the kernel gradient are bilinear, not sesquilinear."""
     function, kernel, vector, cotangent, kernel_bar = setting(geometry, name, rng, np.complex64)
     _, _, adjoint = pair(geometry)[name]
-    _, pull = jax.vjp(function, kernel, vector)
-    got_kernel, got_vector = pull(jnp.asarray(cotangent))
+    pulled = jax.jit(lambda k, v, c: jax.vjp(function, k, v)[1](c))
+    got_kernel, got_vector = pulled(kernel, vector, cotangent)
     np.testing.assert_array_equal(got_vector, adjoint(cotangent, kernel, geometry))
     np.testing.assert_array_equal(got_kernel, kernel_bar)
 
@@ -434,13 +456,15 @@ def test_the_conjugate_transpose(rng):
 
 @pytest.mark.parametrize("precision", [None, "default", "highest", lax.Precision.HIGHEST])
 @both
-@some_cases
-def test_precision_is_passed_on(geometry, name, precision, rng):
+@pytest.mark.parametrize("case", ["dilated both ways", "grouped", "reflect"])
+def test_precision_is_passed_on(case, name, precision, rng):
     """The numbers are the same on CPU, and the program names the precision, forward and in both gradients."""
+    geometry = CASES[case]
     function, kernel, vector, cotangent, _ = setting(geometry, name, rng, np.float32)
     truth = pair(geometry)[name][1]
     function = partial(function, precision=precision)
-    np.testing.assert_array_equal(function(kernel, vector), truth(vector, kernel, geometry))
+    if case == "grouped":
+        np.testing.assert_array_equal(function(kernel, vector), truth(vector, kernel, geometry))
 
     def both_ways(kernel, vector):
         value, pull = jax.vjp(function, kernel, vector)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from environment import count
+from environment import count, numbers
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
-COUNT = count("GEOMETRIES", 2)
+NUMBERS = numbers(count("GEOMETRIES", 2), 4)  # float32 and float64 in turn
 SPREAD = {"float32": (-120, -63, 1, 62, 120), "float64": (-1000, -520, 1, 515, 1000)}
 
 
@@ -88,7 +88,7 @@ def assert_scaled(got, want, exponent, name):
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-@pytest.mark.parametrize("number", range(COUNT))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_the_law_of_scale(run_seed, number, law):
     """float32 without x64, where nothing is widened on the way."""
     dtype = ("float32", "float64")[number % 2]

@@ -7,13 +7,13 @@ import numpy as np
 import oracle
 import pytest
 from jax.test_util import check_grads
-from spectra import COUNT, drawn, layer, svd
+from spectra import drawn, every_number, layer, svd
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_inverses(run_seed, number):
     spec, kernel, y, matrix, name = drawn(run_seed, number)
     values = svd(matrix)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from environment import CASES
-from spectra import COUNT, conv, drawn, svd
+from spectra import conv, drawn, every_number, svd
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
@@ -94,7 +94,7 @@ def test_closed_forms_of_a_file():
             np.testing.assert_allclose(np.exp(logarithm), abs(case["det"]), rtol=1e-9)
 
 
-@pytest.mark.parametrize("number", range(COUNT))
+@every_number
 def test_values(run_seed, number):
     spec, kernel, _, matrix, name = drawn(run_seed, number)
     values = svd(matrix)
