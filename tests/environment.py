@@ -8,6 +8,9 @@ JAXCONV_FC_KERNELS=50        random kernels whose gradients are compared with an
 JAXCONV_FC_PROGRAMS=2000     random programs that are compared with jax.jacobian
 JAXCONV_FC_NETWORKS=300      random networks that are sampled inside their radius
 JAXCONV_FC_MODES=1           each mode of JAX alone, for every public function, its vmap and its gradient
+JAXCONV_FC_DTYPES=8          so many dtypes of each kind, or all that there are, for every function of arrays;
+                             without it one, for a function of each row of the table in docs/start.md
+JAXCONV_FC_NORMS=300         random geometries whose norms are compared, in twelve dtypes by turns
 JAXCONV_FC_CASES=folder      cases computed elsewhere: closed_forms.json, and layers of trained networks in
                              realnet_*.json with realnet_*.npz; without it their tests are skipped
 XLA_FLAGS=                   programs optimised as users run them, which takes longer

@@ -115,6 +115,7 @@ TABLE = {
     "apply_transpose": smooth(lambda s, k, x, y: fc.apply_transpose(s, k, y)),
     "kernel_vjp": smooth(lambda s, k, x, y: fc.kernel_vjp(s, x, y)),
     "batched_apply": smooth(lambda s, k, x, y: fc.batched_apply(s, k, jnp.stack([x, -x]))),
+    "conv_general_dilated": smooth(lambda s, k, x, y: fc.conv_general_dilated(x[None], k, (1,), "SAME")),
     "as_linear_operator": smooth(lambda s, k, x, y: fc.as_linear_operator(s, k).mv(x)),
     # transpose and gradients
     "transpose": smooth(lambda s, k, x, y: fc.transpose(s, k)[1]),
@@ -128,6 +129,7 @@ TABLE = {
     # any function of JAX
     "find_convs": host(lambda s, k, x, y: str([(c.spec, c.times) for c in fc.find_convs(layer(s, k), x)])),
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),
+    "with_products": smooth(lambda s, k, x, y: fc.with_products(layer(s, k))(x)),
     "matrix_of": smooth(lambda s, k, x, y: fc.matrix_of(linear(s, k), x)),
     "local_affine": smooth(lambda s, k, x, y: tuple(fc.local_affine(layer(s, k), x))),
     # to see

@@ -30,26 +30,22 @@ KINDS = {
     "float8": [str(d) for d in sorted(DTYPES, key=str) if "float8" in str(d)],
 }
 MOST = count("NORMS", 6)  # random geometries whose norms are compared, in all dtypes in turn
-EVERY = count("DTYPES", 1)  # dtypes of each kind
+EVERY = count("DTYPES", 0)  # dtypes of each kind, for every function; 0: one, for a function of each row
 # Of functions of JAX the function decides. The others take no array of numbers, or only compare and draw.
 NO_ARRAYS = {
     *(name for name in functions.TABLE if name.startswith(("neurons.", "testing.", "show."))),
-    "conv_spec", "row_block", "format_matrix", "find_convs", "fully_connected", "matrix_of", "local_affine",
-    "spectrum.start_vector",
+    "conv_spec", "row_block", "format_matrix", "find_convs", "fully_connected", "with_products", "matrix_of",
+    "local_affine", "spectrum.start_vector",
 }  # fmt: skip
 
 
 def table():
-    """The table of the page: function -> kind of dtype -> cell."""
+    """The table of the page, row by row: the functions, and kind of dtype -> cell."""
     text = (Path(__file__).parent.parent / "docs" / "start.md").read_text()
     lines = text.split("<!-- dtypes -->")[1].strip().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     kinds = [re.sub(r" \(.*", "", cell) for cell in cells[0][1:]]
-    return {
-        name: dict(zip(kinds, row[1:], strict=True))
-        for row in cells[2:]
-        for name in re.findall(r"`([\w.]+)`", row[0])
-    }
+    return [(re.findall(r"`([\w.]+)`", row[0]), dict(zip(kinds, row[1:], strict=True))) for row in cells[2:]]
 
 
 def distance(spec, kernel, x, y):
@@ -120,14 +116,19 @@ def names():
     return [name for name in functions.TABLE if name not in NO_ARRAYS]
 
 
+def test_the_table_of_dtypes_has_every_function_once():
+    assert sorted(name for row, _ in table() for name in row) == sorted(names())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_of_dtypes_holds(kind, run_seed):
-    cells = table()
-    assert set(cells) == set(names())
+    """The functions are drawn alike for all kinds, which share the programs of the references."""
     rng = np.random.default_rng(run_seed)
-    for dtype in rng.permutation(KINDS[kind])[:EVERY]:
-        for name in names():
-            check(name, str(dtype), cells[name][kind])
+    drawn = [(row if EVERY else [str(rng.choice(row))], cells[kind]) for row, cells in table()]
+    for dtype in rng.permutation(KINDS[kind])[: EVERY or 1]:
+        for row, cell in drawn:
+            for name in row:
+                check(name, str(dtype), cell)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8", "int16"])

@@ -95,6 +95,16 @@ def test_distances_in_half_precision_do_not_overflow(dtype):
     assert fc.conv_distance(spec, matrix) == 1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_detection_in_half_precision_keeps_entries_a_twentieth_of_the_largest(dtype):
+    """64 roundings of bfloat16 are a half: smaller entries counted as 0, and two channels as two groups."""
+    spec = fc.conv_spec((1, 2, 4), (2, 2, 3), (1,), "SAME")
+    kernel = jnp.array([[[1, 20, 3], [4, 1, 1]], [[2, 3, 1], [1, 20, 2]]], dtype)
+    found, got = fc.detect_conv(fc.as_matrix(spec, kernel), spec.in_shape, spec.out_shape)
+    assert found == spec
+    np.testing.assert_array_equal(got, kernel)
+
+
 def test_neither_projection_nor_distance_makes_a_second_matrix():
     spec = fc.conv_spec((1, 4, 40, 40), (4, 4, 3, 3), (1, 1), "SAME")
     like = jax.ShapeDtypeStruct(spec.shape, jnp.float32)

@@ -170,7 +170,7 @@ def detect_conv(
       dimension_numbers: layouts with a batch, as in ``lax.conv_general_dilated``, such as
         ``("NHWC", "HWIO", "NHWC")``. The spec and the kernel that are returned have them.
       tol: largest relative distance, and largest relative difference of entries that count as equal;
-        by default a small multiple of the rounding of the dtype.
+        by default 64 times the rounding of the dtype, and 1/64 at most (bfloat16, float16).
 
     Returns:
       ``(spec, kernel)`` with ``as_matrix(spec, kernel)`` equal to the matrix within ``tol``, or None.
@@ -220,8 +220,8 @@ def nearest_conv(
       matrix: concrete array of shape ``(prod(out_shape), prod(in_shape))``. It is inspected on the host.
       in_shape, out_shape: shapes of an input and an output, as in :func:`detect_conv`.
       dimension_numbers: layouts with a batch, as in :func:`detect_conv`.
-      tol: largest relative difference of entries that count as equal; by default a small multiple of the
-        rounding of the dtype.
+      tol: largest relative difference of entries that count as equal; by default as in
+        :func:`detect_conv`.
 
     Returns:
       A :class:`ConvSpec`, a kernel of its ``rhs_shape``, and a Python float.
@@ -275,7 +275,7 @@ def _on_host(
             f"matrix must hold finite numbers, got {finite.size - finite.sum()} NaN or Inf: they say nothing "
             "about the geometry. Replace them, e.g. by jnp.nan_to_num(matrix)."
         )
-    tol = 64 * float(jnp.finfo(array.dtype).eps) if tol is None else tol
+    tol = min(64 * float(jnp.finfo(array.dtype).eps), 1 / 64) if tol is None else tol
     wide = host_unit_scale(host.astype(np.complex128 if host.dtype.kind == "c" else np.float64))
     tensor, rank = wide.reshape(*out_shape, *in_shape), len(in_shape)
     numbers = resolve_layouts(layouts, rank + 1)
