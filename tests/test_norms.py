@@ -12,6 +12,7 @@ from spectra import drawn, every_number
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
+from jaxconv_fc.axis import Axis
 from jaxconv_fc.lines import input_lines, output_lines
 from jaxconv_fc.spectrum import kinds
 
@@ -70,12 +71,10 @@ def test_sums_over_ranges_of_taps_as_over_the_whole_relation(run_seed, monkeypat
     """Long kernels: a line holds a few ranges of taps, and Inf plays no part outside of them."""
     monkeypatch.setattr(kinds, "_SMALL", 0)
     rng = np.random.default_rng(run_seed)
-    found = 0
-    while found < 5:
-        axis = random_axis(rng, MODES[int(rng.integers(len(MODES)))])
-        if axis.collides:
-            continue
-        found += 1
+    drawn = [random_axis(rng, MODES[int(rng.integers(len(MODES)))]) for _ in range(12)]
+    # The first two have ranges with steps, of rows and of columns.
+    axes = [Axis(5, 9, lo=4, hi=4, lhs_dilation=3), Axis(14, 9, stride=3, lo=4), *drawn]
+    for axis in [axis for axis in axes if not axis.collides][:6]:
         values = rng.uniform(1, 2, axis.taps) * 10.0 ** rng.integers(-200, 200, axis.taps)
         values[rng.integers(axis.taps)] = np.inf
         matrix = np.zeros((axis.out_size, axis.size))

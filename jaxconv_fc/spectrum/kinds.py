@@ -36,7 +36,6 @@ class Kinds:
     listed: np.ndarray  # [place]: the codes of kind 0, then those of kind 1, ...
     owner: np.ndarray  # [place]: the kind in whose list the place is
     count: np.ndarray  # [kind]: how often the kind occurs on the axis
-    kind: np.ndarray  # [member]: its kind
     codes: int  # codes are 0, 1, ..., codes - 1
     diagonal: np.ndarray | None = None  # [kind]: of pairs, 1 if they pair a line with itself, else 0
 
@@ -66,7 +65,7 @@ class Ranges:
     first: np.ndarray  # [range]: its first tap
     count: np.ndarray  # [range]: how many taps it has
     step: int
-    owner: np.ndarray  # [range]: the line whose taps they are, ascending
+    owner: np.ndarray  # [range]: the line whose taps they are
     lines: int  # how many there are; those without a range hold no tap
 
     def sums(self, value: jax.Array, a: int) -> jax.Array:
@@ -116,9 +115,7 @@ class LineKinds(NamedTuple):
     """
 
     lines: Kinds | Ranges  # the entries of each line, which is a kind of its own; Ranges of many taps
-    entries: (
-        Kinds | None
-    )  # the taps that meet in an entry, by kind; None where no taps meet: an entry is a tap
+    entries: Kinds | None  # the taps that meet in an entry, by kind; None where none meet: an entry is a tap
 
 
 @bounded_cache
@@ -134,12 +131,12 @@ def line_kinds(axis: Axis, rows: bool) -> LineKinds:
     check_array("pairs of a line and a tap", (pairs, _BYTES_PER_PAIR), np.uint8, "a smaller kernel")
     line, other, p = axis.reads(lines.samples) if rows else axis.readers(lines.samples)
     if not axis.collides:
-        return LineKinds(Kinds(p, line, lines.counts, line, axis.taps), None)
+        return LineKinds(Kinds(p, line, lines.counts, axis.taps), None)
     width = int(other.max(initial=0)) + 1
     places, entry = np.unique(line * width + other, return_inverse=True)  # entries (line, other), sorted
     line = places // width
-    entries = _kinds(entry, p, lines.counts[line], axis.taps)
-    return LineKinds(Kinds(entries.kind, line, lines.counts, line, len(entries.count)), entries)
+    entries, kind = _kinds(entry, p, lines.counts[line], axis.taps)
+    return LineKinds(Kinds(kind, line, lines.counts, len(entries.count)), entries)
 
 
 def _ranges(axis: Axis, lines: Lines, rows: bool) -> Ranges:
@@ -147,17 +144,12 @@ def _ranges(axis: Axis, lines: Lines, rows: bool) -> Ranges:
     padded, samples, total = axis.on_padded, lines.samples, len(lines.counts)
     if rows:
         return Ranges(*padded.taps_of(samples), np.arange(len(samples)), total)
-    before = axis.copied[0]
-    copies = np.concatenate([np.arange(before), np.arange(before + axis.size, axis.padded_size)])
-    sources = axis.source(copies)
-    owner = np.searchsorted(samples, sources)
-    met = samples[np.minimum(owner, len(samples) - 1)] == sources if len(samples) else sources < 0
-    owner = np.concatenate([np.arange(len(samples)), owner[met]])
-    order = np.argsort(owner, kind="stable")
+    copies = axis.copied_positions  # no input that has copies repeats: it is a sample
+    owner = np.append(np.arange(len(samples)), lines.sample_of(axis.source(copies)))
     turned = padded.transpose()  # its outputs are the padded positions, and its taps are in reverse
-    first, count, step = turned.taps_of(np.concatenate([samples + before, copies[met]])[order])
+    first, count, step = turned.taps_of(np.append(samples + axis.copied[0], copies))
     first = np.where(count > 0, axis.taps - 1 - (first + step * (count - 1)), 0)
-    return Ranges(first, count, step, owner[order], total)
+    return Ranges(first, count, step, owner, total)
 
 
 @bounded_cache
@@ -193,7 +185,7 @@ def pair_kinds(axis: Axis, rows: bool) -> Kinds:
     marks = np.flatnonzero(own[keys // width] == keys % width)
     members = np.concatenate([member[: pair.size], marks])
     codes = np.concatenate([pair, np.full(marks.size, mark)])
-    kinds = _kinds(members, codes, lines.counts[keys // width], mark + 1)
+    kinds, _ = _kinds(members, codes, lines.counts[keys // width], mark + 1)
     marked = kinds.listed == mark
     diagonal = np.bincount(kinds.owner[marked], minlength=len(kinds.count))
     listed, owner = kinds.listed[~marked], kinds.owner[~marked]
@@ -212,9 +204,11 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
     return input_lines(axis).within(part)
 
 
-def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> Kinds:
-    """The kinds of members. Relation j says that ``member[j]`` holds ``code[j]``; member i occurs
-    ``weights[i]`` times on the axis."""
+def _kinds(
+    member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int
+) -> tuple[Kinds, np.ndarray]:
+    """The kinds of members, and the kind of each. Relation j says that ``member[j]`` holds ``code[j]``;
+    member i occurs ``weights[i]`` times on the axis."""
     order = np.lexsort((code, member))
     code = code[order]
     ends = np.cumsum(np.bincount(member, minlength=len(weights)))
@@ -228,4 +222,4 @@ def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int
     owner = np.repeat(np.arange(len(lists)), [len(v) for v in lists])
     count = np.zeros(len(lists), np.int64)
     np.add.at(count, kind, weights)
-    return Kinds(np.concatenate([code[:0], *lists]), owner, count, kind, codes)
+    return Kinds(np.concatenate([code[:0], *lists]), owner, count, codes), kind
