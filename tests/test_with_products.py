@@ -1,5 +1,6 @@
 """with_products: any function with its convolutions by this library's products; and conv_general_dilated."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from environment import count, of_devices
 from geometries import integers, normals, random_geometry
 from handwritten import close, compilations, conv
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from test_connect import DEEP, SHAPES, K, X, jit
 from test_networks import NETWORKS, equinox_layer, image, variables_of
 
@@ -247,10 +249,10 @@ def test_a_checkpoint_saves_what_it_saved(policy):
 
     @partial(jax.checkpoint, policy=chosen)
     def fn(x, k):
-        y = jax.ad_checkpoint.checkpoint_name(conv(jnp.sin(conv(x, k)), k), "y")
+        y = checkpoint_name(conv(jnp.sin(conv(x, k)), k), "y")
         return jnp.sum(jnp.sin(y))
 
-    gradient = partial(jax.grad, argnums=(0, 1))
+    gradient = partial(jax.value_and_grad, argnums=(0, 1))
     want = jit(gradient(fn))(X, K)
     for ours in (gradient(fc.with_products(fn)), fc.with_products(gradient(fn))):
         assert convolutions_of_lax(ours, X, K) == 0
@@ -295,7 +297,7 @@ def test_a_result_is_as_weakly_typed_as_that_of_lax(weak):
 
 
 def test_complex_numbers():
-    x, k = X + 1j * jnp.cos(X), K - 1j * jnp.sin(K)
+    x, k = lax.complex(X, jnp.cos(X)), lax.complex(K, -jnp.sin(K))
 
     def gradients(fn):
         return jit(jax.value_and_grad(lambda x, k: jnp.sum(abs(fn(x, k)) ** 2), (0, 1)))(x, k)
@@ -426,7 +428,7 @@ def check_devices():
 def test_on_four_devices():
     code = "import conftest, test_with_products; test_with_products.check_devices()"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=of_devices(4), capture_output=True,
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=of_devices(4, os.environ.get("XLA_FLAGS", "")), capture_output=True,
         text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.stdout == "done\n", done.stderr[-4000:]
