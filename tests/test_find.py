@@ -147,15 +147,17 @@ def test_the_table():
     lines = repr(sites).splitlines()
     assert lines[0].split() == [
         "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times",
+        "mult-adds",
     ]  # fmt: skip
     assert lines[1].split() == [
         "0", "first", "NCHW", "OIHW", "3x4x4", "->", "3x4x4,", "kernel", "3x3x3x3,", "pad", "(1,1)", "(1,1)",
-        "48x48", "900", "39.06%", "9", "KiB", "7.22", "KiB", "1",
+        "48x48", "900", "39.06%", "9", "KiB", "7.22", "KiB", "1", "1,800",
     ]  # fmt: skip
     for text in ("stride 2x1", "pad (0,1) (1,1)", "3 groups"):
         assert text in lines[2]
     assert "dilation 1x2" in lines[3]
-    assert lines[4].endswith("  ?")
+    assert lines[4].split()[-2:] == ["?", f"{sites[3].multiply_adds:,}"]
+    assert lines[-1].endswith("  ?")
     assert len({len(line) for line in lines[1:-1]}) == 1
     dense, stored = sum(s.spec.nbytes().dense for s in sites), sum(s.spec.nse for s in sites)
     assert lines[-1].split()[:4] == ["total", f"{stored:,}", f"{dense / 1024:.3g}", "KiB"]

@@ -34,7 +34,7 @@ def _doubled(x):
 _doubled.defvjp(lambda x: (_doubled(x), None), lambda _, g: (2 * g,))
 
 FUNCTIONS = {
-    "pad": lambda x: conv(jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap"), K),
+    "pad": lambda x: conv(jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="wrap"), K, padding="VALID"),
     "scan": lambda x: lax.scan(lambda c, _: (conv(c, K), None), x, None, length=2)[0],
     "remat": jax.checkpoint(lambda x: conv(x, K)),
     "apply": lambda x: jax.vmap(partial(fc.apply, CIRCULAR, K))(x),

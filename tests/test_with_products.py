@@ -1,19 +1,24 @@
 """with_products: any function with its convolutions by this library's products; and conv_general_dilated."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from environment import count
+from environment import count, of_devices
 from geometries import integers, normals, random_geometry
-from handwritten import close, conv
+from handwritten import close, compilations, conv
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from test_connect import DEEP, SHAPES, K, X, jit
-from test_networks import NETWORKS
+from test_networks import NETWORKS, equinox_layer, image, variables_of
 
 import jaxconv_fc as fc
 
@@ -53,7 +58,7 @@ def test_it_takes_what_lax_takes_and_gives_its_dtypes():
     got = fc.conv_general_dilated(x, kernel, (1, 1), "SAME", **options)
     close(got, conv(x, kernel, preferred_element_type=jnp.float32), 6)
     assert got.dtype == jnp.float32
-    with pytest.raises(TypeError, match="one dtype"):
+    with pytest.raises(TypeError, match="cast one"):
         fc.conv_general_dilated(x, K, (1, 1), "SAME")
     with pytest.raises(TypeError, match="lhs must be"):
         fc.conv_general_dilated(None, K, (1, 1), "SAME")
@@ -226,3 +231,204 @@ def test_a_network_trains_the_same(name, rng):
     for exact, a, b in zip(*map(jax.tree.leaves, (want, theirs, ours)), strict=True):
         scale = abs(exact).max()
         assert abs(b - exact).max() <= 10 * abs(a - exact).max() + 1e-6 * scale
+
+
+# what a program is made of ------------------------------------------------------------------------
+
+
+def products(fn, *args):
+    """How many convolutions a function's jaxpr has, of lax or of this library."""
+    return len(re.findall(r"= conv_(?:product|general_dilated)\[", str(jax.make_jaxpr(fn)(*args))))
+
+
+@pytest.mark.parametrize("policy", ["dots_saveable", "save_only_these_names", "nothing_saveable"])
+def test_a_checkpoint_saves_what_it_saved(policy):
+    """As many convolutions as before: none is computed anew that the policy keeps, and none kept beside."""
+    chosen = getattr(jax.checkpoint_policies, policy)
+    chosen = chosen("y") if policy == "save_only_these_names" else chosen
+
+    @partial(jax.checkpoint, policy=chosen)
+    def fn(x, k):
+        y = checkpoint_name(conv(jnp.sin(conv(x, k)), k), "y")
+        return jnp.sum(jnp.sin(y))
+
+    gradient = partial(jax.value_and_grad, argnums=(0, 1))
+    want = jit(gradient(fn))(X, K)
+    for ours in (gradient(fc.with_products(fn)), fc.with_products(gradient(fn))):
+        assert convolutions_of_lax(ours, X, K) == 0
+        assert products(ours, X, K) == products(gradient(fn), X, K)
+        jax.tree.map(close, jit(ours)(X, K), want)
+
+
+def test_a_rule_of_custom_vmap_is_obeyed():
+    fn, _ = DEEP["custom_vmap"]
+    xs = jnp.stack([X, 2 * X])
+    mapped = jax.vmap(fn, (0, None))
+    want = jit(mapped)(xs, K)
+    for ours in (jax.vmap(fc.with_products(fn), (0, None)), fc.with_products(mapped)):
+        assert convolutions_of_lax(ours, xs, K) == 0
+        close(jit(ours)(xs, K), want)
+
+
+def test_arguments_may_be_donated_and_leaves_static():
+    def fn(x, params, *, activation):
+        return {"y": activation(conv(x, params["kernel"][0])), "stride": params["stride"], "none": None}
+
+    params = {"kernel": [K], "stride": 1}
+    got = fc.with_products(fn)(X, params, activation=jnp.tanh)
+    assert got["stride"] == 1
+    assert got["none"] is None
+    close(got["y"], jnp.tanh(conv(X, K)))
+    given = X + 0
+    ours = jax.jit(fc.with_products(lambda x: conv(x, K)), donate_argnums=0)
+    close(ours(given), conv(X, K))
+    assert given.is_deleted()
+    inner = fc.with_products(jax.jit(lambda x: conv(x, K), donate_argnums=0))
+    close(inner(X), conv(X, K))
+
+
+@pytest.mark.parametrize("weak", [(True, True), (True, False), (False, False)])
+def test_a_result_is_as_weakly_typed_as_that_of_lax(weak):
+    shapes = [
+        jax.ShapeDtypeStruct(v.shape, jnp.float32, weak_type=w) for v, w in zip((X, K), weak, strict=True)
+    ]
+    want, got = (jax.eval_shape(fn, *shapes) for fn in (conv, fc.with_products(conv)))
+    assert (got.shape, got.dtype, got.weak_type) == (want.shape, want.dtype, want.weak_type)
+
+
+def test_complex_numbers():
+    x, k = lax.complex(X, jnp.cos(X)), lax.complex(K, -jnp.sin(K))
+
+    def gradients(fn):
+        return jit(jax.value_and_grad(lambda x, k: jnp.sum(abs(fn(x, k)) ** 2), (0, 1)))(x, k)
+
+    jax.tree.map(close, gradients(fc.with_products(conv)), gradients(conv))
+
+
+def test_a_loop_is_compiled_once_without_jit():
+    def fn(x):
+        return lax.scan(lambda c, _: (conv(c, K), None), jax.jit(jnp.sin)(x), None, length=3)[0]
+
+    ours = fc.with_products(fn)
+    close(ours(X), fn(X))
+    with compilations() as programs:
+        for _ in range(100):
+            ours(X)
+    assert not programs
+
+
+# libraries ----------------------------------------------------------------------------------------
+
+
+def nnx_model():
+    nnx = pytest.importorskip("flax.nnx")
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(
+        nnx.Conv(2, 4, (3, 3), padding="CIRCULAR", rngs=rngs), nnx.gelu,
+        nnx.ConvTranspose(4, 3, (3, 3), (2, 2), rngs=rngs),
+    )  # fmt: skip
+    definition, params = nnx.split(model)
+    return lambda params, x: nnx.merge(definition, params)(x), params
+
+
+def linen_model():
+    nn = pytest.importorskip("flax.linen")
+    model = nn.Sequential([nn.Conv(4, (3, 3), 2, feature_group_count=2), nn.gelu, nn.Conv(2, (1, 1))])
+    return model.apply, variables_of(model, image(2))
+
+
+def equinox_model():
+    pytest.importorskip("equinox")
+    import equinox as eqx
+
+    layer = equinox_layer(eqx.nn.Conv2d, 2, 4, 3, 2, 1, groups=2, padding_mode="REFLECT")
+    params, static = eqx.partition(layer, eqx.is_array)
+
+    def apply(params, x):
+        return jax.vmap(eqx.combine(params, static))(jnp.moveaxis(x, -1, 1))
+
+    return apply, params
+
+
+def haiku_model():
+    hk = pytest.importorskip("haiku")
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.Conv2D(3, 3, rate=2)(hk.Conv2D(4, 3)(x))))
+    return net.apply, variables_of(net, image(2))
+
+
+def keras_model():
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "jax":
+        pytest.skip("keras runs on another backend here")
+    layers = keras.layers
+    model = keras.Sequential([
+        layers.Input((5, 4, 2)), layers.DepthwiseConv2D(3, depth_multiplier=2, dtype="float64"),
+        layers.Conv2DTranspose(3, 2, 2, activation="gelu", dtype="float64"),
+    ])  # fmt: skip
+    params = [jnp.asarray(v.value) for v in model.trainable_variables]
+    return lambda params, x: model.stateless_call(params, [], x)[0], params
+
+
+@pytest.mark.parametrize("make", [nnx_model, linen_model, equinox_model, haiku_model, keras_model])
+def test_a_model_of_any_library_has_the_gradients_that_it_had(make):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        apply, params = make()
+        params, x = jax.tree.map(lambda v: v.astype(jnp.float64), (params, image(2)))
+
+        def step(apply):
+            return jax.value_and_grad(lambda params, x: jnp.mean(apply(params, x) ** 2), (0, 1))
+
+        want = jit(step(apply))(params, x)
+        for ours in (step(fc.with_products(apply)), fc.with_products(step(apply))):
+            assert convolutions_of_lax(ours, params, x) == 0
+            jax.tree.map(close, jit(ours)(params, x), want)
+
+
+# devices ------------------------------------------------------------------------------------------
+
+
+def check_devices():
+    """Values, types and shardings of a loss and its gradients on 4 devices: as lax has them."""
+    x, k = jnp.concatenate([X, 2 * X, jnp.cos(X), X - 1]), K
+
+    def fn(x, k):
+        return jnp.tanh(conv(x, k, (2, 1)))
+
+    def compare(loss, step, *args):
+        """``loss(fn)`` is the loss, with the products inside, around it, and around its gradients."""
+        want = jax.jit(step(loss(fn)))(*args)
+        around = fc.with_products
+        for ours in (step(loss(around(fn))), step(around(loss(fn))), around(step(loss(fn)))):
+            assert convolutions_of_lax(ours, *args) == 0
+            got = jax.jit(ours)(*args)
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                close(np.asarray(a), np.asarray(b))
+                assert jax.typeof(a) == jax.typeof(b), (jax.typeof(a), jax.typeof(b))
+                assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+
+    step = partial(jax.value_and_grad, argnums=(0, 1))
+    types = jax.sharding.AxisType
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(types.Auto,))
+    for check_vma in (True, False):
+        mapped = partial(
+            jax.shard_map, mesh=mesh, in_specs=(jax.P("d"), jax.P()), out_specs=jax.P(), check_vma=check_vma
+        )
+
+        def loss(fn, mapped=mapped):
+            return mapped(lambda x, k: lax.psum(jnp.sum(fn(x, k) ** 2), "d"))
+
+        compare(loss, step, x, k)
+    with jax.set_mesh(jax.make_mesh((4,), ("d",), axis_types=(types.Explicit,))):
+        args = jax.device_put(x, jax.P("d")), jax.device_put(k, jax.P())
+        compare(lambda fn: fn, lambda fn: fn, *args)  # the type of the result itself
+        compare(lambda fn: lambda x, k: jnp.sum(fn(x, k) ** 2), step, *args)
+    print("done")
+
+
+def test_on_four_devices():
+    code = "import conftest, test_with_products; test_with_products.check_devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=of_devices(4, os.environ.get("XLA_FLAGS", "")), capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout == "done\n", done.stderr[-4000:]

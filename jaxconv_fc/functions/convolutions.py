@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from jaxconv_fc.arguments import Array, as_array
-from jaxconv_fc.functions.find import spec_of
+from jaxconv_fc.arguments import Array, as_array, check_summable
+from jaxconv_fc.functions.find import lax_site, spec_of
 from jaxconv_fc.functions.jaxprs import JaxprEqn, eval_as, eval_eqn, result_avals
 from jaxconv_fc.functions.names import ArrayPaths, place_of
 from jaxconv_fc.functions.rewrite import Replacement
@@ -46,17 +47,18 @@ def conv_general_dilated(
     Args:
       lhs: the input, with a batch.
       rhs: the kernel, of the input's dtype.
-      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        batch_group_count, padding_mode: as in :func:`conv_spec`.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers: as in :func:`conv_spec`.
+      feature_group_count, batch_group_count: as in :func:`conv_spec`.
       precision: as in lax.
       preferred_element_type: the dtype of the result. Operands are converted to it first.
       out_sharding: as in lax, of a mesh with explicit axes.
+      padding_mode: as in :func:`conv_spec`.
 
     Returns:
       The output, with the batch of ``lhs``.
 
     Raises:
-      TypeError: an argument is of the wrong kind, or dtypes differ.
+      TypeError: an argument is of the wrong kind, or dtypes differ, or are bool.
       ValueError: an argument has a wrong value.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
@@ -65,11 +67,7 @@ def conv_general_dilated(
     [[[21. 32. 13.]]]
     """
     lhs, rhs = as_array("lhs", lhs), as_array("rhs", rhs)
-    if lhs.dtype != rhs.dtype:
-        raise TypeError(
-            f"lhs and rhs must have one dtype, got {lhs.dtype} and {rhs.dtype}. Convert one: "
-            f"rhs.astype(lhs.dtype)."
-        )
+    check_summable("lhs", lhs, "rhs", rhs)
     spec = conv_spec(
         lhs.shape, rhs.shape, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers,
         feature_group_count, batch_group_count, padding_mode=padding_mode,
@@ -83,9 +81,9 @@ def conv_general_dilated(
 def with_products(
     fn: Callable[..., Any], *, where: Callable[[ConvSite], bool] | None = None
 ) -> Callable[..., Any]:
-    """``fn`` with every convolution of lax computed as the product ``M x`` of this library.
+    """``with_products(fn)(*args) == fn(*args)``, with every convolution of lax as this library's ``M x``.
 
-    The same function of the same arguments: values, dtypes, shardings and the names of layers stay. Its
+    Values, dtypes, shardings and the names of layers stay. Its
     derivatives of any order are right where those of lax are not (docs/where-jax-is-wrong.md), and on CPU a
     training step of a convolutional network is faster, by a little or many times (docs/networks.md).
     Composes with jit, vmap, grad, jvp, scan, while, cond, remat and shard_map, inside and outside, and with
@@ -98,13 +96,14 @@ def with_products(
       fn: any function of JAX arrays and pytrees of them, such as the loss of a flax, equinox, haiku or keras
         model. Whatever is not an array is static.
       where: which convolutions are replaced, a function of a :class:`ConvSite`, as :func:`find_convs` with
-        ``raw=True`` lists them. By default all of them.
+        ``raw=True`` lists them. By default all of them. ``lambda site: site.lax_fault`` replaces only those
+        that lax is known to get wrong.
 
     Returns:
       A function of the same arguments and results.
 
     Raises:
-      What ``fn`` raises.
+      TypeError: ``where`` is not a function.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> def loss(kernel, x):
@@ -113,6 +112,9 @@ def with_products(
     >>> print(jax.jit(jax.grad(fc.with_products(loss)))(kernel, x))
     [[[ 2. 36.]]]
     """
+
+    if where is not None and not callable(where):
+        raise TypeError(f"where must be a function of a ConvSite, got {type(where).__name__}.")
 
     @functools.wraps(fn, updated=())
     def replaced(*args: Any, **kwargs: Any) -> Any:
@@ -130,8 +132,7 @@ def _by_product(
 ) -> list[Any]:
     x, kernel = values
     if where is not None:
-        site = ConvSite(spec_of(eqn), kernel, x, place_of(eqn, scope, paths[kernel]))
-        if not where(site):
+        if not where(lax_site(eqn, x, kernel, place_of(eqn, scope, paths[kernel]))):
             return eval_eqn(eqn, values)
     return product_of(eqn, values)
 
@@ -144,6 +145,8 @@ def product_of(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     operands = vary_alike((kernel, examples(spec, x)))
     (stack,) = eval_as(eqn, product_p, params | {"sharding": None}, operands)
     y = batched_output(spec, stack)
+    if result.weak_type:  # as both operands are, which a product does not look at
+        y = lax.convert_element_type_p.bind(y, new_dtype=y.dtype, weak_type=True, sharding=None)
     return [y if explicit_mesh(y) is None else jax.reshard(y, result.sharding)]
 
 

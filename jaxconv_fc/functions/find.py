@@ -6,6 +6,7 @@ library wrote the layer.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxconv_fc.functions.faults import lax_fault
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     JaxprEqn,
@@ -31,6 +33,7 @@ from jaxconv_fc.functions.moves import Value, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
 from jaxconv_fc.functions.padding import Made, bias_of, without_padding
 from jaxconv_fc.functions.sites import ConvSite, ConvSites
+from jaxconv_fc.products.product import batch_sizes
 from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
@@ -42,23 +45,26 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
     ``find_convs(jax.grad(loss), ...)`` lists forward, transposed and kernel-gradient convolutions.
 
     Padding that stands in front of a convolution is part of its layer, whatever library wrote it: the spec
-    has its pads and its ``padding_mode``, and M takes the input that is not padded yet. Crops and zeros
-    between the entries (``lax.pad``) are too. They are recognised by where the entries go. A pad that no spec
+    has its pads and its ``padding_mode``, and M takes the input that is not padded yet. So are zeros between
+    the entries and crops of what is padded (``lax.pad``), while a slice alone is not: M then takes the slice.
+    They are recognised by where the entries go. A pad that no spec
     holds (modes that differ by axis, constants other than 0, means) is not in M: ``in_front`` and the table
     say so, and a warning does.
 
     Args:
       fn: any function of JAX arrays, such as a flax, equinox or haiku model.
+      args: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that depends on them
+        is computed. From arrays, whatever the convolutions depend on is computed once, so that their kernels
+        and inputs are known. Python numbers stay static, as in a plain call.
       raw: True for the convolutions alone, as lax performs them, without the padding in front. An argument
         of ``fn`` with this name is bound before: ``find_convs(functools.partial(fn, raw=...), ...)``.
-      args, kwargs: its arguments. ``jax.ShapeDtypeStruct`` may stand for arrays: then nothing that
-        depends on them is computed. From arrays, whatever the convolutions depend on is computed once, so
-        that their kernels and inputs are known. Python numbers stay static, as in a plain call.
+      kwargs: further arguments of ``fn``.
 
     Returns:
       A list of :class:`ConvSite`. Printed, it is a table: layer, layout, geometry, shape of M, stored
-      entries, density, bytes of M dense and as BCSR, and times executed. In the body of a loop, kernel and
-      input are known where no iteration changes them.
+      entries, density, bytes of M dense and as BCSR, times executed, and multiply-adds of one execution
+      (their total: of all). Where lax is known to go wrong on this platform, a last column says how. In the
+      body of a loop, kernel and input are known where no iteration changes them.
 
     Raises:
       TypeError: ``fn`` returns something, but no JAX array; ``raw`` is not a bool.
@@ -69,10 +75,10 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> def layer(x, kernel):
     ...     with jax.named_scope("layer"):
-    ...         return jax.nn.relu(jax.lax.conv(x, kernel, (1, 1), "VALID"))
-    >>> print(fc.find_convs(jax.jit(layer), jnp.ones((1, 3, 8, 8)), jnp.ones((4, 3, 3, 3))))
-       layer  layout     geometry                              M  stored  density    dense    sparse  times
-    0  layer  NCHW OIHW  3x8x8 -> 4x6x6, kernel 4x3x3x3  144x192   3,888   14.06%  216 KiB  46.1 KiB      1
+    ...         return jax.nn.relu(jax.lax.conv(x, kernel, (1,), "VALID"))
+    >>> print(fc.find_convs(jax.jit(layer), jnp.ones((10, 3, 8)), jnp.ones((4, 3, 3))))
+       layer  layout   geometry                      M  stored  density     dense    sparse  times  mult-adds
+    0  layer  NCW OIW  3x8 -> 4x6, kernel 4x3x3  24x24     216   37.50%  2.25 KiB  1.79 KiB      1      2,160
     """
     if not isinstance(raw, bool):
         raise TypeError(
@@ -190,19 +196,29 @@ class ConvFinder:
 _Found = tuple[ConvSite, Value | None, int | None]
 
 
+def lax_site(eqn: JaxprEqn, x: Any, kernel: Any, name: str = "") -> ConvSite:
+    """A ``conv_general_dilated`` equation as lax performs it on the default platform."""
+    spec = spec_of(eqn)
+    batch = spec.lhs_shape[spec.dimension_numbers.lhs_spec[0]]
+    fault = lax_fault(spec, eqn.invars[0].aval.dtype, jax.default_backend())
+    return ConvSite(spec, kernel, x, name, examples=batch // spec.batch_group_count, lax_fault=fault)
+
+
 def _lax_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
     x, kernel = values
-    return ConvSite(spec_of(eqn), kernel.array, x.array, ""), x, None
+    return lax_site(eqn, x.array, kernel.array), x, None
 
 
 def _product_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
     spec, out = eqn.params["spec"], eqn.params["out"]
     a, b = (v.array for v in values)  # (kernel, x), (kernel, y) or (x, y)
+    examples = math.prod(batch_sizes(out, eqn.params["batches"], a.shape, b.shape).values())
     if out == "y":
-        return ConvSite(spec, a, b, ""), values[1], len(values[1].shape) - len(spec.in_shape)
+        lead = len(values[1].shape) - len(spec.in_shape)
+        return ConvSite(spec, a, b, "", examples=examples), values[1], lead
     if out == "x":
-        return ConvSite(spec, a, None, "", product="M^T y", y=b), None, None
-    return ConvSite(spec, None, a, "", product="X^T y", y=b), None, None
+        return ConvSite(spec, a, None, "", product="M^T y", y=b, examples=examples), None, None
+    return ConvSite(spec, None, a, "", product="X^T y", y=b, examples=examples), None, None
 
 
 _SITES: dict[str, Callable[[JaxprEqn, Sequence[Value]], _Found]] = {

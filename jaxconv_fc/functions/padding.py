@@ -71,9 +71,14 @@ def without_padding(spec: ConvSpec, value: Value, spatial: Sequence[int]) -> tup
 
 
 def _fitted(spec: ConvSpec, lines: Sequence[Line]) -> ConvSpec | None:
-    """The spec whose padding makes these spatial axes from whole ones, and then pads as ``spec`` does."""
+    """The spec whose padding makes these spatial axes from whole ones, and then pads as ``spec`` does.
+
+    None for mere crops: a slice of an array is the input of a layer, and no part of it.
+    """
     if all(line.whole or (not line.factors and len(line.numbers) == 1) for line in lines):
         return spec
+    if all((line.numbers >= 0).all() and len(line.numbers) <= line.size for line in lines):
+        return None
     if not spec.pads_with_zeros and any(map(any, spec.padding)):
         return None
     options = []

@@ -34,6 +34,7 @@ from jaxconv_fc.functions.jaxprs import (
     with_jaxprs,
 )
 from jaxconv_fc.functions.names import nested
+from jaxconv_fc.products.product import product_p
 
 
 class Replacement(NamedTuple):
@@ -87,8 +88,14 @@ def _inline(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[An
 
 
 def _checkpoint(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    keep = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
-    return jax.checkpoint(lambda *a: rewriter(inner_jaxprs(eqn)[0], a), **keep)(*values)
+    """A product is saved where the policy would save the convolution that it stands for."""
+    given, keep = eqn.params["policy"], {"prevent_cse": eqn.params["prevent_cse"]}
+
+    def policy(primitive: Any, *avals: Any, **params: Any) -> Any:
+        return given(lax.conv_general_dilated_p if primitive is product_p else primitive, *avals, **params)
+
+    rewritten = jax.checkpoint(lambda *a: rewriter(inner_jaxprs(eqn)[0], a), policy=given and policy, **keep)
+    return rewritten(*values)
 
 
 def _custom_jvp(rewriter: Rewriter, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from jaxconv_fc.html import table
 from jaxconv_fc.memory import readable
 from jaxconv_fc.spec import ConvSpec
 
-_WORDS = 1, 2, 3  # columns of the table that hold words, aligned to the left; the others hold numbers
+_WORDS = 1, 2, 3, 11  # columns of the table that hold words, aligned to the left; the others hold numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,10 @@ class ConvSite:
         also varies over positions or examples, and where it is computed from arguments other than by casts
         and moves of entries.
       in_front: the padding in front that is not in M, in words; empty if M is that of the whole layer.
+      examples: how many examples it multiplies by M at once.
+      lax_fault: what is known to happen where lax performs this convolution on this platform: ``"wrong
+        values"``, ``"ends the process"`` or ``"refused"`` (docs/where-jax-is-wrong.md). Empty if nothing is
+        known, and for a product of this library.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> layer = lambda x: jax.lax.conv(x, jnp.ones((4, 3, 3, 3)), (1, 1), "VALID")
@@ -53,6 +57,16 @@ class ConvSite:
     y: Any = None
     bias: Any = None
     in_front: str = ""
+    examples: Any = 1
+    lax_fault: str = ""
+
+    @property
+    def multiply_adds(self) -> Any:
+        """``spec.nse * examples``: one for each stored entry of M and each example, the same for all products.
+
+        Padding is not counted, so it is exact at borders. One execution; see ``times``.
+        """
+        return self.spec.nse * self.examples
 
     @property
     def dtype(self) -> Any:
@@ -83,14 +97,17 @@ class ConvSites(list[ConvSite]):
 
     def _cells(self) -> list[tuple[str, ...]]:
         """The table: a head, a row per convolution, and the totals if there are several."""
-        head = ("", "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times")
+        head = ("", "layer", "layout", "geometry", "M", "stored", "density", "dense", "sparse", "times",
+                "mult-adds", "lax")  # fmt: skip
         rows = [head, *(_row(i, site) for i, site in enumerate(self))]
         if len(self) > 1:
             sizes = [_bytes_of(site) for site in self]
             stored = f"{sum(site.spec.nse for site in self):,}"
             totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
-            rows.append(("", "total", "", "", "", stored, "", *totals, ""))
-        return rows
+            work = [None if site.times is None else site.times * site.multiply_adds for site in self]
+            executed = "?" if None in work else _number(sum(work))
+            rows.append(("", "total", "", "", "", stored, "", *totals, "", executed, ""))
+        return rows if any(site.lax_fault for site in self) else [row[:-1] for row in rows]
 
 
 def _row(index: int, site: ConvSite) -> tuple[str, ...]:
@@ -102,7 +119,12 @@ def _row(index: int, site: ConvSite) -> tuple[str, ...]:
     stored = f"{spec.nse:,}"
     missing = f", NOT IN M: {site.in_front}" if site.in_front else ""
     words = str(index), site.name, _layout(spec), _geometry(spec) + missing
-    return *words, shape, stored, f"{density:.2%}", dense, sparse, times
+    work = _number(site.multiply_adds)
+    return *words, shape, stored, f"{density:.2%}", dense, sparse, times, work, site.lax_fault
+
+
+def _number(count: Any) -> str:
+    return f"{count:,}" if isinstance(count, int) else str(count)  # of a symbolic batch it is symbolic
 
 
 def _layout(spec: ConvSpec) -> str:

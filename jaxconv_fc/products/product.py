@@ -181,7 +181,7 @@ def _bind(a: jax.Array, b: jax.Array, **params: Any) -> jax.Array:
 def _abstract(
     a: Any, b: Any, *, out: str, spec: ConvSpec, batches: tuple[str, ...], precision: Any, sharding: Any
 ) -> Any:
-    sizes = _batch_sizes(out, batches, a.shape, b.shape)
+    sizes = batch_sizes(out, batches, a.shape, b.shape)
     shape = (*(sizes[i] for i in _lead(batches, out)), *getattr(spec, _SHAPES[out]))
     if sharding is None and not (a.sharding.mesh.empty and b.sharding.mesh.empty):
         operands = [(_labels(spec, batches, r), v) for r, v in zip(OPERANDS[out], (a, b), strict=True)]
@@ -208,7 +208,7 @@ def _lead(batches: tuple[str, ...], role: str) -> list[int]:
     return [i for i, label in enumerate(batches) if role in label]
 
 
-def _batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -> dict[int, int]:
+def batch_sizes(out: str, batches: tuple[str, ...], *shapes: tuple[int, ...]) -> dict[int, int]:
     sizes: dict[int, int] = {}
     for role, shape in zip(OPERANDS[out], shapes, strict=True):
         sizes |= dict(zip(_lead(batches, role), shape, strict=False))
@@ -264,7 +264,7 @@ def _lowered(
         return on_automatic_axes(partial(_lowered, platform, **params), result.sharding)(a, b)
     for axis in spec.axes:  # XLA would make the padding, and read copies through indices of 32 bits
         axis.check_held_by(np.int32)
-    sizes = _batch_sizes(out, batches, a.shape, b.shape)
+    sizes = batch_sizes(out, batches, a.shape, b.shape)
     shape = (*(sizes[i] for i in _lead(batches, out)), *getattr(spec, _SHAPES[out]))
     if not a.size or not b.size or not math.prod(shape):
         return jnp.zeros(shape, a.dtype)
