@@ -56,7 +56,10 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.
 
     Source: Araujo et al., On Lipschitz regularization of convolutional layers (2021); Delattre et al.,
     Efficient bound of Lipschitz constant for convolutional layers by Gram iteration (2023); Ehlich & Zeller
-    (1964) for the grid. Cost: 7 products of channels x channels per frequency, and about 30 of M.
+    (1964) for the grid. Cost: about 30 products of M, and 7 Gram products of each block, together ``42 c**3``
+    operations for c channels and stride 1. Of a real kernel, each of 3 covers has a block for half of the
+    positions that it wraps around. So 512 channels at 8x8 take ``42 * 512**3 * 154 = 9 * 10**11`` operations,
+    as fast as real matrix products are.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")
@@ -178,9 +181,23 @@ def _gram_bound(matrix: jax.Array, steps: int) -> jax.Array:
     if not steps:
         return _least_bound(jnp.abs(matrix).sum(-1), scale[..., 0, 0]) * (1 + (terms + 8) * unit)
     matrix = matrix / jnp.where(scale > 0, scale, jnp.ones_like(scale)).astype(matrix.dtype)
-    gram = jnp.matmul(jnp.swapaxes(matrix, -1, -2).conj(), matrix, precision="highest")
-    square = _gram_bound(gram, steps - 1) + (terms + 8) * unit
+    square = _gram_bound(_gram(matrix), steps - 1) + (terms + 8) * unit
     return scale[..., 0, 0] * (1 + (terms + 8) * unit) * jnp.sqrt(square)
+
+
+def _gram(matrix: jax.Array) -> jax.Array:
+    """``A^H A``. Of ``A = X + i Y`` it is ``X^T X + Y^T Y + i (Z - Z^T)`` with ``Z = X^T Y``: three real
+    products, which take half the time of a complex one, or less. With m rows it is off by
+    ``(m + 1) eps ||A||_F**2`` at most."""
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(jnp.swapaxes(a, -1, -2), b, precision="highest")
+
+    if not jnp.iscomplexobj(matrix):
+        return product(matrix, matrix)
+    x, y = matrix.real, matrix.imag
+    mixed = product(x, y)
+    return lax.complex(product(x, x) + product(y, y), mixed - jnp.swapaxes(mixed, -1, -2))
 
 
 def _least_bound(rows: jax.Array, scale: jax.Array) -> jax.Array:
