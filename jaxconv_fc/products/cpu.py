@@ -94,7 +94,7 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
     """
     if jnp.issubdtype(x.dtype, jnp.inexact):
         if _is_short(axes, x, y, call.groups):
-            return fenced(partial(_sums_over_outputs, axes, call), x, y)
+            return _sums_over_outputs(axes, call, x, y)
         if 1 < call.groups <= MOST_PARTS:  # examples take the place of channels in a dimension of their own
             parts = zip(*(jnp.split(v, call.groups, -1) for v in (x, y)), strict=True)
             one = call._replace(groups=1)
@@ -245,35 +245,49 @@ def _sum_over_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Ar
 
 def _sums_over_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [p, i, g*e], a sum for every tap."""
-    dtype = x.dtype
+    pairs = (x.shape[-1] // call.groups) * (y.shape[-1] // call.groups)
+    if axes and pairs <= MOST_PAIRS:  # [p, n, g, i, e] -> [p, g, i, e]
+        sums = fenced(partial(_sums_of_examples, axes, call), x, y).sum(
+            1
+        )  # XLA unites sums over devices here
+    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
+        read, y, at, positions = _factors(axes, call, x, y)
+        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
+        sums = jnp.stack([lax.dot_general(window, y, numbers, call.precision) for window in read])
+    kernel = jnp.moveaxis(sums, 1, 2)  # [p, g, i, e] -> [p, i, g, e]
+    return kernel.reshape(*(a.out_size for a in axes), kernel.shape[1], -1).astype(x.dtype)
+
+
+def _factors(
+    axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array
+) -> tuple[list[jax.Array], jax.Array, int, tuple[int, ...]]:
+    """What the outputs read through each tap, and their cotangents, both by group.
+
+    Also the dimension of the channels in a group, and those of the positions.
+    """
     x, at, first = _grouped(x, call)
     y, *_ = _grouped(y, call)
     axes, x = _padded([a.with_taps_as_outputs() for a in axes], x, first)  # its taps are those of the kernel
-    taps, positions = [a.taps for a in axes], tuple(range(first, first + len(axes)))
-    read = [moved_by(axes, p, x, first) for p in np.ndindex(*taps)]
-    if axes and x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
-        y = jnp.expand_dims(y, at)
-        terms = [jnp.expand_dims(window, at + 1) * y for window in read]
-        sums = _sums_at_once(terms, 0, *(dim + (at < dim) for dim in positions))
-    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
-        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
-        sums = [lax.dot_general(window, y, numbers, call.precision) for window in read]
-    kernel = jnp.moveaxis(jnp.stack(sums), 1, 2)  # [p, g, i, e] -> [p, i, g, e]
-    return kernel.reshape(*taps, kernel.shape[1], -1).astype(dtype)
+    read = [moved_by(axes, p, x, first) for p in np.ndindex(*(a.taps for a in axes))]
+    return read, y, at, tuple(range(first, first + len(axes)))
 
 
-def _sums_at_once(terms: Sequence[jax.Array], examples: int, first: int, *others: int) -> list[jax.Array]:
-    """The sum of each array over these dimensions: examples and positions.
+def _sums_of_examples(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient of each example: [n, t, g*i] [n, o, g*e] -> [p, n, g, i, e].
 
     The positions of all axes but the first are summed in one loop: no product is stored, and every factor is
-    read once. A single axis is cut into rows. The rest is summed apart: devices that share the examples would
-    gather them before a loop over them, and one long chain of additions would round ten times as much.
+    read once. A single axis is cut into rows. The rest is summed apart: one long chain of additions would
+    round ten times as much, and devices that share the examples would gather them before a loop over them.
     """
+    read, y, at, positions = _factors(axes, call, x, y)
+    y = jnp.expand_dims(y, at)
+    terms = [jnp.expand_dims(window, at + 1) * y for window in read]  # [n, g, i, 1, o] [n, g, 1, e, o]
+    first, *others = (dim + (at < dim) for dim in positions)
     if not others:
-        terms, others = [_in_rows(term, first) for term in terms], (first + 1,)
+        terms, others = [_in_rows(term, first) for term in terms], [first + 1]
     zeros = [jnp.zeros((), term.dtype) for term in terms]
     rows = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), others)
-    return [row.sum((examples, first)) for row in rows]
+    return jnp.stack([row.sum(first) for row in rows])
 
 
 def _in_rows(x: jax.Array, dim: int) -> jax.Array:
