@@ -580,3 +580,38 @@ def test_bad_operands_of_kernel_vjp(x, y_bar, error, message):
     spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
     with pytest.raises(error, match=message):
         fc.kernel_vjp(spec, x, y_bar)
+
+
+# the fence on a CPU ----------------------------------------------------------------------------------
+
+FENCED = {
+    "jit": lambda f: f,
+    "grad": lambda f: jax.grad(f, argnums=(0, 1)),
+    "vmap": lambda f: lambda k, x: jax.vmap(f, (None, 0))(k, jnp.stack([x, x])),
+    "scan": lambda f: lambda k, x: lax.scan(lambda c, _: (c + f(k, x + c), None), 0.0, length=3)[0],
+    "export": lambda f: lambda k, x: jax.export.deserialize(
+        jax.export.export(jax.jit(f), platforms=["cpu"])(k, x).serialize()
+    ).call(k, x),
+}
+
+
+def test_a_sum_over_taps_is_a_loop_of_its_own():
+    """XLA would compute what stands before it once per tap, and fuse it into what reads it."""
+    spec = fc.conv_spec((1, 9, 9, 4), (3, 3, 1, 4), (1, 1), "SAME", None, None, ("NHWC", "HWIO", "NHWC"), 4)
+
+    def network(k, xs):
+        layer = jax.vmap(lambda x: fc.apply(spec, k, x))
+        return jnp.tanh(layer(jnp.tanh(layer(jnp.tanh(xs))))).mean()
+
+    k, xs = jnp.ones((3, 3, 1, 4), jnp.float32), jnp.ones((2, 9, 9, 4), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        for name, transform in FENCED.items():
+            program = jax.jit(transform(network)).lower(k, xs).compile({"xla_backend_optimization_level": 3})
+            parts = program.as_text().split("\n\n")
+            assert sum(part.count(" tanh(") for part in parts) == 3, name
+            loops = [part for part in parts if part.count(" slice(") >= 9]
+            assert loops, name
+            assert not any("tanh(" in part for part in loops), name
+    for platform in ("cuda", "tpu"):
+        program = jax.export.export(jax.jit(jax.grad(network)), platforms=[platform])(k, xs)
+        assert "inlineable" not in program.mlir_module()
