@@ -105,6 +105,21 @@ def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("parts", [1, 3], ids=["XLA's groups", "packs of 2, 2 and 1"])
+def test_packs_of_groups(parts, monkeypatch, rng):
+    """Groups of several channels share a convolution on a CPU."""
+    jax.clear_caches()
+    for name, value in {"PACK_CHANNELS": 4, "MOST_PARTS": parts, "MOST_TERMS": 0}.items():
+        monkeypatch.setattr(cpu, name, value)
+    geometry = Geometry((1, 10, 4, 3), (15, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=5)
+    given = arrays(geometry, rng, "float32")
+    ((ahead, back),) = in_every_dtype(geometry, [given])
+    kernel, x, y = given
+    np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
+    np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("low", "high"), [(2, 1), (9, 4), (0, -2), (-3, 2), (-9, 12), (0, 0)])
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
