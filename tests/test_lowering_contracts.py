@@ -4,8 +4,11 @@ None of these tests calls the library.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -55,3 +58,30 @@ def test_a_lowering_that_is_registered_later_wins():
             lower_as_shift(by, "cpu")
             jax.clear_caches()
             assert shift_p.bind(np.float32(0)) == by
+
+
+# a call that XLA does not inline, on a CPU --------------------------------------------------------------
+
+OPTIMISED = {"xla_backend_optimization_level": 3}  # whatever the flags of this process say
+
+
+def tap_sum(x):
+    padded = jnp.pad(x, ((0, 0), (2, 2), (0, 0)))
+    return sum((p + 0.5) * lax.slice_in_dim(padded, p, p + x.shape[1], axis=1) for p in range(5))
+
+
+def not_inlined(x):
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(tap_sum)(x)
+
+
+@pytest.mark.parametrize("product", [tap_sum, not_inlined])
+def test_nothing_is_fused_into_a_call_that_is_not_inlined(product):
+    """What stands before the other is computed once per tap. Else the products need no fence on a CPU."""
+    x = np.ones((4, 64, 16), np.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        program = jax.jit(lambda x: jax.nn.relu(product(jax.nn.relu(x))).mean()).lower(x).compile(OPTIMISED)
+    parts = program.as_text().split("\n\n")
+    assert (sum(part.count(" maximum(") for part in parts) == 2) == (product is not_inlined)
+    alone = any(part.count(" slice(") == 5 and "maximum(" not in part for part in parts)
+    assert alone == (product is not_inlined)

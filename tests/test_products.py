@@ -105,6 +105,21 @@ def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("parts", [1, 3], ids=["XLA's groups", "packs of 2, 2 and 1"])
+def test_packs_of_groups(parts, monkeypatch, rng):
+    """Groups of several channels share a convolution on a CPU."""
+    jax.clear_caches()
+    for name, value in {"PACK_CHANNELS": 4, "MOST_PARTS": parts, "MOST_TERMS": 0}.items():
+        monkeypatch.setattr(cpu, name, value)
+    geometry = Geometry((1, 10, 4, 3), (15, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=5)
+    given = arrays(geometry, rng, "float32")
+    ((ahead, back),) = in_every_dtype(geometry, [given])
+    kernel, x, y = given
+    np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
+    np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(("low", "high"), [(2, 1), (9, 4), (0, -2), (-3, 2), (-9, 12), (0, 0)])
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
@@ -580,3 +595,38 @@ def test_bad_operands_of_kernel_vjp(x, y_bar, error, message):
     spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID")
     with pytest.raises(error, match=message):
         fc.kernel_vjp(spec, x, y_bar)
+
+
+# the fence on a CPU ----------------------------------------------------------------------------------
+
+FENCED = {
+    "jit": lambda f: f,
+    "grad": lambda f: jax.grad(f, argnums=(0, 1)),
+    "vmap": lambda f: lambda k, x: jax.vmap(f, (None, 0))(k, jnp.stack([x, x])),
+    "scan": lambda f: lambda k, x: lax.scan(lambda c, _: (c + f(k, x + c), None), 0.0, length=3)[0],
+    "export": lambda f: lambda k, x: jax.export.deserialize(
+        jax.export.export(jax.jit(f), platforms=["cpu"])(k, x).serialize()
+    ).call(k, x),
+}
+
+
+def test_a_sum_over_taps_is_a_loop_of_its_own():
+    """XLA would compute what stands before it once per tap, and fuse it into what reads it."""
+    spec = fc.conv_spec((1, 9, 9, 4), (3, 3, 1, 4), (1, 1), "SAME", None, None, ("NHWC", "HWIO", "NHWC"), 4)
+
+    def network(k, xs):
+        layer = jax.vmap(lambda x: fc.apply(spec, k, x))
+        return jnp.tanh(layer(jnp.tanh(layer(jnp.tanh(xs))))).mean()
+
+    k, xs = jnp.ones((3, 3, 1, 4), jnp.float32), jnp.ones((2, 9, 9, 4), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        for name, transform in FENCED.items():
+            program = jax.jit(transform(network)).lower(k, xs).compile({"xla_backend_optimization_level": 3})
+            parts = program.as_text().split("\n\n")
+            assert sum(part.count(" tanh(") for part in parts) == 3, name
+            loops = [part for part in parts if part.count(" slice(") >= 9]
+            assert loops, name
+            assert not any("tanh(" in part for part in loops), name
+    for platform in ("cuda", "tpu"):
+        program = jax.export.export(jax.jit(jax.grad(network)), platforms=[platform])(k, xs)
+        assert "inlineable" not in program.mlir_module()

@@ -144,12 +144,78 @@ def check_program(mesh):
     np.testing.assert_allclose(gradient, want, rtol=1e-4)
 
 
+def check_data_parallel():
+    """With the batch shared by all devices, every product in every form sends one sum and gathers nothing."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+
+    import jaxconv_fc as fc
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    shared, whole = jax.NamedSharding(mesh, jax.P("batch")), jax.NamedSharding(mesh, jax.P())
+    kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+
+    def sent(function, *operands):
+        program = jax.jit(function).lower(*operands).compile().as_text()
+        return re.findall(rf" ({kinds})(?:-start)?\(", program)
+
+    def ones(shape, sharding=whole):
+        return jax.device_put(jnp.ones(shape), sharding)
+
+    # (positions, kernel, groups, options) of each form that the CPU has
+    last, three = ("NHWC", "HWIO", "NHWC"), ("NDHWC", "DHWIO", "NDHWC")
+    forms = {
+        "depthwise": ((6, 6), (3, 3, 1, 4), 4, {}),
+        "one axis": ((40,), (3, 1, 4), 4, {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+        "few channels": ((6, 6), (3, 3, 1, 1), 1, {}),
+        "groups of few channels": ((6, 6), (3, 3, 2, 8), 4, {}),
+        "packs of groups": ((6, 6), (3, 3, 8, 32), 4, {}),
+        "one tap": ((6, 6), (1, 1, 8, 8), 1, {}),
+        "three axes": ((4, 4, 4), (3, 3, 3, 8, 8), 1, {"dimension_numbers": three}),
+        "a convolution": ((6, 6), (3, 3, 8, 8), 1, {}),
+        "dilated input": ((6, 6), (4, 4, 8, 8), 1, {"lhs_dilation": (2, 2)}),
+        "circular": ((6, 6), (3, 3, 1, 4), 4, {"padding_mode": "circular"}),
+    }
+    for name, (positions, kernel, groups, options) in forms.items():
+        options = {"dimension_numbers": last} | options
+        padding = [(1, 1)] * len(positions)
+        image = (*positions, kernel[-2] * groups)
+        spec = fc.conv_spec(
+            (1, *image), kernel, (1,) * len(positions), padding, feature_group_count=groups, **options
+        )
+        batched = jax.vmap(lambda k, x, spec=spec: fc.apply(spec, k, x), (None, 0))
+        k, x = ones(kernel), ones((16, *image), shared)
+        y = ones(jax.eval_shape(batched, k, x).shape, shared)
+        ahead = sent(batched, k, x)
+        back = sent(lambda k, y, x=x, f=batched: jax.vjp(lambda x: f(k, x), x)[1](y), k, y)
+        gradient = sent(lambda x, y, k=k, f=batched: jax.vjp(lambda k: f(k, x), k)[1](y), x, y)
+        assert (ahead, back, gradient) == ([], [], ["all-reduce"]), name
+
+    def loss(kernels, x):
+        for k, stride, groups in zip(kernels, (2, 1, 1, 1), (1, 1, 8, 1), strict=True):
+            x = lax.conv_general_dilated(
+                x, k, (stride,) * 2, "SAME", dimension_numbers=last, feature_group_count=groups
+            )
+            x = jax.nn.relu(x)
+        return (x**2).mean()
+
+    kernels = [ones(shape) for shape in ((3, 3, 3, 4), (1, 1, 4, 8), (3, 3, 1, 8), (1, 1, 8, 4))]
+    ours, lax_s = (
+        sent(jax.value_and_grad(f), kernels, ones((16, 8, 8, 3), shared))
+        for f in (fc.with_products(loss), loss)
+    )
+    assert set(ours) == {"all-reduce"}
+    assert len(ours) <= len(lax_s), (ours, lax_s)
+
+
 def one_process():
     import jax
 
     mesh = jax.make_mesh((8,), ("rows",))
     check(mesh)
     check_program(mesh)
+    check_data_parallel()
     # Rows along one axis of two, copies along the other.
     import jaxconv_fc as fc
 

@@ -2,9 +2,9 @@
 
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
-input is cropped). A few groups are convolutions of their own. A convolution of few channels is written out as
-a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take
-these forms on every platform: here they are multiplied by ``dot_general``.
+input is cropped). Groups share convolutions, with zeros between them. A convolution of few channels is written
+out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers
+take these forms on every platform: here they are multiplied by ``dot_general``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
 MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
 MOST_CHANNELS = 4  # of a convolution without groups
 MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
-MANY_CHANNELS = 24  # of the inputs: from here on a product per tap is faster than a convolution
 MOST_AXES = 2  # spatial axes of one convolution: XLA's own of three run at a tenth of the speed
-MOST_SPLIT = 8  # groups of a convolution that are convolutions of their own: XLA takes up to 5 times as long
+ROW = 32  # positions of one axis that are summed in one loop
+PACK_CHANNELS = 32  # of the inputs of a convolution that computes several groups at once
+MOST_PARTS = 32  # convolutions in the place of one with groups: XLA's own take up to 5 times as long
 
 
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
@@ -93,7 +94,11 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
     """
     if jnp.issubdtype(x.dtype, jnp.inexact):
         if _is_short(axes, x, y, call.groups):
-            return fenced(partial(_sums_over_outputs, axes, call), x, y)
+            return _sums_over_outputs(axes, call, x, y)
+        if 1 < call.groups <= MOST_PARTS:  # examples take the place of channels in a dimension of their own
+            parts = zip(*(jnp.split(v, call.groups, -1) for v in (x, y)), strict=True)
+            one = call._replace(groups=1)
+            return jnp.concatenate([_undilated_gradient(axes, *part, one) for part in parts], -1)
         if len(axes) > MOST_AXES:
             axis, *others = axes
             taps = axis.with_taps_as_outputs()  # its outputs are those of y
@@ -131,9 +136,14 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
     groups = call.groups
     if jnp.issubdtype(lhs.dtype, jnp.integer):
         return _dot_of_windows(axes, lhs, rhs, groups)
-    if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
-        parts = zip(jnp.split(lhs, groups, -1), jnp.split(rhs, groups, -1), strict=True)
-        return jnp.concatenate([_convolution(axes, *part, call._replace(groups=1)) for part in parts], -1)
+    i, e = rhs.shape[-2], rhs.shape[-1] // groups
+    pack = max(1, PACK_CHANNELS // i)  # groups that one convolution computes
+    if 1 < groups <= pack * MOST_PARTS and lhs.dtype.itemsize <= 4:
+        parts = []
+        for g in range(0, groups, pack):
+            x, k = lhs[..., g * i : (g + pack) * i], _block_diagonal(rhs[..., g * e : (g + pack) * e], e)
+            parts.append(_convolution(axes, x, k, call._replace(groups=1)))
+        return jnp.concatenate(parts, -1)
     if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
         axes, lhs = _padded(axes, lhs, 1)
     d = len(axes)
@@ -148,6 +158,15 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
         precision=call.precision,
     )
     return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
+
+
+def _block_diagonal(rhs: jax.Array, outputs: int) -> jax.Array:
+    """[p, i, g*e] -> [p, g*i, g*e]: the kernel without groups that does the same; e is ``outputs``."""
+    groups = rhs.shape[-1] // outputs
+    blocks = rhs.reshape(*rhs.shape[:-2], 1, rhs.shape[-2], groups, outputs)  # [p, 1, i, g, e]
+    own = jnp.eye(groups, dtype=bool)[:, None, :, None]
+    blocks = jnp.where(own, blocks, jnp.zeros((), rhs.dtype))
+    return blocks.reshape(*rhs.shape[:-2], groups * rhs.shape[-2], rhs.shape[-1])
 
 
 def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> tuple[list[Axis], jax.Array]:
@@ -188,13 +207,13 @@ def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> 
 
     A sum is faster for one example with groups: a convolution takes examples for channels, and so has one.
     (Under a ``vmap`` that keeps the gradient of each example, examples are groups.) It is also faster for few
-    pairs of channels in a group: for the fewest without groups and with many examples.
+    pairs of channels in a group: for the fewest without groups and with many examples. A single tap is one
+    product of matrices.
     """
     one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
     pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
     few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
-    many = x.shape[-1] // groups >= MANY_CHANNELS or taps == 1
-    return taps <= (MOST_TERMS if few else MOST_DOTS if many or (one and groups > 1) else 0)
+    return taps <= (MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 1)
 
 
 def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
@@ -226,31 +245,57 @@ def _sum_over_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Ar
 
 def _sums_over_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [p, i, g*e], a sum for every tap."""
-    dtype = x.dtype
+    pairs = (x.shape[-1] // call.groups) * (y.shape[-1] // call.groups)
+    if axes and pairs <= MOST_PAIRS:  # [p, n, g, i, e] -> [p, g, i, e]
+        sums = fenced(partial(_sums_of_examples, axes, call), x, y).sum(
+            1
+        )  # XLA unites sums over devices here
+    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
+        read, y, at, positions = _factors(axes, call, x, y)
+        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
+        sums = jnp.stack([lax.dot_general(window, y, numbers, call.precision) for window in read])
+    kernel = jnp.moveaxis(sums, 1, 2)  # [p, g, i, e] -> [p, i, g, e]
+    return kernel.reshape(*(a.out_size for a in axes), kernel.shape[1], -1).astype(x.dtype)
+
+
+def _factors(
+    axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array
+) -> tuple[list[jax.Array], jax.Array, int, tuple[int, ...]]:
+    """What the outputs read through each tap, and their cotangents, both by group.
+
+    Also the dimension of the channels in a group, and those of the positions.
+    """
     x, at, first = _grouped(x, call)
     y, *_ = _grouped(y, call)
     axes, x = _padded([a.with_taps_as_outputs() for a in axes], x, first)  # its taps are those of the kernel
-    taps, positions = [a.taps for a in axes], tuple(range(first, first + len(axes)))
-    read = [moved_by(axes, p, x, first) for p in np.ndindex(*taps)]
-    if x.shape[at] * y.shape[at] <= MOST_PAIRS:  # [n, g, i, 1, o] [n, g, 1, e, o] -> [g, i, e]
-        y = jnp.expand_dims(y, at)
-        terms = [jnp.expand_dims(window, at + 1) * y for window in read]
-        sums = _sums_at_once(terms, 0, *(dim + (at < dim) for dim in positions))
-    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
-        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
-        sums = [lax.dot_general(window, y, numbers, call.precision) for window in read]
-    kernel = jnp.moveaxis(jnp.stack(sums), 1, 2)  # [p, g, i, e] -> [p, i, g, e]
-    return kernel.reshape(*taps, kernel.shape[1], -1).astype(dtype)
+    read = [moved_by(axes, p, x, first) for p in np.ndindex(*(a.taps for a in axes))]
+    return read, y, at, tuple(range(first, first + len(axes)))
 
 
-def _sums_at_once(terms: Sequence[jax.Array], *dims: int) -> list[jax.Array]:
-    """The sum of each array over these dimensions. All but the last one are summed in one loop: no product is
-    stored, and every factor is read once. The last is summed apart: one long chain of additions would round
-    ten times as much."""
-    *others, last = dims
+def _sums_of_examples(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient of each example: [n, t, g*i] [n, o, g*e] -> [p, n, g, i, e].
+
+    The positions of all axes but the first are summed in one loop: no product is stored, and every factor is
+    read once. A single axis is cut into rows. The rest is summed apart: one long chain of additions would
+    round ten times as much, and devices that share the examples would gather them before a loop over them.
+    """
+    read, y, at, positions = _factors(axes, call, x, y)
+    y = jnp.expand_dims(y, at)
+    terms = [jnp.expand_dims(window, at + 1) * y for window in read]  # [n, g, i, 1, o] [n, g, 1, e, o]
+    first, *others = (dim + (at < dim) for dim in positions)
+    if not others:
+        terms, others = [_in_rows(term, first) for term in terms], [first + 1]
     zeros = [jnp.zeros((), term.dtype) for term in terms]
     rows = lax.reduce(tuple(terms), tuple(zeros), lambda a, b: tuple(map(operator.add, a, b)), others)
-    return [row.sum(last - sum(dim < last for dim in others)) for row in rows]
+    return jnp.stack([row.sum(first) for row in rows])
+
+
+def _in_rows(x: jax.Array, dim: int) -> jax.Array:
+    """[..., o, ...] -> [..., row, place, ...], with zeros behind the last position."""
+    rows, pads = -(-x.shape[dim] // ROW), [(0, 0, 0)] * x.ndim
+    pads[dim] = (0, rows * ROW - x.shape[dim], 0)
+    x = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    return x.reshape(*x.shape[:dim], rows, ROW, *x.shape[dim + 1 :])
 
 
 # -- stacks of vectors, and matrices ---------------------------------------------------------------
