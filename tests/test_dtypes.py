@@ -34,8 +34,8 @@ EVERY = count("DTYPES", 1)  # dtypes of each kind
 # Of functions of JAX the function decides. The others take no array of numbers, or only compare and draw.
 NO_ARRAYS = {
     *(name for name in functions.TABLE if name.startswith(("neurons.", "testing.", "show."))),
-    "conv_spec", "row_block", "format_matrix", "find_convs", "with_products", "fully_connected", "matrix_of", "local_affine",
-    "spectrum.start_vector",
+    "conv_spec", "row_block", "format_matrix", "find_convs", "with_products", "fully_connected", "matrix_of",
+    "local_affine", "spectrum.start_vector",
 }  # fmt: skip
 
 
