@@ -65,6 +65,17 @@ def test_remat_has_its_options():
     assert eqn.params["policy"] is policy
 
 
+def test_policies_are_asked_about_a_primitive_and_save_convolutions():
+    policy = jax.checkpoint_policies.dots_saveable
+    assert policy(lax.conv_general_dilated_p)
+    assert not policy(lax.sin_p)
+
+
+def test_a_result_can_be_made_weakly_typed():
+    weak = lax.convert_element_type_p.bind(V, new_dtype=V.dtype, weak_type=True, sharding=None)
+    assert (weak.dtype, weak.weak_type) == (V.dtype, True)
+
+
 def test_one_equation_is_evaluated_alone():
     """With other operands, a literal among them, with other parameters, in the context of its trace."""
     scale, slope = equations(lambda x: lax.slice(x * 2.0, (1,), (3,)), V)
