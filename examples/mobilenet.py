@@ -2,7 +2,7 @@
 
 The network is written in flax.nnx as its authors describe it: blocks that widen, filter every channel by
 itself, and narrow again, with batch norm and ReLU6. It learns scikit-learn's handwritten digits, enlarged to
-32x32. Both trainings take the same steps from the same weights, in turns.
+24x24. Both trainings take the same steps from the same weights, in turns.
 
     step = jax.jit(training_step(loss))
     step = jax.jit(training_step(fc.with_products(loss)))
@@ -35,7 +35,7 @@ except ModuleNotFoundError as missing:
 
 # Per stage: how much wider a block is inside, its output channels, its blocks, the stride of the first.
 STAGES = [(1, 16, 1, 1), (4, 24, 2, 2), (4, 32, 2, 2), (4, 64, 1, 2)]
-HELD_OUT, BATCH_SIZE, STEPS = 360, 32, 60
+SIZE, HELD_OUT, BATCH_SIZE, STEPS = 24, 360, 24, 60
 
 
 class ConvNorm(nnx.Module):
@@ -43,7 +43,7 @@ class ConvNorm(nnx.Module):
         self.conv = nnx.Conv(
             inputs, outputs, (size, size), stride, feature_group_count=groups, use_bias=False, rngs=rngs
         )
-        self.norm = nnx.BatchNorm(outputs, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
 
     def __call__(self, x):
         return self.norm(self.conv(x))
@@ -87,7 +87,7 @@ class MobileNetV2(nnx.Module):
 def data():
     digits = load_digits()
     images = jnp.asarray(digits.images[..., None], jnp.float32) / 16
-    return jax.image.resize(images, (len(images), 32, 32, 1), "linear"), jnp.asarray(digits.target)
+    return jax.image.resize(images, (len(images), SIZE, SIZE, 1), "linear"), jnp.asarray(digits.target)
 
 
 def main(path):

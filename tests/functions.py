@@ -128,8 +128,6 @@ TABLE = {
     "compose": smooth(lambda s, k, x, y: fc.compose((POINTWISE, k[..., :1]), (s, k))[1]),
     # any function of JAX
     "find_convs": host(lambda s, k, x, y: str([(c.spec, c.times) for c in fc.find_convs(layer(s, k), x)])),
-    "with_products": smooth(lambda s, k, x, y: fc.with_products(layer(s, k))(x)),
-    "conv_general_dilated": smooth(lambda s, k, x, y: fc.conv_general_dilated(x[None], k, (1,), "SAME")),
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),
     "with_products": smooth(lambda s, k, x, y: fc.with_products(layer(s, k))(x)),
     "matrix_of": smooth(lambda s, k, x, y: fc.matrix_of(linear(s, k), x)),

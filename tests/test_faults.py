@@ -74,7 +74,8 @@ def test_what_ends_the_process_is_marked():
 def test_what_a_gpu_refuses_is_marked():
     plain = fc.conv_spec((1, 2, 4), (2, 2, 3), (1,), "SAME")
     four = fc.conv_spec((1, 1, 3, 3, 3, 3), (1, 1, 2, 2, 2, 2), (1,) * 4, "SAME")
-    got = [lax_fault(s, dtype, "gpu") for s, dtype in ((plain, "int32"), (four, "float32"), (plain, "float32"))]
+    cases = (plain, "int32"), (four, "float32"), (plain, "float32")
+    got = [lax_fault(spec, dtype, "gpu") for spec, dtype in cases]
     assert got == ["refused", "ends the process", ""]
     assert not lax_fault(four, "float32", "cpu")
 

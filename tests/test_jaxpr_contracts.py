@@ -65,6 +65,17 @@ def test_remat_has_its_options():
     assert eqn.params["policy"] is policy
 
 
+def test_policies_are_asked_about_a_primitive_and_save_convolutions():
+    policy = jax.checkpoint_policies.dots_saveable
+    assert policy(lax.conv_general_dilated_p)
+    assert not policy(lax.sin_p)
+
+
+def test_a_result_can_be_made_weakly_typed():
+    weak = lax.convert_element_type_p.bind(V, new_dtype=V.dtype, weak_type=True, sharding=None)
+    assert (weak.dtype, weak.weak_type) == (V.dtype, True)
+
+
 def test_one_equation_is_evaluated_alone():
     """With other operands, a literal among them, with other parameters, in the context of its trace."""
     scale, slope = equations(lambda x: lax.slice(x * 2.0, (1,), (3,)), V)
@@ -248,12 +259,49 @@ NAMES = {
 }
 
 
+def every_equation(jaxpr):
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from every_equation(inner)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_primitives_have_the_names_that_affine_reads(name):
-    def names(jaxpr):
-        for eqn in open_jaxpr(jaxpr)[0].eqns:
-            yield eqn.primitive.name
-            for inner in inner_jaxprs(eqn):
-                yield from names(inner)
+    assert name in {eqn.primitive.name for eqn in every_equation(jax.make_jaxpr(NAMES[name])())}
 
-    assert name in set(names(jax.make_jaxpr(NAMES[name])()))
+
+MOVES = {  # primitive: (a call, what moves.py reads of its parameters, how many operands it has)
+    "transpose": (lambda: IMAGE.transpose(1, 0, 3, 2), {"permutation": (1, 0, 3, 2)}, 1),
+    "broadcast_in_dim": (lambda: jnp.broadcast_to(V, (2, 3)), {"broadcast_dimensions": (1,)}, 1),
+    "slice": (
+        lambda: lax.slice(V, (1,), (3,)), {"start_indices": (1,), "limit_indices": (3,), "strides": None}, 1,
+    ),
+    "split": (lambda: lax.split(V, (1, 2)), {"sizes": (1, 2), "axis": 0}, 1),
+    "rev": (lambda: lax.rev(V, (0,)), {"dimensions": (0,)}, 1),
+    "pad": (lambda: lax.pad(V, 0.0, [(1, -1, 2)]), {"padding_config": ((1, -1, 2),)}, 2),
+    "concatenate": (lambda: lax.concatenate([V, V], 0), {"dimension": 0}, 2),
+    "dynamic_slice": (lambda: lax.dynamic_slice(V, (1,), (2,)), {"slice_sizes": (2,)}, 2),
+    "dynamic_update_slice": (lambda: lax.dynamic_update_slice(V, V[:1], (1,)), {}, 3),
+    "select_n": (lambda: lax.select(V > 0, V, -V), {}, 3),
+    "scatter": (lambda: V.at[1:].set(V[:2]), {"update_jaxpr": None}, 3),
+    "gather": (
+        lambda: V.at[jnp.array([0, 5])].get(mode="fill", fill_value=0.0),
+        {"slice_sizes": (1,), "mode": lax.GatherScatterMode.FILL_OR_DROP, "fill_value": 0.0}, 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_moves_have_the_parameters_that_padding_is_read_from(name):
+    call, params, operands = MOVES[name]
+    (eqn, *_) = [e for e in every_equation(jax.make_jaxpr(call)()) if e.primitive.name == name]
+    assert {key: eqn.params[key] for key in params} == params
+    assert len(eqn.invars) == operands
+    if name in ("gather", "scatter"):
+        of_both = {"operand_batching_dims"}
+        of_one = {
+            "gather": {"offset_dims", "collapsed_slice_dims", "start_index_map"},
+            "scatter": {"inserted_window_dims", "scatter_dims_to_operand_dims"},
+        }
+        assert of_both | of_one[name] <= set(dir(eqn.params["dimension_numbers"]))

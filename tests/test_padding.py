@@ -162,6 +162,8 @@ UNMARKED = {
     "flip": lambda x: valid(x[:, :, ::-1]),
     "transposed": lambda x: valid(x.transpose(0, 1, 3, 2)),
     "subsampled": lambda x: valid(x[:, :, ::2]),
+    "sliced": lambda x: valid(x[:, :, 1:4]),
+    "cropped on both axes": lambda x: valid(lax_pad(x, (-1, -1, 0), (-1, 0, 0))),
     "upsampled": lambda x: valid(jnp.repeat(x, 2, axis=2)),
     "resized": lambda x: valid(jax.image.resize(x, (1, 2, 10, 8), "nearest")),
     "channels joined": lambda x: valid(jnp.concatenate([jnp.sin(x[:, :1]), x[:, 1:]], 1)),
@@ -178,6 +180,17 @@ def test_what_is_no_padding_is_left_alone(name):
     assert not site.in_front
     assert site.spec.padding == ((0, 0), (0, 0))
     assert site.spec == fc.find_convs(UNMARKED[name], X, raw=True)[0].spec
+
+
+def test_a_slice_is_the_input_of_a_layer_that_pads_by_itself():
+    for fn in (
+        lambda x: conv(x[:, :, :4], K, padding=PADS[2:]),
+        lambda x: valid(jnp.pad(x[:, :, :4], PADS)),
+        lambda x: valid(jnp.pad(x[:, :, :4], PADS, mode="edge")),
+    ):
+        site = site_of(fn)
+        assert (site.spec.in_shape, site.spec.padding) == ((2, 4, 4), PADS[2:])
+        np.testing.assert_array_equal(site.x, X[:, :, :4])
 
 
 def test_padding_in_the_body_of_a_scan_and_of_fixed_arrays():

@@ -428,7 +428,7 @@ def check_devices():
 def test_on_four_devices():
     code = "import conftest, test_with_products; test_with_products.check_devices()"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, env=of_devices(4, os.environ.get("XLA_FLAGS", "")), capture_output=True,
-        text=True, timeout=300, check=False,
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300,
+        env=of_devices(4, os.environ.get("XLA_FLAGS", "")), check=False,
     )  # fmt: skip
     assert done.stdout == "done\n", done.stderr[-4000:]

@@ -131,9 +131,8 @@ def _by_product(
     scope: str, eqn: JaxprEqn, values: Sequence[Any], where: Any = None, paths: Any = None
 ) -> list[Any]:
     x, kernel = values
-    if where is not None:
-        if not where(lax_site(eqn, x, kernel, place_of(eqn, scope, paths[kernel]))):
-            return eval_eqn(eqn, values)
+    if where is not None and not where(lax_site(eqn, x, kernel, place_of(eqn, scope, paths[kernel]))):
+        return eval_eqn(eqn, values)
     return product_of(eqn, values)
 
 

@@ -1,4 +1,4 @@
-"""Where lax is known to go wrong, by geometry, dtype and platform: the conditions of docs/where-jax-is-wrong.md."""
+"""Where lax is known to go wrong, by geometry, dtype and platform, as docs/where-jax-is-wrong.md has it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WRONG, ABORTS, REFUSED = "wrong values", "ends the process", "refused"
 
 
 def lax_fault(spec: ConvSpec, dtype: Any, platform: str) -> str:
-    """What happens where lax performs the convolution of ``spec`` on a platform; empty if nothing is known."""
+    """What happens where lax performs this convolution on a platform; empty if nothing is known."""
     found = (words for condition, words in _FAULTS.get(platform, ()) if condition(spec, np.dtype(dtype)))
     return next(found, "")
 

@@ -200,7 +200,7 @@ def lax_site(eqn: JaxprEqn, x: Any, kernel: Any, name: str = "") -> ConvSite:
     """A ``conv_general_dilated`` equation as lax performs it on the default platform."""
     spec = spec_of(eqn)
     batch = spec.lhs_shape[spec.dimension_numbers.lhs_spec[0]]
-    fault = lax_fault(spec, eqn.invars[0].aval.dtype, jax.default_backend())
+    fault = lax_fault(spec, _abstract(eqn.invars[0]).dtype, jax.default_backend())
     return ConvSite(spec, kernel, x, name, examples=batch // spec.batch_group_count, lax_fault=fault)
 
 

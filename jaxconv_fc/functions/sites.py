@@ -62,7 +62,7 @@ class ConvSite:
 
     @property
     def multiply_adds(self) -> Any:
-        """``spec.nse * examples``: one for each stored entry of M and each example, the same for all products.
+        """``spec.nse * examples``: one for each stored entry of M and each example, whatever the product.
 
         Padding is not counted, so it is exact at borders. One execution; see ``times``.
         """
@@ -104,8 +104,8 @@ class ConvSites(list[ConvSite]):
             sizes = [_bytes_of(site) for site in self]
             stored = f"{sum(site.spec.nse for site in self):,}"
             totals = [readable(sum(column)) for column in zip(*sizes, strict=True)]
-            work = [None if site.times is None else site.times * site.multiply_adds for site in self]
-            executed = "?" if None in work else _number(sum(work))
+            work = [site.times * site.multiply_adds for site in self if site.times is not None]
+            executed = _number(sum(work)) if len(work) == len(self) else "?"
             rows.append(("", "total", "", "", "", stored, "", *totals, "", executed, ""))
         return rows if any(site.lax_fault for site in self) else [row[:-1] for row in rows]
 

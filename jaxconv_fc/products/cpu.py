@@ -2,9 +2,9 @@
 
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
-input is cropped). Groups share convolutions, with zeros between them. A convolution of few channels is written
-out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers
-take these forms on every platform: here they are multiplied by ``dot_general``.
+input is cropped). Groups share convolutions, with zeros between them. A convolution of few channels is
+written out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there.
+Integers take these forms on every platform: here they are multiplied by ``dot_general``.
 """
 
 from __future__ import annotations
