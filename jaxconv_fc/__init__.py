@@ -25,11 +25,6 @@ import importlib as _importlib
 import types as _types
 from typing import Any as _Any
 
-from jaxconv_fc.adjoint import kernel_matrix as kernel_matrix
-from jaxconv_fc.adjoint import matrix_vjp as matrix_vjp
-from jaxconv_fc.adjoint import transpose as transpose
-from jaxconv_fc.batched import batched_apply as batched_apply
-from jaxconv_fc.composition import compose as compose
 from jaxconv_fc.functions.affine import local_affine as local_affine
 from jaxconv_fc.functions.affine import matrix_of as matrix_of
 from jaxconv_fc.functions.connect import fully_connected as fully_connected
@@ -37,7 +32,9 @@ from jaxconv_fc.functions.convolutions import conv_general_dilated as conv_gener
 from jaxconv_fc.functions.convolutions import with_products as with_products
 from jaxconv_fc.functions.find import find_convs as find_convs
 from jaxconv_fc.functions.sites import ConvSite as ConvSite
-from jaxconv_fc.linear_operator import as_linear_operator as as_linear_operator
+from jaxconv_fc.geometry.memory import memory_limit as memory_limit
+from jaxconv_fc.geometry.spec import ConvSpec as ConvSpec
+from jaxconv_fc.geometry.spec import conv_spec as conv_spec
 from jaxconv_fc.matrix.dense import as_affine as as_affine
 from jaxconv_fc.matrix.dense import as_matrix as as_matrix
 from jaxconv_fc.matrix.dense import matrix_columns as matrix_columns
@@ -55,13 +52,16 @@ from jaxconv_fc.matrix.rows import row_block as row_block
 from jaxconv_fc.matrix.rows import row_blocks as row_blocks
 from jaxconv_fc.matrix.shards import shard_bcoo as shard_bcoo
 from jaxconv_fc.matrix.shards import shard_matrix as shard_matrix
-from jaxconv_fc.memory import memory_limit as memory_limit
+from jaxconv_fc.products.adjoint import kernel_matrix as kernel_matrix
+from jaxconv_fc.products.adjoint import matrix_vjp as matrix_vjp
+from jaxconv_fc.products.adjoint import transpose as transpose
+from jaxconv_fc.products.batched import batched_apply as batched_apply
+from jaxconv_fc.products.composition import compose as compose
+from jaxconv_fc.products.linear_operator import as_linear_operator as as_linear_operator
 from jaxconv_fc.products.product import apply as apply
 from jaxconv_fc.products.product import apply_transpose as apply_transpose
 from jaxconv_fc.products.product import kernel_vjp as kernel_vjp
 from jaxconv_fc.show.text import format_matrix as format_matrix
-from jaxconv_fc.spec import ConvSpec as ConvSpec
-from jaxconv_fc.spec import conv_spec as conv_spec
 
 __version__ = "0.1.0"
 

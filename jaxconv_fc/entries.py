@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import (
+from jaxconv_fc.geometry.axis import Axis, Ints
+from jaxconv_fc.geometry.layout import (
     column_of,
     grid,
     group_of,
@@ -34,10 +34,10 @@ from jaxconv_fc.layout import (
     spread,
     tap_of,
 )
-from jaxconv_fc.layout import taps as kernel_taps
-from jaxconv_fc.lines import output_runs
-from jaxconv_fc.memory import index_dtype
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.layout import taps as kernel_taps
+from jaxconv_fc.geometry.lines import output_runs
+from jaxconv_fc.geometry.memory import index_dtype
+from jaxconv_fc.geometry.spec import ConvSpec
 
 _LISTED = 2**18  # entries that are listed together on the host
 _SMALL = 2**9  # largest (outputs, taps) table that a program may hold as a constant

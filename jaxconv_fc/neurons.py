@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import scipy  # scipy.sparse is loaded at its first use
 
-from jaxconv_fc.arguments import as_int
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.memory import check_array
-from jaxconv_fc.spec import ConvSpec, check_spec
+from jaxconv_fc.geometry.arguments import as_int
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.spec import ConvSpec, check_spec
 
 __all__ = [
     "Field",

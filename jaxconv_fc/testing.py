@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.adjoint import transpose
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.modes import MODES
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import as_matrix
-from jaxconv_fc.modes import MODES
+from jaxconv_fc.products.adjoint import transpose
 from jaxconv_fc.products.product import apply, apply_transpose
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 __all__ = ["assert_matches_lax", "assert_transpose", "dot_test"]
 

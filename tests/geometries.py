@@ -16,7 +16,7 @@ import pytest
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.geometry.axis import Axis
 
 MODES = ("zeros", "circular", "reflect", "symmetric", "edge")
 MIXED = ("zeros",) * len(MODES[1:]) + MODES[1:]  # half of all geometries pad with zeros

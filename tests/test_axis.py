@@ -13,8 +13,8 @@ import oracle
 import pytest
 from geometries import MODES, random_axis
 
-from jaxconv_fc import lines, modes
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.geometry import lines, modes
+from jaxconv_fc.geometry.axis import Axis
 
 COPYING = MODES[1:]  # all modes but zeros
 BIG = 10**12

@@ -9,7 +9,7 @@ import pytest
 from geometries import CASES, integers
 
 import jaxconv_fc as fc
-from jaxconv_fc.batched import METHODS
+from jaxconv_fc.products.batched import METHODS
 from jaxconv_fc.products.platforms import PLATFORMS
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxconv_fc import cache
+from jaxconv_fc.geometry import cache
 
 
 def test_every_cache_is_bounded_by_bytes(monkeypatch):

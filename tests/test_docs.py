@@ -138,13 +138,25 @@ def test_the_figures_shown_are_those_of_the_committed_results():
     assert shown == report.summary(ROOT / "benchmarks" / "results")
 
 
+def files_of_the_house():
+    """The files of the library in the order of CONTRIBUTING's table, as ``folder/file.py``."""
+    source, folder = ROOT / "jaxconv_fc", ""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## The house")[1].split("## ")[0]
+    for room, cell in re.findall(r"^\| (`\w+/` |)\| (`[^|]*) \|", table, re.MULTILINE):
+        folder = room.strip(" `") or folder
+        for name in re.findall(r"`(\w+)`", cell):
+            inside = f"{folder}{name}.py"
+            yield inside if (source / inside).exists() else f"{name}.py"
+
+
 def test_imports_point_up_the_table_of_the_house():
-    """Those that run when a module is loaded. One inside a function, or for types alone, may point down."""
-    table = re.findall(r"^\| (`.*`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    row_of = {room: row for row, cell in enumerate(table) for room in re.findall(r"`(\w+)[/`]", cell)}
-    source = ROOT / "jaxconv_fc"
-    for file in [f for f in source.rglob("*.py") if f != source / "__init__.py"]:
-        room = file.relative_to(source).parts[0].removesuffix(".py")
-        for found in re.findall(r"^(?:from|import) jaxconv_fc[. ](.*)", file.read_text(), re.MULTILINE):
-            imported = re.findall(r"\w+", found.removeprefix("import "))[0]
-            assert row_of[imported] <= row_of[room], f"{file} imports {imported}"
+    """Those inside of functions too. The table names every file."""
+    source, row_of = ROOT / "jaxconv_fc", {name: row for row, name in enumerate(files_of_the_house())}
+    files = {str(f.relative_to(source)): f for f in source.rglob("*.py") if f.name != "__init__.py"}
+    assert files.keys() == row_of.keys()
+    for name, file in files.items():
+        found = re.findall(r"^ *from jaxconv_fc\.?([\w.]*) import ([^\n(]*)", file.read_text(), re.MULTILINE)
+        for module, names in found:
+            for imported in [module, *(f"{module}.{n.split()[0]}" for n in names.split(", ") if n)]:
+                row = row_of.get(imported.strip(".").replace(".", "/") + ".py", -1)
+                assert row < row_of[name], f"{name} imports {imported}"

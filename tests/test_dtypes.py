@@ -19,7 +19,7 @@ from environment import count
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc.arguments import DTYPES
+from jaxconv_fc.geometry.arguments import DTYPES
 
 KINDS = {
     "bool": ["bool"],

@@ -12,7 +12,8 @@ import pytest
 from geometries import Geometry, arrays, integers
 
 import jaxconv_fc as fc
-from jaxconv_fc import cache, spectrum
+from jaxconv_fc import spectrum
+from jaxconv_fc.geometry import cache
 from jaxconv_fc.spectrum import kinds
 
 BIG = 10**12

@@ -8,7 +8,7 @@ import pytest
 from environment import count
 from geometries import random_geometry
 
-from jaxconv_fc import layout
+from jaxconv_fc.geometry import layout
 
 COUNT = count("GEOMETRIES", 24)
 

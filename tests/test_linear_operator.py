@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxconv_fc as fc
-from jaxconv_fc.linear_operator import as_linear_operator
+from jaxconv_fc.products.linear_operator import as_linear_operator
 
 
 def layer(dtype=jnp.float64):

@@ -12,8 +12,8 @@ from spectra import drawn, every_number
 
 import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.lines import input_lines, output_lines
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.lines import input_lines, output_lines
 from jaxconv_fc.spectrum import kinds
 
 

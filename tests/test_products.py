@@ -14,7 +14,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import jaxconv_fc as fc
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.products import cpu
 from jaxconv_fc.products.platforms import PLATFORMS
 

@@ -14,7 +14,7 @@ from geometries import Geometry, geometries, normals, random_axis, random_geomet
 from hypothesis import example, given
 
 import jaxconv_fc as fc
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.geometry.axis import Axis
 
 COUNT = count("GEOMETRIES", 20)
 CHUNKS = max(4, COUNT // 50)  # so that the workers of pytest-xdist share the work

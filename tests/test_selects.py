@@ -13,8 +13,8 @@ from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxconv_fc as fc
-from jaxconv_fc import adjoint
 from jaxconv_fc.matrix import dense, scatter, selects
+from jaxconv_fc.products import adjoint
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, platform_forms, program
 
 NUMBERS = numbers(count("GEOMETRIES", 8), 16)

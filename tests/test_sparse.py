@@ -19,7 +19,7 @@ from environment import count
 from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
-from jaxconv_fc.layout import kernel_parts
+from jaxconv_fc.geometry.layout import kernel_parts
 from jaxconv_fc.matrix import host
 
 COUNT = count("GEOMETRIES", 6)

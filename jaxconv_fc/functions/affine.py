@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import brief
 from jaxconv_fc.functions.columns import Selection, propagate
 from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
 from jaxconv_fc.functions.linearize import linearized
 from jaxconv_fc.functions.rules import AFFINE, PIECEWISE_LINEAR
-from jaxconv_fc.memory import check_array
+from jaxconv_fc.geometry.arguments import brief
+from jaxconv_fc.geometry.memory import check_array
 from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.sharding import replicated
 

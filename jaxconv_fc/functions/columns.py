@@ -32,10 +32,10 @@ from jaxconv_fc.functions.jaxprs import (
     wanted,
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.matrix.scatter import spread_kernel
 from jaxconv_fc.numerics import lengths
-from jaxconv_fc.spec import ConvSpec
 
 # Equations that move entries, with the operands they take them from.
 MOVES: dict[str, slice | tuple[int, ...]] = {

@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.adjoint import kernel_matrix
 from jaxconv_fc.functions.convolutions import batched_output, examples
 from jaxconv_fc.functions.find import CONVOLUTIONS, spec_of
 from jaxconv_fc.functions.jaxprs import JaxprEqn, result_avals
 from jaxconv_fc.functions.rewrite import Replacement
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.matrix.dense import as_matrix
+from jaxconv_fc.products.adjoint import kernel_matrix
 from jaxconv_fc.products.product import OPERANDS, vmap_or_sum
 from jaxconv_fc.sharding import as_on_one_device
-from jaxconv_fc.spec import ConvSpec
 
 Builder = Callable[[ConvSpec, Any], Any]
 

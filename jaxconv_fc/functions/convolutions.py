@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.arguments import Array, as_array, check_summable
 from jaxconv_fc.functions.find import lax_site, spec_of
 from jaxconv_fc.functions.jaxprs import JaxprEqn, eval_as, eval_eqn, result_avals
 from jaxconv_fc.functions.names import ArrayPaths, place_of
 from jaxconv_fc.functions.rewrite import Replacement
 from jaxconv_fc.functions.sites import ConvSite
+from jaxconv_fc.geometry.arguments import Array, as_array, check_summable
+from jaxconv_fc.geometry.spec import ConvSpec, conv_spec
 from jaxconv_fc.products.product import product_p, stacked_product
 from jaxconv_fc.sharding import explicit_mesh, vary_alike
-from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
 def conv_general_dilated(

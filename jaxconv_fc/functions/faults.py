@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.spec import ConvSpec
 
 WRONG, ABORTS, REFUSED = "wrong values", "ends the process", "refused"
 

@@ -33,8 +33,8 @@ from jaxconv_fc.functions.moves import Value, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
 from jaxconv_fc.functions.padding import Made, bias_of, without_padding
 from jaxconv_fc.functions.sites import ConvSite, ConvSites
+from jaxconv_fc.geometry.spec import ConvSpec, conv_spec
 from jaxconv_fc.products.product import batch_sizes
-from jaxconv_fc.spec import ConvSpec, conv_spec
 
 
 def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: Any) -> ConvSites:

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import dilated
 from jaxconv_fc.functions.jaxprs import CALLS, JaxprEqn, inner_jaxprs, open_jaxpr
+from jaxconv_fc.geometry.axis import dilated
 from jaxconv_fc.sharding import is_traced
 
 ZERO, CONSTANT, COMPUTED = -1, -2, -3  # numbers of what is no entry: 0, another constant, any other value

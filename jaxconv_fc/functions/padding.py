@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.axis import dilated
 from jaxconv_fc.functions.moves import (
     COMPUTED,
     CONSTANT,
@@ -27,8 +26,9 @@ from jaxconv_fc.functions.moves import (
     taken,
     view,
 )
-from jaxconv_fc.modes import MODES
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.axis import dilated
+from jaxconv_fc.geometry.modes import MODES
+from jaxconv_fc.geometry.spec import ConvSpec
 
 _ORDER = "zeros", "circular", "reflect", "edge", "symmetric"  # of modes that pad an axis alike, the first
 _REASONS = {

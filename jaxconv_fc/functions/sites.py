@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxconv_fc.html import table
-from jaxconv_fc.memory import readable
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.memory import readable
+from jaxconv_fc.geometry.spec import ConvSpec
+from jaxconv_fc.show.html import table
 
 _WORDS = 1, 2, 3, 11  # columns of the table that hold words, aligned to the left; the others hold numbers
 

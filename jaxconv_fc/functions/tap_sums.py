@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import by_group, from_canonical
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.layout import by_group, from_canonical
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.products.forms import moved_by
 from jaxconv_fc.products.platforms import on_each
 from jaxconv_fc.sharding import Bound, by_platform, program
-from jaxconv_fc.spec import ConvSpec
 
 
 def convolve_columns(

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.arguments import Array, as_array, brief, check_same_dtype, native
+from jaxconv_fc.geometry.arguments import Array, as_array, brief, check_same_dtype, native
+from jaxconv_fc.geometry.memory import check_array, fits_in_memory
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, spec_first
 from jaxconv_fc.matrix import scatter, selects
-from jaxconv_fc.memory import check_array, fits_in_memory
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, platform_forms, program
-from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 
 @spec_first

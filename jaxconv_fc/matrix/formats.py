@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array, native
 from jaxconv_fc.entries import (
     Listed,
     Reads,
@@ -22,11 +21,12 @@ from jaxconv_fc.entries import (
     row_pointers,
     sorted_reads,
 )
-from jaxconv_fc.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
+from jaxconv_fc.geometry.arguments import Array, native
+from jaxconv_fc.geometry.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
+from jaxconv_fc.geometry.memory import check_stored
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, spec_first
 from jaxconv_fc.matrix.host import fresh_arrays, host_plan
-from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced, program
-from jaxconv_fc.spec import ConvSpec, as_operand, spec_first
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
     from jax.experimental.sparse import BCOO, BCSR

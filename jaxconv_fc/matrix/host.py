@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.cache import bounded_cache
 from jaxconv_fc.entries import (
     Reads,
     axis_widths,
@@ -34,9 +33,10 @@ from jaxconv_fc.entries import (
     place,
     row_pointers,
 )
-from jaxconv_fc.layout import column_of, inverse, part_count, spread, tap_in_part
-from jaxconv_fc.lines import Run, output_runs
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.cache import bounded_cache
+from jaxconv_fc.geometry.layout import column_of, inverse, part_count, spread, tap_in_part
+from jaxconv_fc.geometry.lines import Run, output_runs
+from jaxconv_fc.geometry.spec import ConvSpec
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array, as_array, as_ints, resolve_layouts
-from jaxconv_fc.axis import Axis, Ints
-from jaxconv_fc.layout import inverse
-from jaxconv_fc.lines import gram
+from jaxconv_fc.geometry.arguments import Array, as_array, as_ints, resolve_layouts
+from jaxconv_fc.geometry.axis import Axis, Ints
+from jaxconv_fc.geometry.layout import inverse
+from jaxconv_fc.geometry.lines import gram
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, conv_spec
 from jaxconv_fc.matrix.dense import matrix_rows, sums_over_outputs
 from jaxconv_fc.numerics import (
     host_unit_scale,
@@ -27,7 +28,6 @@ from jaxconv_fc.numerics import (
     to_unit_scale,
 )
 from jaxconv_fc.sharding import is_traced, program
-from jaxconv_fc.spec import ConvSpec, as_operand, conv_spec
 
 
 def kernel_from_matrix(spec: ConvSpec, matrix: Array) -> jax.Array:

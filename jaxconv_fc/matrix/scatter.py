@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.axis import Ints
 from jaxconv_fc.entries import Entries, all_entries, column_entries, row_entries
-from jaxconv_fc.layout import by_group, from_out_first, out_first, split_column, split_row
-from jaxconv_fc.memory import index_dtype
+from jaxconv_fc.geometry.axis import Ints
+from jaxconv_fc.geometry.layout import by_group, from_out_first, out_first, split_column, split_row
+from jaxconv_fc.geometry.memory import index_dtype
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import summed
-from jaxconv_fc.spec import ConvSpec
 
 
 def places(spec: ConvSpec, at: Entries, line: Ints, other: Ints, shape: tuple[int, int]) -> jax.Array:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.entries import reading
-from jaxconv_fc.layout import (
+from jaxconv_fc.geometry.layout import (
     column_of,
     grid,
     group_of,
@@ -40,7 +40,7 @@ from jaxconv_fc.layout import (
     spread,
     to_canonical,
 )
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.spec import ConvSpec
 
 _MOST_TAPS = 32  # in one step of several axes, and in an update without a second M
 

@@ -11,14 +11,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.axis import Ints
 from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
-from jaxconv_fc.layout import split_row
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.axis import Ints
+from jaxconv_fc.geometry.layout import split_row
+from jaxconv_fc.geometry.memory import check_stored
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import matrix_rows
-from jaxconv_fc.memory import check_stored
 from jaxconv_fc.sharding import is_traced
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 if TYPE_CHECKING:
     from jax.experimental.sparse import BCOO

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.axis import Axis
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.products import forms
 from jaxconv_fc.products.forms import (
     Call,

@@ -23,8 +23,9 @@ import numpy as np
 from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.memory import fits_in_memory
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.memory import fits_in_memory
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.products.forms import (
     Call,
     Decomposition,
@@ -35,7 +36,6 @@ from jaxconv_fc.products.forms import (
     moved_by,
     windows,
 )
-from jaxconv_fc.spec import ConvSpec
 
 MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
 MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms

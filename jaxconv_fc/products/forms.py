@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis, dilated
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.spec import ConvSpec
 
 
 class Call(NamedTuple):

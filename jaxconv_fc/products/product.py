@@ -32,8 +32,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, xla
 from jax.sharding import NamedSharding
 
-from jaxconv_fc.arguments import Array, check_summable
-from jaxconv_fc.layout import from_canonical, to_canonical
+from jaxconv_fc.geometry.arguments import Array, check_summable
+from jaxconv_fc.geometry.layout import from_canonical, to_canonical
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.numerics import summed
 from jaxconv_fc.products.forms import Call, Forms
 from jaxconv_fc.products.platforms import PLATFORMS
@@ -44,7 +45,6 @@ from jaxconv_fc.sharding import (
     result_sharding,
     vary_alike,
 )
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def apply(spec: ConvSpec, kernel: Array, x: Array, *, precision: Any = None) -> jax.Array:

@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.memory import check_array
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.spec import ConvSpec
 
 _BLOCK = 2**20  # pairs of an output and a tap that are listed together
 

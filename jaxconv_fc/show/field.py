@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxconv_fc import neurons
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.axis import Axis, dilated
-from jaxconv_fc.layout import column_of, in_channel, out_first, split_row, tap_of
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.layout import column_of, in_channel, out_first, split_row, tap_of
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.show.canvas import (
     BORDER,
     cell_pixels,
@@ -28,7 +29,6 @@ from jaxconv_fc.show.canvas import (
 )
 from jaxconv_fc.show.matrix import spy
 from jaxconv_fc.show.text import entries_of_row, entry_text
-from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 if TYPE_CHECKING:
     from matplotlib.animation import FuncAnimation

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.arguments import Array
 from jaxconv_fc.entries import stored_entries
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.show.canvas import (
     BLOCK_LINE,
     BORDER,
@@ -25,7 +26,6 @@ from jaxconv_fc.show.canvas import (
 )
 from jaxconv_fc.show.counts import stored_counts
 from jaxconv_fc.show.text import blocks, entries_of_row, entry_text
-from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

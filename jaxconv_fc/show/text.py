@@ -11,11 +11,11 @@ from string import ascii_lowercase
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.arguments import Array
 from jaxconv_fc.entries import stored_entries
-from jaxconv_fc.html import table
-from jaxconv_fc.memory import readable
-from jaxconv_fc.spec import ConvSpec, as_operand, check_spec, conv_spec
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.memory import readable
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec, conv_spec
+from jaxconv_fc.show.html import table
 
 
 class MatrixText(str):

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import by_group
-from jaxconv_fc.memory import check_array
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.layout import by_group
+from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.spectrum.operands import as_image
 
 ENTRIES_AT_ONCE = 2**19  # entries of blocks that are made at one time

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import by_group
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.layout import by_group
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.blocks import BlockAxis, Blocks
 from jaxconv_fc.spectrum.golub_kahan import one_group
 from jaxconv_fc.spectrum.krylov import Search, largest_triplet

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.products.product import apply, apply_transpose
-from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum import svd
 
 

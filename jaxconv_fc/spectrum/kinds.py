@@ -2,7 +2,7 @@
 
 A line is a row or a column. Two rows are alike if they read through the same taps. However long an axis is,
 only a few *kinds* of rows exist on it. A kind is a list of taps with the number of times that it occurs. It
-is read off one line of each that repeat (:class:`~jaxconv_fc.lines.Lines`).
+is read off one line of each that repeat (:class:`~jaxconv_fc.geometry.lines.Lines`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.cache import bounded_cache
-from jaxconv_fc.lines import Lines, input_lines, output_lines
-from jaxconv_fc.memory import check_array
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.cache import bounded_cache
+from jaxconv_fc.geometry.lines import Lines, input_lines, output_lines
+from jaxconv_fc.geometry.memory import check_array
 from jaxconv_fc.numerics import summed
 
 _SMALL = 2**12  # entries of a table of kinds that a program may hold as a constant
@@ -110,8 +110,8 @@ def _padded(value: jax.Array, size: int) -> jax.Array:
 class LineKinds(NamedTuple):
     """What the lines of one axis hold: rows by what they read, or columns by what reads them.
 
-    Of lines that repeat one stands for all: the :attr:`~jaxconv_fc.lines.Lines.samples`, and one more for
-    lines without a relation, if there are any.
+    Of lines that repeat one stands for all: the samples of :class:`~jaxconv_fc.geometry.lines.Lines`, and one
+    more for lines without a relation, if there are any.
     """
 
     lines: Kinds | Ranges  # the entries of each line, which is a kind of its own; Ranges of many taps

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.layout import by_group
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.layout import by_group
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.golub_kahan import GroupMatrix, SingularTriplet, narrowed, normalised, one_group
 from jaxconv_fc.spectrum.operands import as_image, as_inexact, from_image, widened

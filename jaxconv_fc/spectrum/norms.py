@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.layout import by_group, grid, in_channel, out_first, split_column, split_row, taps
-from jaxconv_fc.lines import input_lines, output_lines
-from jaxconv_fc.memory import check_array
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.layout import by_group, grid, in_channel, out_first, split_column, split_row, taps
+from jaxconv_fc.geometry.lines import input_lines, output_lines
+from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import homogeneous, largest, root, squares, summed, times_power_of_two, unit_scale
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum.kinds import Kinds, Ranges, line_kinds, pair_kinds
 from jaxconv_fc.spectrum.operands import as_image, as_inexact
 

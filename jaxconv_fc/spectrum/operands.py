@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.arguments import Array, check_same_dtype
-from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.geometry.arguments import Array, check_same_dtype
+from jaxconv_fc.geometry.layout import from_canonical
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.numerics import inexact
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def as_inexact(spec: ConvSpec, kernel: Array, terms: Callable[[ConvSpec], int] | None = None) -> jax.Array:

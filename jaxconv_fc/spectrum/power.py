@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.numerics import nan_unless_finite, times_power_of_two, unit_scale
 from jaxconv_fc.products.product import apply, apply_transpose
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.spectrum.golub_kahan import normalised
 from jaxconv_fc.spectrum.operands import as_inexact
 

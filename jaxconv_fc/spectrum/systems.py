@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.linear_operator import as_linear_operator, import_lineax
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite
+from jaxconv_fc.products.linear_operator import as_linear_operator, import_lineax
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
 from jaxconv_fc.spectrum.operands import as_inexact, as_system, check_square, widened

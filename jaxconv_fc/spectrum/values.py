@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
 from jaxconv_fc.spectrum.operands import as_inexact, check_square

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import Array, check_steps, check_summable
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.layout import from_canonical, grid, inverse, to_canonical
+from jaxconv_fc.geometry.arguments import Array, check_steps, check_summable
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.layout import from_canonical, grid, inverse, to_canonical
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.sharding import program
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def compose(second: tuple[ConvSpec, Array], first: tuple[ConvSpec, Array]) -> tuple[ConvSpec, jax.Array]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.axis import Ints
-from jaxconv_fc.spec import ConvSpec
+from jaxconv_fc.geometry.axis import Ints
+from jaxconv_fc.geometry.spec import ConvSpec
 
 _Kernel = TypeVar("_Kernel", jax.Array, np.ndarray)
 

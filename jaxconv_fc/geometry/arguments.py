@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from jaxconv_fc.axis import Axis, dilated
-from jaxconv_fc.modes import MODES
+from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.modes import MODES
 from jaxconv_fc.sharding import is_traced
 
 # What a user may pass as a kernel, an input or a matrix.

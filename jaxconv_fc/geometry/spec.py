@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.arguments import (
+from jaxconv_fc.geometry.arguments import (
     as_array,
     as_int,
     as_ints,
@@ -25,8 +25,8 @@ from jaxconv_fc.arguments import (
     resolve_mode,
     resolve_padding,
 )
-from jaxconv_fc.axis import Axis
-from jaxconv_fc.memory import index_dtype, readable
+from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.memory import index_dtype, readable
 
 
 class Nbytes(NamedTuple):

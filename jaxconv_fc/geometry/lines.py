@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxconv_fc.axis import Axis, dilated
-from jaxconv_fc.cache import bounded_cache
-from jaxconv_fc.modes import Ints
+from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.cache import bounded_cache
+from jaxconv_fc.geometry.modes import Ints
 
 
 @dataclass(frozen=True)

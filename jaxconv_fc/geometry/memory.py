@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.arguments import as_int
+from jaxconv_fc.geometry.arguments import as_int
 
 _memory_limit = contextvars.ContextVar("jaxconv_fc_memory_limit", default=8 * 2**30)
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.modes import MODES, Ints
+from jaxconv_fc.geometry.modes import MODES, Ints
 
 
 def dilated(size: int, dilation: int) -> int:

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.arguments import Array
-from jaxconv_fc.layout import from_canonical
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.layout import from_canonical
+from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix import scatter, selects
 from jaxconv_fc.matrix.dense import sums_over_outputs
-from jaxconv_fc.memory import check_array
 from jaxconv_fc.products.product import flipped_kernel
 from jaxconv_fc.sharding import by_platform, platform_forms, program
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def transpose(spec: ConvSpec, kernel: Array) -> tuple[ConvSpec, jax.Array]:

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import Array, as_array, check_summable
+from jaxconv_fc.geometry.arguments import Array, as_array, check_summable
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.matrix.formats import as_bcsr
 from jaxconv_fc.products.platforms import PLATFORMS
 from jaxconv_fc.products.product import apply
 from jaxconv_fc.sharding import explicit_mesh, program
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 METHODS = ("convolution", "sparse", "dense")
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.arguments import Array
+from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.products.product import apply, apply_transpose
 from jaxconv_fc.sharding import result_sharding, zeros
-from jaxconv_fc.spec import ConvSpec, as_operand
 
 
 def as_linear_operator(spec: ConvSpec, kernel: Array) -> Any:
