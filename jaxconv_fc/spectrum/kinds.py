@@ -204,9 +204,7 @@ def _pair_lines(axis: Axis, rows: bool) -> Lines:
     return input_lines(axis).within(part)
 
 
-def _kinds(
-    member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int
-) -> tuple[Kinds, np.ndarray]:
+def _kinds(member: np.ndarray, code: np.ndarray, weights: np.ndarray, codes: int) -> tuple[Kinds, np.ndarray]:
     """The kinds of members, and the kind of each. Relation j says that ``member[j]`` holds ``code[j]``;
     member i occurs ``weights[i]`` times on the axis."""
     order = np.lexsort((code, member))
