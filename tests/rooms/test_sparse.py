@@ -22,7 +22,7 @@ import jaxconv_fc as fc
 from jaxconv_fc.sparse import formats, host
 
 COUNT = count("GEOMETRIES", 6)
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def triple(matrix):
