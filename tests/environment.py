@@ -50,6 +50,8 @@ def of_devices(number, xla_flags=""):
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{xla_flags} --xla_force_host_platform_device_count={number}",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")]
+        ),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }

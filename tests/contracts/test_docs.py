@@ -13,7 +13,7 @@ import pytest
 import jaxconv_fc as fc
 from benchmarks import report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MATHS = (DOCS / "maths.md").read_text()
 MODULES = [name for name in dir(fc) if inspect.ismodule(getattr(fc, name))]

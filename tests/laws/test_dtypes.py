@@ -41,7 +41,7 @@ NO_ARRAYS = {
 
 def table():
     """The table of the page, row by row: the functions, and kind of dtype -> cell."""
-    text = (Path(__file__).parent.parent / "docs" / "start.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "start.md").read_text()
     lines = text.split("<!-- dtypes -->")[1].strip().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     kinds = [re.sub(r" \(.*", "", cell) for cell in cells[0][1:]]

@@ -23,7 +23,7 @@ from jaxconv_fc.geometry.layout import kernel_parts
 from jaxconv_fc.matrix import host
 
 COUNT = count("GEOMETRIES", 6)
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def triple(matrix):

@@ -19,7 +19,7 @@ from test_with_products import WRONG
 import jaxconv_fc as fc
 from jaxconv_fc.functions.faults import lax_fault
 
-PAGE = (Path(__file__).parent.parent / "docs" / "where-jax-is-wrong.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "where-jax-is-wrong.md").read_text()
 
 
 def three(lhs, rhs, pad, groups, dtype=np.float32):
