@@ -3,8 +3,8 @@
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
 input is cropped). Groups share convolutions, with zeros between them. A convolution of few channels is
-written out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers
-take these forms on every platform: here they are multiplied by ``dot_general``.
+written out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there.
+Integers take these forms on every platform: here they are multiplied by ``dot_general``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
         if _is_short(axes, x, y, call.groups):
             return _sums_over_outputs(axes, call, x, y)
         if 1 < call.groups <= MOST_PARTS:  # examples take the place of channels in a dimension of their own
-            xs, ys, one = jnp.split(x, call.groups, -1), jnp.split(y, call.groups, -1), call._replace(groups=1)
+            one = call._replace(groups=1)
+            xs, ys = jnp.split(x, call.groups, -1), jnp.split(y, call.groups, -1)
             parts = [_undilated_gradient(axes, *part, one) for part in zip(xs, ys, strict=True)]
             return jnp.concatenate(parts, -1)
         if len(axes) > MOST_AXES:
