@@ -96,9 +96,10 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
         if _is_short(axes, x, y, call.groups):
             return _sums_over_outputs(axes, call, x, y)
         if 1 < call.groups <= MOST_PARTS:  # examples take the place of channels in a dimension of their own
-            parts = zip(*(jnp.split(v, call.groups, -1) for v in (x, y)), strict=True)
             one = call._replace(groups=1)
-            return jnp.concatenate([_undilated_gradient(axes, *part, one) for part in parts], -1)
+            xs, ys = jnp.split(x, call.groups, -1), jnp.split(y, call.groups, -1)
+            parts = [_undilated_gradient(axes, *part, one) for part in zip(xs, ys, strict=True)]
+            return jnp.concatenate(parts, -1)
         if len(axes) > MOST_AXES:
             axis, *others = axes
             taps = axis.with_taps_as_outputs()  # its outputs are those of y

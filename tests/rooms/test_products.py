@@ -604,9 +604,11 @@ FENCED = {
     "grad": lambda f: jax.grad(f, argnums=(0, 1)),
     "vmap": lambda f: lambda k, x: jax.vmap(f, (None, 0))(k, jnp.stack([x, x])),
     "scan": lambda f: lambda k, x: lax.scan(lambda c, _: (c + f(k, x + c), None), 0.0, length=3)[0],
-    "export": lambda f: lambda k, x: jax.export.deserialize(
-        jax.export.export(jax.jit(f), platforms=["cpu"])(k, x).serialize()
-    ).call(k, x),
+    "export": lambda f: (
+        lambda k, x: jax.export.deserialize(
+            jax.export.export(jax.jit(f), platforms=["cpu"])(k, x).serialize()
+        ).call(k, x)
+    ),
 }
 
 
