@@ -2,9 +2,9 @@
 
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
-input is cropped). Groups share convolutions, with zeros between them. A convolution of few channels is
-written out as a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there.
-Integers take these forms on every platform: here they are multiplied by ``dot_general``.
+input is cropped). A few groups are convolutions of their own. A convolution of few channels is written out as
+a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take
+these forms on every platform: here they are multiplied by ``dot_general``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MOST_CHANNELS = 4  # of a convolution without groups
 MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
 MOST_AXES = 2  # spatial axes of one convolution: XLA's own of three run at a tenth of the speed
 ROW = 32  # positions of one axis that are summed in one loop
-PACK_CHANNELS = 32  # of the inputs of a convolution that computes several groups at once
-MOST_PARTS = 32  # convolutions in the place of one with groups: XLA's own take up to 5 times as long
+MOST_SPLIT = 8  # groups of a convolution that are convolutions of their own: XLA takes up to 5 times as long
+MOST_PARTS = 32  # the same for groups of a kernel gradient
 
 
 def correlate(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
@@ -137,14 +137,9 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
     groups = call.groups
     if jnp.issubdtype(lhs.dtype, jnp.integer):
         return _dot_of_windows(axes, lhs, rhs, groups)
-    i, e = rhs.shape[-2], rhs.shape[-1] // groups
-    pack = max(1, PACK_CHANNELS // i)  # groups that one convolution computes
-    if 1 < groups <= pack * MOST_PARTS and lhs.dtype.itemsize <= 4:
-        parts = []
-        for g in range(0, groups, pack):
-            x, k = lhs[..., g * i : (g + pack) * i], _block_diagonal(rhs[..., g * e : (g + pack) * e], e)
-            parts.append(_convolution(axes, x, k, call._replace(groups=1)))
-        return jnp.concatenate(parts, -1)
+    if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
+        one, parts = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
+        return jnp.concatenate([_convolution(axes, *pair, one) for pair in zip(*parts, strict=True)], -1)
     if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
         axes, lhs = _padded(axes, lhs, 1)
     d = len(axes)
@@ -159,15 +154,6 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
         precision=call.precision,
     )
     return complex_product(convolve, lhs, rhs) if jnp.iscomplexobj(lhs) else convolve(lhs, rhs)
-
-
-def _block_diagonal(rhs: jax.Array, outputs: int) -> jax.Array:
-    """[p, i, g*e] -> [p, g*i, g*e]: the kernel without groups that does the same; e is ``outputs``."""
-    groups = rhs.shape[-1] // outputs
-    blocks = rhs.reshape(*rhs.shape[:-2], 1, rhs.shape[-2], groups, outputs)  # [p, 1, i, g, e]
-    own = jnp.eye(groups, dtype=bool)[:, None, :, None]
-    blocks = jnp.where(own, blocks, jnp.zeros((), rhs.dtype))
-    return blocks.reshape(*rhs.shape[:-2], groups * rhs.shape[-2], rhs.shape[-1])
 
 
 def _padded(axes: Sequence[Axis], x: jax.Array, first: int) -> tuple[list[Axis], jax.Array]:

@@ -105,11 +105,10 @@ def test_both_sums_over_outputs(name, most, monkeypatch, rng):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("parts", [1, 3], ids=["XLA's groups", "packs of 2, 2 and 1"])
-def test_packs_of_groups(parts, monkeypatch, rng):
-    """Groups of several channels share a convolution on a CPU."""
+@pytest.mark.parametrize("parts", [1, 5], ids=["XLA's groups", "a convolution for each"])
+def test_groups_of_several_channels(parts, monkeypatch, rng):
     jax.clear_caches()
-    for name, value in {"PACK_CHANNELS": 4, "MOST_PARTS": parts, "MOST_TERMS": 0}.items():
+    for name, value in {"MOST_SPLIT": parts, "MOST_PARTS": parts, "MOST_TERMS": 0}.items():
         monkeypatch.setattr(cpu, name, value)
     geometry = Geometry((1, 10, 4, 3), (15, 2, 2, 2), (2, 1), [(1, 0), (0, 1)], feature_group_count=5)
     given = arrays(geometry, rng, "float32")

@@ -170,7 +170,7 @@ def check_data_parallel():
         "one axis": ((40,), (3, 1, 4), 4, {"dimension_numbers": ("NWC", "WIO", "NWC")}),
         "few channels": ((6, 6), (3, 3, 1, 1), 1, {}),
         "groups of few channels": ((6, 6), (3, 3, 2, 8), 4, {}),
-        "packs of groups": ((6, 6), (3, 3, 8, 32), 4, {}),
+        "a few groups": ((6, 6), (3, 3, 8, 32), 4, {}),
         "one tap": ((6, 6), (1, 1, 8, 8), 1, {}),
         "three axes": ((4, 4, 4), (3, 3, 3, 8, 8), 1, {"dimension_numbers": three}),
         "a convolution": ((6, 6), (3, 3, 8, 8), 1, {}),
