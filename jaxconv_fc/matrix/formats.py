@@ -153,7 +153,7 @@ def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
     if not usable or kernel.shape != getattr(spec, "rhs_shape", None):
         as_operand("kernel", kernel, spec, "rhs_shape")  # slow: only to say what is wrong
     values = native(np.asarray(kernel))
-    if values.dtype.num >= np.dtype(np.float16).num:  # bfloat16, int4, ... have larger numbers than NumPy's own
+    if values.dtype.num >= np.dtype(np.float16).num:  # dtypes that are not NumPy's own have larger numbers
         raise TypeError(f"kernel is {values.dtype}, which SciPy cannot multiply: kernel.astype(np.float32).")
     return values
 
