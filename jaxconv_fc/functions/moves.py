@@ -70,7 +70,8 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return np.shape(self.array)
+        """A symbolic batch counts as 1: its entries are all moved alike."""
+        return tuple(map(_number, np.shape(self.array)))
 
     @property
     def known(self) -> bool:
@@ -91,6 +92,10 @@ class Value:
         """The operands whose entries it may hold, without those that only pad it with zeros."""
         operands = [v for v in _entries(self.eqn, self.operands) if 0 not in v.shape] if self.eqn else []
         return [v for v in operands if not is_zero(v)] or operands
+
+
+def _number(size: Any) -> int:
+    return size if isinstance(size, int) else 1
 
 
 def result(eqn: JaxprEqn, operands: Sequence[Value], index: int, array: Any) -> Value:
@@ -279,7 +284,7 @@ def _slice(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     params = value.params
     steps = params["strides"] or (1,) * len(lines)
-    bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
+    bounds = zip(params["start_indices"], map(_number, params["limit_indices"]), steps, strict=True)
     return (*(a.at(a.numbers[slice(*b)]) for a, b in zip(lines, bounds, strict=True)), rest)
 
 
@@ -332,6 +337,7 @@ def _dynamic_slice(value: Value, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     out = []
     for line, start, size in zip(lines, value.operands[1:], value.params["slice_sizes"], strict=True):
+        size = _number(size)
         first = min(max(0, int(start.array)), len(line.numbers) - size)
         out.append(line.at(line.numbers[first : first + size]))
     return (*out, rest)
@@ -392,7 +398,7 @@ def _gather(value: Value, parts: Sequence[Any]) -> View | None:
     windows = iter(numbers.offset_dims)
     outside = ZERO if params["fill_value"] == 0 else CONSTANT
     out: list[Line | None] = [None] * len(value.shape)
-    for axis, (line, size) in enumerate(zip(lines, params["slice_sizes"], strict=True)):
+    for axis, (line, size) in enumerate(zip(lines, map(_number, params["slice_sizes"]), strict=True)):
         start = np.zeros(starts.shape[:-1], int)
         if axis in numbers.start_index_map:
             start = starts[..., numbers.start_index_map.index(axis)].astype(int)

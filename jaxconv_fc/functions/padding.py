@@ -66,6 +66,9 @@ def without_padding(spec: ConvSpec, value: Value, spatial: Sequence[int]) -> tup
         return spec, value.array, in_front
     pairs = zip(spatial, fitted.dimension_numbers.lhs_spec[2:], strict=True)
     sizes = {i: fitted.lhs_shape[axis] for i, axis in pairs}
+    if not value.known:
+        shape = [sizes.get(i, n) for i, n in enumerate(value.array.shape)]
+        return fitted, jax.ShapeDtypeStruct(shape, value.array.dtype), ""
     unpadded = [line.at(np.arange(sizes[i])) if i in sizes else line for i, line in enumerate(lines)]
     return fitted, taken(tuple(unpadded), values[necks[k]].array, value.array.dtype), ""
 
