@@ -76,7 +76,8 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
     >>> def layer(x, kernel):
     ...     with jax.named_scope("layer"):
     ...         return jax.nn.relu(jax.lax.conv(x, kernel, (1,), "VALID"))
-    >>> print(fc.find_convs(jax.jit(layer), jnp.ones((10, 3, 8)), jnp.ones((4, 3, 3))))
+    >>> x, kernel = jnp.ones((10, 3, 8), "float32"), jnp.ones((4, 3, 3), "float32")
+    >>> print(fc.find_convs(jax.jit(layer), x, kernel))
        layer  layout   geometry                      M  stored  density     dense    sparse  times  mult-adds
     0  layer  NCW OIW  3x8 -> 4x6, kernel 4x3x3  24x24     216   37.50%  2.25 KiB  1.79 KiB      1      2,160
     """
