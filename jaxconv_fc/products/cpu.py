@@ -138,8 +138,9 @@ def _convolution(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Cal
     if jnp.issubdtype(lhs.dtype, jnp.integer):
         return _dot_of_windows(axes, lhs, rhs, groups)
     if 1 < groups <= MOST_SPLIT and lhs.dtype.itemsize <= 4:
-        one, parts = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
-        return jnp.concatenate([_convolution(axes, *pair, one) for pair in zip(*parts, strict=True)], -1)
+        one, (xs, kernels) = call._replace(groups=1), (jnp.split(v, groups, -1) for v in (lhs, rhs))
+        parts = [_convolution(axes, x, k, one) for x, k in zip(xs, kernels, strict=True)]
+        return jnp.concatenate(parts, -1)
     if any(min(a.lo, a.hi) < 0 for a in axes):  # lax.pad crops exactly, the convolution may not
         axes, lhs = _padded(axes, lhs, 1)
     d = len(axes)
