@@ -312,7 +312,12 @@ def test_random_affine_programs_are_their_matrices(run_seed):
             return fc.matrix_of(fn, points[0]), list(map(fn, points))
 
         try:
-            (matrix, offset), values = jax.tree.map(np.asarray, jax.jit(both)(points))
+            try:
+                results = jax.jit(both)(points)
+            except jax.errors.JaxRuntimeError as error:  # XLA on CPU cannot do an FFT in every layout
+                assert "fft" in str(error), replay
+                results = both(points)
+            (matrix, offset), values = jax.tree.map(np.asarray, results)
         except ValueError as error:
             if "may have wrapped around" not in str(error) or points[0].dtype.kind == "f":
                 raise AssertionError(replay) from error
