@@ -10,16 +10,19 @@ through its transpose.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxconv_fc.functions.columns import Selection, propagate
-from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, trace
+from jaxconv_fc.functions.jaxprs import compiled, open_jaxpr, unchanged
 from jaxconv_fc.functions.linearize import linearized
+from jaxconv_fc.functions.ravel import Ravelled, ravelled, sizes
 from jaxconv_fc.functions.rules import AFFINE, PIECEWISE_LINEAR
 from jaxconv_fc.geometry.arguments import brief
 from jaxconv_fc.geometry.memory import check_array
@@ -27,6 +30,13 @@ from jaxconv_fc.numerics import least, nan_unless_finite
 from jaxconv_fc.sharding import replicated
 
 _LAYERS = ("dot_general", "conv_product")
+
+
+class AffineMap(NamedTuple):
+    """``fn(x) == matrix @ x + offset``, of ravelled x and fn(x)."""
+
+    matrix: jax.Array
+    offset: jax.Array
 
 
 class Local(NamedTuple):
@@ -38,7 +48,7 @@ class Local(NamedTuple):
     radius: jax.Array
 
 
-def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
+def matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> AffineMap:
     """``(A, b)`` with ``fn(x).ravel() == A @ x.ravel() + b`` for every x, of a function affine in x.
 
     Convolutions, padding, slicing, reshaping, transposition, concatenation, addition, scaling, sums,
@@ -50,22 +60,27 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     Of integers, A and b hold modulo ``2**n`` for the n bits of the result, as integer arithmetic does. What
     may have wrapped around is not affine in a wider type or a float, and is refused: convert x first.
 
-    Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense.
-    Outside of jit, ``fn`` is traced at every call, and what is compiled for it serves all functions that
-    differ from it in the arrays and numbers they close over alone.
+    Cost: that of ``fn`` for ``min(in size, out size)`` examples at once, the first layer free. A is dense;
+    :func:`sparse_matrix_of` is not. Outside of jit, ``fn`` is traced at every call, and what is compiled for
+    it serves all functions that differ from it in the arrays and numbers they close over alone.
 
     Args:
-      fn: a function from one array to one array.
-      x: an array, or a ``jax.ShapeDtypeStruct``: only shape and dtype count.
+      fn: a function from a pytree of arrays to a pytree of arrays. Bind parameters with
+        ``functools.partial(apply, params)``.
+      x: an array or a pytree of them, or of ``jax.ShapeDtypeStruct``: only shapes and dtypes count. Vectors
+        are in the order of ``jax.flatten_util.ravel_pytree``.
+      rows: these entries of the ravelled result alone, as for :func:`matrix_rows`, at the cost of ``fn`` for
+        so many examples (where JAX can transpose ``fn``: not where it computes with integers).
 
     Returns:
-      A of shape ``(out size, in size)`` and b of shape ``(out size,)``, in the dtype of the result.
-      Differentiable with respect to arrays that ``fn`` closes over, and jittable.
+      A named tuple ``(matrix, offset)``: A of shape ``(out size, in size)`` and b of shape ``(out size,)``,
+      in the dtype of the result. Differentiable with respect to arrays that ``fn`` closes over, and jittable.
 
     Raises:
       ValueError: ``fn`` is not affine in x; the message names the primitive that broke it, and where. Or A
         is beyond the memory limit.
-      TypeError: x or the result is not a single array.
+      TypeError: x or the result has a part that is no array; rows are not a list of integers.
+      IndexError: rows out of range.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> def circular(x):  # pad, then VALID
@@ -80,30 +95,32 @@ def matrix_of(fn: Callable[[Any], Any], x: Any) -> tuple[jax.Array, jax.Array]:
     [5. 5. 5. 5.]
     """
     with jax.default_matmul_precision("highest"):
-        jaxpr, x = _single(fn, x, "matrix_of")
-        return compiled(_matrix_and_offset, linearized("matrix_of", AFFINE, jaxpr, x, None))
+        traced = _checked("matrix_of", ravelled("matrix_of", fn, x, rows))
+        linear = linearized("matrix_of", AFFINE, traced.jaxpr, traced.xs, None)
+        return AffineMap(*compiled(_matrix_and_offset, linear))
 
 
 def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the jaxpr from x to (tangent, offset)."""
-    x, out = linear.in_avals[0], linear.out_avals[0]
-    transposed = _transposed(linear, x, out) if _is_narrow(linear, x, out) else None
+    """Of the jaxpr from x to (tangents, offsets)."""
+    xs, outs = linear.in_avals, linear.out_avals[: len(linear.out_avals) // 2]
+    tangents, offsets = [_rows_of(xs, out) for out in outs], [jnp.ravel] * len(outs)
+    transposed = _transposed(linear, xs, outs) if _is_narrow(linear, xs, outs) else None
     if transposed is None:
-        matrix, offset = propagate(linear, [_identity(x)], [_matrix(x, out), jnp.ravel])
-        return matrix, offset
-    (offset,) = propagate(linear, [None], [None, jnp.ravel])[1:]
-    (matrix,) = propagate(transposed, [_identity(out)], [_matrix(out, x)])
-    return matrix.T, offset
+        results = propagate(linear, _identity(xs), [*tangents, *offsets])
+        return _joined(results[: len(outs)]), jnp.concatenate(results[len(outs) :])
+    offset = propagate(linear, [None] * len(xs), [*[None] * len(outs), *offsets])[len(outs) :]
+    columns = propagate(transposed, _identity(outs), [_rows_of(outs, x) for x in xs])
+    return _joined(columns).T, jnp.concatenate(offset)
 
 
-def _transposed(linear: Any, x: Any, out: Any) -> Any:
+def _transposed(linear: Any, xs: Sequence[Any], outs: Sequence[Any]) -> Any:
     """The jaxpr of the transpose; None where JAX has none (of a scatter that may write a place twice)."""
 
-    def tangent(x: Any) -> Any:
-        return propagate(linear, [x], [lambda y: y, None])[0]
+    def tangents(*xs: Any) -> list[Any]:
+        return propagate(linear, xs, [unchanged] * len(outs) + [None] * len(outs))[: len(outs)]
 
     try:
-        return jax.make_jaxpr(lambda y: jax.linear_transpose(tangent, x)(y)[0])(out)
+        return jax.make_jaxpr(lambda *ys: jax.linear_transpose(tangents, *xs)(list(ys)))(*outs)
     except NotImplementedError:
         return None
 
@@ -120,8 +137,10 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
     Cost: that of ``fn`` for ``in size`` examples at once, the first layer free.
 
     Args:
-      fn: a function from one array to one array.
-      x: the point, a real array.
+      fn: a function from a pytree of arrays to a pytree of arrays. Bind parameters with
+        ``functools.partial(apply, params)``.
+      x: the point, an array of real floats or a pytree of them. Vectors are in the order of
+        ``jax.flatten_util.ravel_pytree``.
 
     Returns:
       A named tuple ``(matrix, offset, radius)``: shapes ``(out size, in size)``, ``(out size,)``, ``()``.
@@ -131,7 +150,7 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
     Raises:
       ValueError: ``fn`` is not piecewise linear; the message names the primitive and where it is. Or A is
         beyond the memory limit.
-      TypeError: x is not a single array of real floats, or the result not a single array.
+      TypeError: x has a part that is no array of real floats, or the result one that is no array.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> local = fc.local_affine(lambda x: jax.nn.relu(2 * x - 1), jnp.array([0.0, 3.0]))
@@ -140,31 +159,46 @@ def local_affine(fn: Callable[[Any], Any], x: Any) -> Local:
      [0. 2.]] [ 0. -1.] 0.5
     """
     with jax.default_matmul_precision("highest"):
-        jaxpr, shape = _single(fn, x, "local_affine")
-        if isinstance(x, jax.ShapeDtypeStruct) or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"local_affine: x must be an array of real floats, got {brief(x)}. Cast it: x.astype(float)."
-            )
-        x = replicated(jnp.asarray(x))
-        linear = linearized("local_affine", PIECEWISE_LINEAR, jaxpr, shape, x)
-        return Local(*compiled(_around, linear, x))
+        traced = _checked("local_affine", ravelled("local_affine", fn, x))
+        for point in traced.xs:
+            if isinstance(point, jax.ShapeDtypeStruct) or not jnp.issubdtype(point.dtype, jnp.floating):
+                raise TypeError(
+                    f"local_affine: x must hold real floats, got {brief(point)}. Cast it: x.astype(float)."
+                )
+        points = list(map(replicated, traced.xs))
+        linear = linearized("local_affine", PIECEWISE_LINEAR, traced.jaxpr, traced.xs, points)
+        return Local(*compiled(_Around(len(traced.outs)), linear, points))
 
 
-def _around(linear: Any, point: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``(matrix, offset, radius)`` of the jaxpr from x to (tangents, values)."""
-    x, out = linear.in_avals[0], linear.out_avals[0]
-    switches = len(linear.out_avals) // 2 - 1
-    finish = [_matrix(x, out), *[lambda z: z.norms()] * switches, *[lambda value: value] * (1 + switches)]
-    matrix, *norms = propagate(linear, [_identity(x)], finish)
-    norms, (value, *differences) = norms[:switches], norms[switches:]
-    product = jnp.matmul(matrix, point.ravel().astype(matrix.dtype))
-    radii = [_nearest(z, n).astype(x.dtype) for z, n in zip(differences, norms, strict=True)]
-    radius = least(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, x.dtype)
-    # A switch at NaN has no side: its radius is NaN, and so is the map.
-    unknown = jnp.isnan(radius)
-    return nan_unless_finite(
-        (matrix, value.ravel() - product, radius), point, jnp.where(unknown, radius, jnp.zeros_like(radius))
-    )
+class _Around(NamedTuple):
+    """``(matrix, offset, radius)`` of the jaxpr from x to (tangents, values): of the results, then of every
+    switch."""
+
+    results: int
+
+    def __call__(self, linear: Any, points: Sequence[Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        results = self.results
+        xs, outs = linear.in_avals, linear.out_avals[:results]
+        switches = len(linear.out_avals) // 2 - results
+        finish = [
+            *(_rows_of(xs, out) for out in outs),
+            *[lambda z: z.norms()] * switches,
+            *[unchanged] * (results + switches),
+        ]
+        made = propagate(linear, _identity(xs), finish)
+        matrix, norms = _joined(made[:results]), made[results : results + switches]
+        values, differences = made[results + switches :][:results], made[results + switches :][results:]
+        point = jnp.concatenate([p.ravel().astype(matrix.dtype) for p in points])
+        product = jnp.matmul(matrix, point)
+        dtype = jnp.result_type(*points)
+        radii = [_nearest(z, n).astype(dtype) for z, n in zip(differences, norms, strict=True)]
+        radius = least(jnp.stack(radii)) if radii else jnp.asarray(jnp.inf, dtype)
+        # A switch at NaN has no side: its radius is NaN, and so is the map.
+        unknown = jnp.isnan(radius)
+        value = jnp.concatenate([v.ravel() for v in values])
+        return nan_unless_finite(
+            (matrix, value - product, radius), point, jnp.where(unknown, radius, jnp.zeros_like(radius))
+        )
 
 
 def _nearest(values: Any, norms: Any) -> Any:
@@ -175,40 +209,37 @@ def _nearest(values: Any, norms: Any) -> Any:
     return least(jnp.append(jnp.where(moving, distance, never[0]).ravel(), never))
 
 
-def _single(fn: Callable[[Any], Any], x: Any, name: str) -> tuple[Any, Any]:
-    """The jaxpr of a function of one array, and shape and dtype of the argument."""
-    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
-        raise TypeError(
-            f"{name}: x must be one array, got {type(x).__name__}. Flatten a pytree with ravel_pytree."
-        )
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        x = jax.eval_shape(lambda: replicated(jnp.asarray(x)))  # with what its type says of devices
-    jaxpr = trace(fn, (x,), {}).jaxpr
-    outs = open_jaxpr(jaxpr)[0].outvars
-    if len(outs) != 1:
-        raise TypeError(
-            f"{name}: fn must return one array, got {len(outs)}. Return one of them, or ravel_pytree(...)[0]."
-        )
-    out = jax.ShapeDtypeStruct(outs[0].aval.shape, outs[0].aval.dtype)
-    shape = math.prod(out.shape), math.prod(x.shape)
-    check_array(name, shape, out.dtype, "find_convs and as_bcoo layer by layer")
-    return jaxpr, x
+def _checked(name: str, traced: Ravelled) -> Ravelled:
+    """The traced function, if its matrix is within the memory limit."""
+    if not traced.outs or not traced.xs:
+        raise TypeError(f"{name}: {'fn returns' if traced.xs else 'x holds'} no array, so there is no matrix.")
+    check_array(name, traced.shape, traced.dtype, "sparse_matrix_of, or rows= for some rows")
+    return traced
 
 
-def _is_narrow(linear: Any, x: Any, out: Any) -> bool:
+def _is_narrow(linear: Any, xs: Sequence[Any], outs: Sequence[Any]) -> bool:
     """Whether the transpose has fewer columns to carry; the first layer costs nothing in either direction."""
     layers = sum(eqn.primitive.name in _LAYERS for eqn in open_jaxpr(linear)[0].eqns)
-    small = math.prod(out.shape) < math.prod(x.shape)
-    return small and layers > 1 and x.dtype == out.dtype and jnp.issubdtype(x.dtype, jnp.inexact)
+    small = sum(sizes(outs)) < sum(sizes(xs))
+    dtypes = {v.dtype for v in (*xs, *outs)}
+    return small and layers > 1 and len(dtypes) == 1 and jnp.issubdtype(dtypes.pop(), jnp.inexact)
 
 
-def _identity(x: Any) -> Selection:
-    return Selection(math.prod(x.shape), x.shape, x.dtype)
+def _identity(arrays: Sequence[Any]) -> list[Selection]:
+    """What each of some arrays holds of the vector of all their entries."""
+    if len(arrays) == 1:
+        return [Selection(math.prod(a.shape), a.shape, a.dtype) for a in arrays]
+    total, firsts = sum(sizes(arrays)), [*itertools.accumulate(sizes(arrays), initial=1)]
+    labels = [
+        lax.iota(jnp.int32, n).reshape(a.shape) + jnp.int32(first)
+        for a, n, first in zip(arrays, sizes(arrays), firsts, strict=False)
+    ]
+    return [Selection(total, a.shape, a.dtype, n) for a, n in zip(arrays, labels, strict=True)]
 
 
-def _matrix(x: Any, out: Any) -> Callable[[Any], jax.Array]:
-    """The matrix of a linear result; a constant one has the matrix 0."""
-    shape = (math.prod(out.shape), math.prod(x.shape))
+def _rows_of(xs: Sequence[Any], out: Any) -> Callable[[Any], jax.Array]:
+    """The rows of the matrix that make one result. A constant one has the matrix 0."""
+    shape = (math.prod(out.shape), sum(sizes(xs)))
 
     def finish(result: Any) -> jax.Array:
         if not hasattr(result, "columns"):
@@ -216,3 +247,8 @@ def _matrix(x: Any, out: Any) -> Callable[[Any], jax.Array]:
         return result.columns().reshape(shape).astype(out.dtype)
 
     return finish
+
+
+def _joined(parts: Sequence[Any]) -> jax.Array:
+    """The rows of all results."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)

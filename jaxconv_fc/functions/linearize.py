@@ -195,23 +195,30 @@ class Linearizer:
         return f"{self.name}: fn is not {kind} in x: primitive {name!r}{because} at {place}.{advice}"
 
 
-def linearized(name: str, rules: Rules, jaxpr: Any, x: Any, point: Any) -> Any:
-    """The jaxpr from a change of x to ``(tangents, values)``: of the result, then of every switch.
+def linearized(name: str, rules: Rules, jaxpr: Any, xs: Sequence[Any], points: Sequence[Any] | None) -> Any:
+    """The jaxpr from changes of the arrays xs to ``(tangents, values)``: of the results, then of every switch.
 
-    ``x`` gives shape and dtype only. Values are taken at ``point``, or at 0 where ``point`` is None.
+    ``xs`` give shapes and dtypes only. Values are taken at ``points``, or at 0 where that is None.
     """
-    aval = open_jaxpr(jaxpr)[0].outvars[0].aval
+    avals = [variable.aval for variable in open_jaxpr(jaxpr)[0].outvars]
+    real = not any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in xs)
+    bounds = [range_of_dtype(x.dtype) if is_integer(x.dtype) else UNKNOWN for x in xs]
 
-    def traced(tangent: Any) -> tuple[list[Any], list[Any]]:
-        linearizer = Linearizer(name, rules, real=not jnp.issubdtype(x.dtype, jnp.complexfloating))
-        bounds = range_of_dtype(x.dtype) if is_integer(x.dtype) else UNKNOWN
-        (result,) = linearizer.run(jaxpr, [Value(tangent, point, bounds)])
-        if isinstance(result, NotAffine):
-            raise ValueError(result.reason)
-        # An offset of zeros is a known array, as any other offset is: so they share one compiled program.
-        with jax.ensure_compile_time_eval() if aval.sharding.mesh.empty else nullcontext():
-            value = at_point(result, aval)
-        pairs = [Value(tangent_of(result, aval), value), *linearizer.switches]
+    def traced(*tangents: Any) -> tuple[list[Any], list[Any]]:
+        linearizer = Linearizer(name, rules, real=real)
+        inputs = map(Value, tangents, points or [None] * len(xs), bounds)
+        results = linearizer.run(jaxpr, list(inputs))
+        broken = not_affine(results)
+        if broken is not None:
+            raise ValueError(broken.reason)
+        pairs = [*map(_pair, results, avals), *linearizer.switches]
         return [p.tangent for p in pairs], [p.value for p in pairs]
 
-    return jax.make_jaxpr(traced)(x)
+    return jax.make_jaxpr(traced)(*xs)
+
+
+def _pair(result: Any, aval: Any) -> Value:
+    # An offset of zeros is a known array, as any other offset is: so they share one compiled program.
+    with jax.ensure_compile_time_eval() if aval.sharding.mesh.empty else nullcontext():
+        value = at_point(result, aval)
+    return Value(tangent_of(result, aval), value)

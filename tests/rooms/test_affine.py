@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from handwritten import close, compilations, conv, normal
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 import jaxconv_fc as fc
 
@@ -123,6 +124,40 @@ def test_matrix_of_is_the_jacobian_and_the_offset(name):
     )
     close(matrix, jacobian.reshape(-1, X.size))
     close(matrix @ np.ravel(X) + offset, value.ravel())
+
+
+def _of_a_tree(v):
+    """Of two arrays and a number, into a dictionary of arrays."""
+    x, (scale, w) = v["x"], v["rest"]
+    return {"y": conv(x, K) + 2 * scale, "z": (w[::-1] - x[0, 0, 0, :4] + 1.0, x.sum() - scale)}
+
+
+def test_pytrees_are_in_the_order_of_ravel_pytree():
+    x = {"x": X, "rest": (np.float64(2.0), normal(RNG, 4))}
+    flat, unravel = ravel_pytree(x)
+    jacobian = jax.jacobian(lambda v: ravel_pytree(_of_a_tree(unravel(v)))[0])(flat)
+    rows = [-1, 5, 0, 5]
+    for got, want in (
+        (fc.matrix_of(_of_a_tree, x), jacobian),
+        (fc.matrix_of(_of_a_tree, x, rows=rows), jacobian[np.array(rows)]),
+        (fc.local_affine(lambda v: jax.tree.map(jax.nn.relu, _of_a_tree(v)), x), None),
+    ):
+        value = ravel_pytree(_of_a_tree(x))[0]
+        if want is None:
+            want, value = jnp.where((value > 0)[:, None], jacobian, 0.0), jax.nn.relu(value)
+        close(got.matrix, want)
+        close(got.matrix @ flat + got.offset, value if len(want) == len(value) else value[np.array(rows)])
+
+
+def test_rows_cost_what_they_are():
+    """Of a function whose whole matrix is beyond the limit."""
+    deep = AFFINE["deep and narrow"]
+    with fc.memory_limit(3 * X.nbytes):
+        with pytest.raises(ValueError, match="sparse_matrix_of"):
+            fc.matrix_of(deep, X)
+        some = fc.matrix_of(deep, X, rows=[1, 2])
+    close(some.matrix, fc.matrix_of(deep, X).matrix[1:3])
+    close(jax.jit(lambda i: fc.matrix_of(deep, X, rows=i))(jnp.array([1, 2])).matrix, some.matrix)
 
 
 @pytest.mark.parametrize("name", ["constant", "circular", "batch norm", "deep and narrow"])
@@ -390,10 +425,16 @@ def test_products_of_booleans_are_refused():
 
 
 def test_wrong_kinds_are_refused():
-    with pytest.raises(TypeError, match="one array"):
-        fc.matrix_of(lambda x: x, [1.0, 2.0])
-    with pytest.raises(TypeError, match="return one array, got 2"):
-        fc.matrix_of(lambda x: (x, x), X)
+    with pytest.raises(TypeError, match="x must be a pytree of arrays, got 'no'"):
+        fc.matrix_of(lambda x: x[0], [1.0, "no"])
+    with pytest.raises(TypeError, match="return a pytree of arrays, got 'no'"):
+        fc.matrix_of(lambda x: (x, "no"), X)
+    with pytest.raises(TypeError, match="fn returns no array"):
+        fc.matrix_of(lambda x: (), X)
+    with pytest.raises(TypeError, match="rows must be a list of integers"):
+        fc.matrix_of(lambda x: x, X, rows=[0.5])
+    with pytest.raises(IndexError, match="rows go from 0 to 216"):
+        fc.matrix_of(lambda x: x, X, rows=[0, X.size])
     with pytest.raises(TypeError, match="real floats"):
         fc.local_affine(lambda x: x, jnp.arange(3))
     with pytest.raises(ValueError, match="not piecewise linear in x: primitive 'exp'"):
