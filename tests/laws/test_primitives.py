@@ -341,6 +341,10 @@ def test_a_handled_primitive_is_its_jacobian(name):
             (local.radius, jnp.inf),
         ]
 
+    sparse, want = fc.sparse_matrix_of(fn, X), fc.matrix_of(fn, X)
+    assert (sparse.matrix.dtype, sparse.offset.dtype) == (want.matrix.dtype, want.offset.dtype)
+    np.testing.assert_allclose(sparse.matrix.toarray(), want.matrix, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(sparse.offset, want.offset, rtol=1e-11, atol=1e-11)
     # On a GPU, JAX warns that it packs a maximum and its derivative into one number, with half the digits.
     halved = jax.default_backend() != "cpu" and name.startswith("select_and")
     for got, want in pairs(X):
@@ -353,6 +357,7 @@ def test_a_handled_primitive_of_integers(name):
     x = jnp.array([3, -1, 5, 2])
     matrix, offset = fc.matrix_of(fn, x)
     np.testing.assert_array_equal(matrix @ x + offset, fn(x))
+    np.testing.assert_array_equal(fc.sparse_matrix_of(fn, x).matrix.toarray(), matrix)
     np.testing.assert_array_equal(matrix, jax.jacobian(plain)(X))
 
 

@@ -124,6 +124,14 @@ def test_matrix_of_is_the_jacobian_and_the_offset(name):
     )
     close(matrix, jacobian.reshape(-1, X.size))
     close(matrix @ np.ravel(X) + offset, value.ravel())
+    sparse, rows = fc.sparse_matrix_of(fn, shape), np.array([-1, 0, 1, 0])
+    assert sparse.matrix.has_canonical_format
+    assert sparse.matrix.dtype == matrix.dtype == sparse.offset.dtype
+    close(sparse.matrix.toarray(), matrix)
+    close(sparse.offset, offset)
+    some = fc.sparse_matrix_of(fn, shape, rows=rows)
+    close(some.matrix.toarray(), matrix[rows])
+    close(some.offset, offset[rows])
 
 
 def _of_a_tree(v):
