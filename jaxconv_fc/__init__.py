@@ -13,6 +13,7 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     two convolutions        compose
     any JAX function        with_products, find_convs, fully_connected
     a function's matrix     matrix_of, sparse_matrix_of, local_affine
+    its affine layers       affine_layers, AffineLayers, AffineLayer
     in the place of lax's   conv_general_dilated
     norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
     neurons                 neurons.receptive_field, neurons.projective_field, ... (help(jaxconv_fc.neurons))
@@ -32,6 +33,9 @@ from jaxconv_fc.functions.connect import fully_connected as fully_connected
 from jaxconv_fc.functions.convolutions import conv_general_dilated as conv_general_dilated
 from jaxconv_fc.functions.convolutions import with_products as with_products
 from jaxconv_fc.functions.find import find_convs as find_convs
+from jaxconv_fc.functions.layers import affine_layers as affine_layers
+from jaxconv_fc.functions.network import AffineLayer as AffineLayer
+from jaxconv_fc.functions.network import AffineLayers as AffineLayers
 from jaxconv_fc.functions.sites import ConvSite as ConvSite
 from jaxconv_fc.functions.sparse import sparse_matrix_of as sparse_matrix_of
 from jaxconv_fc.geometry.memory import memory_limit as memory_limit

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import ShapedArray, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Primitive, Var
 
 from jaxconv_fc.sharding import PlatformForms, is_traced
 
@@ -302,6 +302,14 @@ def with_jaxprs(eqn: JaxprEqn, change: Callable[[Any], Any]) -> dict[str, Any]:
     return {key: changed(value) for key, value in eqn.params.items()}
 
 
+def opaque(name: str) -> Primitive:
+    """A primitive that says what stands at a place of a jaxpr, and computes nothing: ``bind(*operands,
+    shape=..., **params)`` has this shape, and the dtype of the first operand."""
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda v, *_, shape, **__: ShapedArray(shape, v.dtype))
+    return primitive
+
+
 # -- programs ----------------------------------------------------------------------------------
 
 # Parameters that say how a call is differentiated, by the name of its primitive.
@@ -334,6 +342,16 @@ def compiled(of: Callable[..., Any], jaxpr: Any, *arrays: Any) -> Any:
     except (_Incomparable, TypeError):
         return of(jaxpr, *arrays)
     return _compiled(of, _Program(bare, text))(constants, *arrays)
+
+
+def computes_the_same(a: Any, b: Any) -> bool:
+    """Whether two jaxprs have the same equations, on arrays of the same types. How they are differentiated
+    does not count. False where that cannot be told."""
+    try:
+        texts = [(_comparable(open_jaxpr(j)[0], DERIVATIVES), len(open_jaxpr(j)[1])) for j in (a, b)]
+    except (_Incomparable, TypeError):
+        return False
+    return texts[0] == texts[1] and not texts[0][1]
 
 
 @lru_cache(PROGRAMS)

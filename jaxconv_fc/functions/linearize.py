@@ -39,12 +39,14 @@ class Value(NamedTuple):
     tangent: Any  # linear in dx; traced
     value: Any  # at the point. None is a symbolic zero, so `0 * inf` never arises
     range: Range = UNKNOWN  # of an integer, for every x: see functions/ranges.py
+    mark: Any = None  # what a rule notes for the next one: see functions/layers.py
 
 
 class NotAffine(NamedTuple):
     """A value that no rule linearizes. This does no harm unless the result depends on it."""
 
     reason: str
+    condition: Any = None  # where it says whether a number is above 0: see functions/layers.py
 
 
 def tangent_of(value: Any, aval: Any) -> Any:
@@ -163,7 +165,7 @@ class Linearizer:
             return self.rules.control[name](self, eqn, values)
         broken = not_affine(values)
         if broken is not None:
-            return [broken] * len(eqn.outvars)
+            return [NotAffine(broken.reason)] * len(eqn.outvars)
         if name not in self.rules.rules:
             return self.broken(eqn)
         befores, afters = ([a.dtype for a in avals] for avals in (operand_avals(eqn), result_avals(eqn)))

@@ -50,10 +50,11 @@ def sparse_matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> S
     """``(A, b)`` with ``fn(x).ravel() == A @ x.ravel() + b`` for every x, of a function affine in x.
 
     A is sparse. What :func:`matrix_of` takes, this takes, with the same errors. Every equation of the
-    function is a sparse matrix: what moves entries is a selection of rows, a convolution is :func:`as_scipy`. A is the sum over
-    all paths from x to the result of their products (docs/maths.md, section 13). No dense matrix is made and
-    nothing is probed, but for the equations that have no structure known here (an FFT, a triangular solve):
-    those are done with unit vectors. An entry is stored if some path leads to it, whatever its value.
+    function is a sparse matrix: what moves entries is a selection of rows, a convolution is :func:`as_scipy`.
+    A is the sum over all paths from x to the result of their products (docs/maths.md, section 13). No dense
+    matrix is made and nothing is probed, but for equations whose structure is not known here (an FFT, a
+    triangular solve): those are done with unit vectors. An entry is stored if some path leads to it, whatever
+    its value.
 
     It runs on the host, in NumPy and SciPy, at the cost of the products of sparse matrices.
 
@@ -90,8 +91,8 @@ def sparse_matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> S
     name = "sparse_matrix_of"
     with jax.default_matmul_precision("highest"):
         traced = ravelled(name, fn, x, rows)
+        check_host(name, "matrix_of", (traced.xs, open_jaxpr(traced.jaxpr)[1]))
         linear = linearized(name, AFFINE, traced.jaxpr, traced.xs, None)
-        check_host(name, "matrix_of", (traced.xs, open_jaxpr(linear)[1]))
         graph = Graph(name)
         root, leaves = graph.split(traced.xs)
         results = graph.run(linear, leaves)
