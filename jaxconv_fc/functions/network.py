@@ -162,7 +162,7 @@ class AffineLayers(Sequence[AffineLayer]):
 
         Variables ``x0, x1, ...`` are the input, ``y0, y1, ...`` the result. A relu with :meth:`bounds`
         ``l < 0 < u`` is ``h >= 0``, ``h >= z``, ``h <= u a``, ``h <= z - l (1 - a)`` with a binary a (Tjeng,
-        Xiao and Tedrake 2019). Other bounds settle its sign. ``leaky_relu``, ``abs``, ``clip`` and ``max`` are
+        Xiao and Tedrake 2019). Other bounds settle its sign. ``leaky_relu``, ``abs``, ``clip``, ``max`` are
         alike. The file is written by HiGHS (``pip install jaxconv_fc[verify]``), and every solver reads it.
 
         Args:
