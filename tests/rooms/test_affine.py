@@ -114,16 +114,19 @@ AFFINE = {
 AFFINE["scan"] = lambda x, scan=AFFINE["scan"]: scan(x)[0] + scan(x)[1].sum(0)[:, None]
 
 
-@pytest.mark.parametrize("name", AFFINE)
-def test_matrix_of_is_the_jacobian_and_the_offset(name):
-    fn = AFFINE[name]
+@pytest.mark.parametrize("names", [list(AFFINE)[i::6] for i in range(6)], ids=", ".join)
+def test_matrix_of_is_the_jacobian_and_the_offset(names):
+    """Several functions in one program."""
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
-    (matrix, offset), jacobian, value = map(
-        partial(jax.tree.map, np.asarray),
-        jax.jit(lambda x: (fc.matrix_of(fn, shape), jax.jacobian(fn)(x), fn(x)))(X),
-    )
-    close(matrix, jacobian.reshape(-1, X.size))
-    close(matrix @ np.ravel(X) + offset, value.ravel())
+
+    def both(fn, x):
+        return fc.matrix_of(fn, shape), jax.jacobian(fn)(x), fn(x)
+
+    made = jax.jit(lambda x: {name: both(AFFINE[name], x) for name in names})(X)
+    for name, one in made.items():
+        (matrix, offset), jacobian, value = jax.tree.map(np.asarray, one)
+        close(matrix, jacobian.reshape(-1, X.size), name=name)
+        close(matrix @ np.ravel(X) + offset, value.ravel(), name=name)
 
 
 def _of_a_tree(v):

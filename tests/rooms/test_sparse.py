@@ -91,10 +91,9 @@ def test_every_entry_in_its_place(geometry, rng):
 
     @jax.jit
     def made(kernel, *given):
-        formats = fc.as_bcoo(spec, kernel), fc.as_bcsr(spec, kernel)
-        return (
-            formats, fc.diagonals(spec, kernel), [derivatives(f, kernel, *given) for f in (fc.as_bcoo, fc.as_bcsr)]
-        )  # fmt: skip
+        builders = fc.as_bcoo, fc.as_bcsr
+        derived = [derivatives(build, kernel, *given) for build in builders]
+        return [build(spec, kernel) for build in builders], fc.diagonals(spec, kernel), derived
 
     formats, diagonals, of_both = made(kernel, tangent, cotangent)
     check_host(geometry, kernel)
