@@ -136,8 +136,11 @@ def test_groups_are_a_block_diagonal(kind, mode, rng):
         whole = fc.conv_spec((1, groups * c, 5), kernel.shape, *rest, None, groups, padding_mode=mode)
     else:
         whole = fc.conv_spec((groups, c, 5), kernel.shape, *rest, None, 1, groups, padding_mode=mode)
-    blocks = [np.asarray(fc.as_matrix(single, part)) for part in np.split(kernel, groups)]
-    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), block_diagonal(blocks))
+    parts = np.split(kernel, groups)
+    got, blocks = jax.jit(
+        lambda k, parts: (fc.as_matrix(whole, k), [fc.as_matrix(single, p) for p in parts])
+    )(kernel, parts)
+    np.testing.assert_array_equal(got, block_diagonal(list(map(np.asarray, blocks))))
     assert whole.nse == groups * single.nse
 
 
@@ -170,8 +173,9 @@ def test_a_layout_permutes_rows_and_columns(geometry, seed):
     kernel = integers(np.random.default_rng(seed), geometry.rhs_shape)
     rows = renumbered(oracle.out_shape(geometry), out, 1)
     columns = renumbered(oracle.in_shape(geometry), lhs, geometry.batch_group_count)
-    moved = np.asarray(fc.as_matrix(geometry.spec(), kernel))[rows][:, columns]
-    np.testing.assert_array_equal(moved, fc.as_matrix(plain.spec(), np.transpose(kernel, rhs)))
+    both = jax.jit(lambda *kernels: list(map(fc.as_matrix, (geometry.spec(), plain.spec()), kernels)))
+    moved, want = map(np.asarray, both(kernel, np.transpose(kernel, rhs)))
+    np.testing.assert_array_equal(moved[rows][:, columns], want)
 
 
 def renumbered(shape, axes, batch):
@@ -193,8 +197,9 @@ def test_separable_kernels_are_kronecker_products(mode, rng):
     whole = fc.conv_spec((1, 2, 4, 3), kernel.shape, *both, padding_mode=mode)
     along_a = fc.conv_spec((1, 1, 4), (1, 1, 3), *first, padding_mode=mode)
     along_b = fc.conv_spec((1, 1, 3), (1, 1, 2), *second, padding_mode=mode)
-    parts = fc.as_matrix(along_a, a[None, None]), fc.as_matrix(along_b, b[None, None])
-    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), np.kron(channels, np.kron(*parts)))
+    of_all = jax.jit(lambda *kernels: list(map(fc.as_matrix, (whole, along_a, along_b), kernels)))
+    got, *parts = of_all(kernel, a[None, None], b[None, None])
+    np.testing.assert_array_equal(got, np.kron(channels, np.kron(*parts)))
 
 
 def test_a_kernel_of_one_tap_is_a_selection():
