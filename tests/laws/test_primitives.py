@@ -316,8 +316,8 @@ def _holds(got, fn, plain, x):
 
 
 def _pairs(name, x):
-    """What must be equal: of the primitive alone, and between matrices that make the output the smaller side,
-    where its transpose is propagated."""
+    """What must be equal: of the primitive alone, and where its transpose is propagated, between matrices that
+    make the output the smaller side."""
     fn, plain = _pair(HANDLED[name])
     size = jax.eval_shape(fn, X).size
     first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, size)))
@@ -344,9 +344,8 @@ def test_handled_primitives_are_their_jacobians(names):
     for name in names:
         if NEWER.get(name, True):
             assert name in set(_primitives(jax.make_jaxpr(_pair(HANDLED[name])[0])(X)))
-    made = jax.jit(lambda x: [_pairs(name, x) for name in names])(X)
-    for name, pairs in zip(names, made, strict=True):
-        # On a GPU, JAX warns that it packs a maximum and its derivative into one number: half the digits.
+    for name, pairs in jax.jit(lambda x: {name: _pairs(name, x) for name in names})(X).items():
+        # On a GPU, JAX warns that it packs a maximum and its derivative into one number, with half the digits.
         halved = jax.default_backend() != "cpu" and name.startswith("select_and")
         for got, want in pairs:
             np.testing.assert_allclose(got, want, rtol=1e-5 if halved else 1e-11, atol=1e-11, err_msg=name)
