@@ -11,7 +11,8 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     gradients               kernel_vjp, kernel_matrix, matrix_vjp
     from M to a kernel      kernel_from_matrix, conv_distance, detect_conv, nearest_conv
     two convolutions        compose
-    any JAX function        with_products, find_convs, fully_connected, matrix_of, local_affine
+    any JAX function        with_products, find_convs, fully_connected
+    a function's matrix     matrix_of, sparse_matrix_of, local_affine
     in the place of lax's   conv_general_dilated
     norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
     neurons                 neurons.receptive_field, neurons.projective_field, ... (help(jaxconv_fc.neurons))
@@ -32,6 +33,7 @@ from jaxconv_fc.functions.convolutions import conv_general_dilated as conv_gener
 from jaxconv_fc.functions.convolutions import with_products as with_products
 from jaxconv_fc.functions.find import find_convs as find_convs
 from jaxconv_fc.functions.sites import ConvSite as ConvSite
+from jaxconv_fc.functions.sparse import sparse_matrix_of as sparse_matrix_of
 from jaxconv_fc.geometry.memory import memory_limit as memory_limit
 from jaxconv_fc.geometry.spec import ConvSpec as ConvSpec
 from jaxconv_fc.geometry.spec import conv_spec as conv_spec

@@ -212,7 +212,9 @@ def _nearest(values: Any, norms: Any) -> Any:
 def _checked(name: str, traced: Ravelled) -> Ravelled:
     """The traced function, if its matrix is within the memory limit."""
     if not traced.outs or not traced.xs:
-        raise TypeError(f"{name}: {'fn returns' if traced.xs else 'x holds'} no array, so there is no matrix.")
+        raise TypeError(
+            f"{name}: {'fn returns' if traced.xs else 'x holds'} no array, so there is no matrix."
+        )
     check_array(name, traced.shape, traced.dtype, "sparse_matrix_of, or rows= for some rows")
     return traced
 

@@ -196,7 +196,7 @@ class Linearizer:
 
 
 def linearized(name: str, rules: Rules, jaxpr: Any, xs: Sequence[Any], points: Sequence[Any] | None) -> Any:
-    """The jaxpr from changes of the arrays xs to ``(tangents, values)``: of the results, then of every switch.
+    """The jaxpr from changes of the arrays xs to ``(tangents, values)``: of results, then of switches.
 
     ``xs`` give shapes and dtypes only. Values are taken at ``points``, or at 0 where that is None.
     """

@@ -1,4 +1,4 @@
-"""A function of pytrees, traced, as one from vector to vector: the order of ``jax.flatten_util.ravel_pytree``."""
+"""A function of pytrees as one from vector to vector, in the order of ``jax.flatten_util.ravel_pytree``."""
 
 from __future__ import annotations
 

@@ -316,8 +316,8 @@ def _holds(got, fn, plain, x):
 
 
 def _pairs(name, x):
-    """What must be equal: of the primitive alone, and where its transpose is propagated, between matrices that
-    make the output the smaller side."""
+    """What must be equal: of the primitive alone, and between matrices that make the output the smaller side,
+    where its transpose is propagated."""
     fn, plain = _pair(HANDLED[name])
     size = jax.eval_shape(fn, X).size
     first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, size)))
@@ -341,14 +341,24 @@ def _pairs(name, x):
 @pytest.mark.parametrize("names", [list(HANDLED)[i::10] for i in range(10)], ids=", ".join)
 def test_handled_primitives_are_their_jacobians(names):
     """Several in one program."""
-    for name in names:
+    functions = {name: _pair(HANDLED[name])[0] for name in names}
+    for name, fn in functions.items():
         if NEWER.get(name, True):
-            assert name in set(_primitives(jax.make_jaxpr(_pair(HANDLED[name])[0])(X)))
-    for name, pairs in jax.jit(lambda x: {name: _pairs(name, x) for name in names})(X).items():
-        # On a GPU, JAX warns that it packs a maximum and its derivative into one number, with half the digits.
+            assert name in set(_primitives(jax.make_jaxpr(fn)(X)))
+
+    @jax.jit
+    def made(x):
+        return [(fc.matrix_of(fn, x), _pairs(name, x)) for name, fn in functions.items()]
+
+    for name, (want, pairs) in zip(names, made(X), strict=True):
+        sparse = fc.sparse_matrix_of(functions[name], X)
+        assert (sparse.matrix.dtype, sparse.offset.dtype) == (want.matrix.dtype, want.offset.dtype)
+        np.testing.assert_allclose(sparse.matrix.toarray(), want.matrix, rtol=1e-11, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(sparse.offset, want.offset, rtol=1e-11, atol=1e-11, err_msg=name)
+        # On a GPU, JAX warns that it packs a maximum and its derivative into one number: half the digits.
         halved = jax.default_backend() != "cpu" and name.startswith("select_and")
-        for got, want in pairs:
-            np.testing.assert_allclose(got, want, rtol=1e-5 if halved else 1e-11, atol=1e-11, err_msg=name)
+        for got, wanted in pairs:
+            np.testing.assert_allclose(got, wanted, rtol=1e-5 if halved else 1e-11, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ON_INTEGERS)
@@ -357,6 +367,7 @@ def test_a_handled_primitive_of_integers(name):
     x = jnp.array([3, -1, 5, 2])
     matrix, offset = fc.matrix_of(fn, x)
     np.testing.assert_array_equal(matrix @ x + offset, fn(x))
+    np.testing.assert_array_equal(fc.sparse_matrix_of(fn, x).matrix.toarray(), matrix)
     np.testing.assert_array_equal(matrix, jax.jacobian(plain)(X))
 
 
