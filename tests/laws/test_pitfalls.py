@@ -110,6 +110,13 @@ def test_equal_to_the_float64_truth(geometry, cpu_form, rng):
     check_against_truth(geometry, [np.float32], rng)
 
 
+# The forms that read out of bounds are convolutions.
+in_convolutions = pytest.mark.parametrize(
+    "cpu_form", ["convolutions", pytest.param("sums over taps", marks=pytest.mark.long)], indirect=True
+)
+
+
+@in_convolutions
 @pytest.mark.parametrize("name", TABLE)
 def test_equal_in_the_other_dtypes_that_fail(name, cpu_form, rng):
     check_against_truth(TABLE[name][0], ["float16", "complex64"], rng)
@@ -126,6 +133,7 @@ def check_against_truth(geometry, dtypes, rng):
         jax.tree.map(np.testing.assert_array_equal, program(given), want)
 
 
+@in_convolutions
 @pytest.mark.parametrize("name", TABLE)
 def test_stacks_too(name, cpu_form, rng):
     """vmap over vectors and over kernels turns them into batched and grouped convolutions."""
@@ -173,8 +181,8 @@ ABORTING = {
 }
 
 
-def check_every_transform(name):
-    """All products of one geometry: eager, jit, vmap, vmap of the transpose, jacrev."""
+def check_every_transform(name, eager):
+    """All products of one geometry: jit, vmap, vmap of the transpose, jacrev, and outside of jit."""
     geometry = ABORTING[name]
     spec = geometry.spec()
     program = partial(products, spec)
@@ -196,7 +204,8 @@ def check_every_transform(name):
     stacked = jax.tree.map(lambda *parts: np.stack(parts), *wants)
     wanted = want, stacked, want["apply_transpose"], want["M"]
     jax.tree.map(np.testing.assert_array_equal, everything(*sets[0], stacks), wanted)
-    jax.tree.map(np.testing.assert_array_equal, program(*sets[0]), want)
+    if eager:
+        jax.tree.map(np.testing.assert_array_equal, program(*sets[0]), want)
 
 
 TERMS = (
@@ -210,7 +219,7 @@ def check_all():
         jax.clear_caches()
         cpu.MOST_TERMS = cpu.MOST_DOTS = most
         for name in ABORTING:
-            check_every_transform(name)
+            check_every_transform(name, eager=most < 0)
             print(name, most, flush=True)
 
 

@@ -70,7 +70,7 @@ def test_gradients_vanish_at_the_zero_kernel():
         assert not jax.grad(partial(function, spec))(jnp.zeros_like(kernel)).any()
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_jit_and_vmap(groups):
     spec, kernel = layer(groups=groups)
     kernels = jnp.stack([kernel, 2 * kernel])
@@ -88,7 +88,7 @@ def test_an_orthogonal_kernel_is_an_isometry():
     turn = np.linalg.qr(np.random.default_rng(3).standard_normal((4, 4)))[0]
     kernel = np.zeros((4, 4, 3, 3))
     kernel[:, :, 1, 1] = turn
-    for mode in ("zeros", "circular", "edge"):
+    for mode in ("zeros", "circular"):
         spec = fc.conv_spec((1, 4, 5, 6), kernel.shape, (1, 1), "SAME", padding_mode=mode)
         functions = (
             spectrum.orthogonality_residual, spectrum.singular_values, spectrum.spectral_norm_bounds,
