@@ -135,17 +135,18 @@ def test_the_table_of_dtypes_holds(kind, run_seed):
 def test_sums_of_integers_do_not_wrap(dtype):
     """126 for 2,536, and 0 for a kernel full of -128: the sums had the dtype of the kernel."""
     info, spec = jnp.iinfo(dtype), fc.conv_spec((1, 8, 6, 6), (8, 8, 3, 3), (1, 1), "SAME")
+
+    @jax.jit
+    def sums(kernel):
+        one, inf, rows, columns, trace = every_norm(spec, kernel)
+        return one, inf, rows.max(), columns.min(), trace
+
     for extreme in (int(info.min), int(info.max)):
-        kernel = np.full(spec.rhs_shape, extreme).astype(dtype)
-        size = abs(extreme)
+        kernel, size = np.full(spec.rhs_shape, extreme).astype(dtype), abs(extreme)
         for x64 in (False, True):
             with jax.enable_x64(x64):
-                for got, want in (
-                    (spectrum.one_norm(spec, kernel), 72 * size),
-                    (spectrum.inf_norm(spec, kernel), 72 * size),
-                    (spectrum.row_norms(spec, kernel, ord=1).max(), 72 * size),
-                    (spectrum.column_norms(spec, kernel, ord=1).min(), 32 * size),
-                    (spectrum.trace(spec, kernel), 8 * 36 * extreme),
+                for got, want in zip(
+                    sums(kernel), [72 * size] * 3 + [32 * size, 8 * 36 * extreme], strict=True
                 ):
                     assert got.dtype == jnp.result_type(int)
                     assert int(got) == want
@@ -184,16 +185,22 @@ def test_norms_of_random_geometries_in_every_dtype(run_seed):
             if exact
             else functools.partial(np.testing.assert_allclose, rtol=1e-5)
         )
-        close(np.asarray(spectrum.one_norm(spec, kernel)), sizes.sum(0).max(initial=0), err_msg=name)
-        close(np.asarray(spectrum.inf_norm(spec, kernel)), sizes.sum(1).max(initial=0), err_msg=name)
-        close(np.asarray(spectrum.row_norms(spec, kernel, ord=1)), sizes.sum(1), err_msg=name)
-        close(np.asarray(spectrum.column_norms(spec, kernel, ord=1)), sizes.sum(0), err_msg=name)
-        np.testing.assert_allclose(
-            spectrum.trace(spec, kernel),
-            np.trace(matrix),
-            atol=0 if exact else 1e-5 * sizes.sum(),
-            err_msg=name,
-        )
+        *norms, trace = map(np.asarray, jax.jit(every_norm, static_argnums=0)(spec, kernel))
+        wanted = sizes.sum(0).max(initial=0), sizes.sum(1).max(initial=0), sizes.sum(1), sizes.sum(0)
+        for got, want in zip(norms, wanted, strict=True):
+            close(got, want, err_msg=name)
+        atol = 0 if exact else 1e-5 * sizes.sum()
+        np.testing.assert_allclose(trace, np.trace(matrix), atol=atol, err_msg=name)
+
+
+def every_norm(spec, kernel):
+    return (
+        spectrum.one_norm(spec, kernel),
+        spectrum.inf_norm(spec, kernel),
+        spectrum.row_norms(spec, kernel, ord=1),
+        spectrum.column_norms(spec, kernel, ord=1),
+        spectrum.trace(spec, kernel),
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int2", "uint2", "float4_e2m1fn", "float8_e8m0fnu", "float0", "key"])

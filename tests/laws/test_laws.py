@@ -9,7 +9,6 @@ import itertools
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -64,9 +63,10 @@ def test_random_geometries_against_the_oracle(chunk, run_seed):
 def test_rounding_of_random_geometries(geometry, seed, dtype):
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, np.random.default_rng(seed), dtype, normals)
-    oracle.assert_matrix(fc.as_matrix(spec, kernel), kernel, geometry)
-    oracle.assert_product(fc.apply(spec, kernel, x), kernel, x, geometry)
-    oracle.assert_transpose_product(fc.apply_transpose(spec, kernel, y), kernel, y, geometry)
+    matrix, ahead, back = everything(spec, kernel, x, y)
+    oracle.assert_matrix(matrix, kernel, geometry)
+    oracle.assert_product(ahead, kernel, x, geometry)
+    oracle.assert_transpose_product(back, kernel, y, geometry)
 
 
 # lhs_dilation stays out: some such geometries abort the process inside lax (test_pitfalls.py has one)
@@ -79,12 +79,15 @@ def test_lax_in_float64_agrees(geometry, seed):
     xs = integers(rng, geometry.lhs_shape, np.float64)
     with jax.default_device(jax.devices("cpu")[0]):  # a GPU has no more than 3 spatial dimensions
         ys = lax.conv_general_dilated(xs, kernel, *geometry.arguments())
-    matrix = oracle.matrix(kernel, geometry)
-    np.testing.assert_array_equal(fc.as_matrix(spec, kernel), matrix)
-    for j, x in enumerate(oracle.examples(xs, geometry)):
+    matrix, examples = oracle.matrix(kernel, geometry), oracle.examples(xs, geometry)
+    built, ahead = jax.jit(
+        lambda k, examples: (fc.as_matrix(spec, k), [fc.apply(spec, k, x) for x in examples])
+    )(kernel, examples)
+    np.testing.assert_array_equal(built, matrix)
+    for j, (x, got) in enumerate(zip(examples, ahead, strict=True)):
         y = np.take(np.asarray(ys), j, axis=out[0])
         np.testing.assert_array_equal(matrix @ x.ravel(), y.ravel())
-        np.testing.assert_array_equal(fc.apply(spec, kernel, x), y)
+        np.testing.assert_array_equal(got, y)
 
 
 # 3. the adjoint --------------------------------------------------------------------------------------
@@ -95,14 +98,18 @@ def test_the_adjoint_four_ways(geometry, seed, dtype):
     """apply_transpose, M^T y, linear_transpose(apply), and <M x, y> == <x, M^T y>, all exactly."""
     spec = geometry.spec()
     kernel, x, y = arrays(geometry, np.random.default_rng(seed), dtype)
-    back = np.asarray(fc.apply_transpose(spec, kernel, y))
-    np.testing.assert_array_equal(back.ravel(), np.asarray(fc.as_matrix(spec, kernel)).T @ y.ravel())
-    np.testing.assert_array_equal(back, jax.linear_transpose(partial(fc.apply, spec, kernel), x)(y)[0])
-    ahead = np.asarray(fc.apply(spec, kernel, x))
+
+    @jax.jit
+    def ways(kernel, x, y):
+        transposed = jax.linear_transpose(partial(fc.apply, spec, kernel), x)(y)[0]
+        return *everything(spec, kernel, x, y), transposed, fc.apply_transpose(spec, kernel, y.conj())
+
+    matrix, ahead, back, transposed, hermitian = map(np.asarray, ways(kernel, x, y))
+    np.testing.assert_array_equal(back.ravel(), matrix.T @ y.ravel())
+    np.testing.assert_array_equal(back, transposed)
     assert (ahead * y).sum() == (x * back).sum()
     # the inner product of complex spaces conjugates, so its adjoint is M^H y = conj(M^T conj(y))
-    hermitian = np.asarray(fc.apply_transpose(spec, kernel, y.conj())).conj()
-    assert np.vdot(ahead, y) == np.vdot(x, hermitian)
+    assert np.vdot(ahead, y) == np.vdot(x, hermitian.conj())
 
 
 # 6. the structure of M -------------------------------------------------------------------------------
@@ -129,8 +136,11 @@ def test_groups_are_a_block_diagonal(kind, mode, rng):
         whole = fc.conv_spec((1, groups * c, 5), kernel.shape, *rest, None, groups, padding_mode=mode)
     else:
         whole = fc.conv_spec((groups, c, 5), kernel.shape, *rest, None, 1, groups, padding_mode=mode)
-    blocks = [np.asarray(fc.as_matrix(single, part)) for part in np.split(kernel, groups)]
-    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), block_diagonal(blocks))
+    parts = np.split(kernel, groups)
+    got, blocks = jax.jit(
+        lambda k, parts: (fc.as_matrix(whole, k), [fc.as_matrix(single, p) for p in parts])
+    )(kernel, parts)
+    np.testing.assert_array_equal(got, block_diagonal(list(map(np.asarray, blocks))))
     assert whole.nse == groups * single.nse
 
 
@@ -163,8 +173,9 @@ def test_a_layout_permutes_rows_and_columns(geometry, seed):
     kernel = integers(np.random.default_rng(seed), geometry.rhs_shape)
     rows = renumbered(oracle.out_shape(geometry), out, 1)
     columns = renumbered(oracle.in_shape(geometry), lhs, geometry.batch_group_count)
-    moved = np.asarray(fc.as_matrix(geometry.spec(), kernel))[rows][:, columns]
-    np.testing.assert_array_equal(moved, fc.as_matrix(plain.spec(), np.transpose(kernel, rhs)))
+    both = jax.jit(lambda *kernels: list(map(fc.as_matrix, (geometry.spec(), plain.spec()), kernels)))
+    moved, want = map(np.asarray, both(kernel, np.transpose(kernel, rhs)))
+    np.testing.assert_array_equal(moved[rows][:, columns], want)
 
 
 def renumbered(shape, axes, batch):
@@ -186,8 +197,9 @@ def test_separable_kernels_are_kronecker_products(mode, rng):
     whole = fc.conv_spec((1, 2, 4, 3), kernel.shape, *both, padding_mode=mode)
     along_a = fc.conv_spec((1, 1, 4), (1, 1, 3), *first, padding_mode=mode)
     along_b = fc.conv_spec((1, 1, 3), (1, 1, 2), *second, padding_mode=mode)
-    parts = fc.as_matrix(along_a, a[None, None]), fc.as_matrix(along_b, b[None, None])
-    np.testing.assert_array_equal(fc.as_matrix(whole, kernel), np.kron(channels, np.kron(*parts)))
+    of_all = jax.jit(lambda *kernels: list(map(fc.as_matrix, (whole, along_a, along_b), kernels)))
+    got, *parts = of_all(kernel, a[None, None], b[None, None])
+    np.testing.assert_array_equal(got, np.kron(channels, np.kron(*parts)))
 
 
 def test_a_kernel_of_one_tap_is_a_selection():
@@ -220,50 +232,60 @@ VERBS = {
     "apply": lambda spec, kernel, x, y: fc.apply(spec, kernel, x),
     "apply_transpose": lambda spec, kernel, x, y: fc.apply_transpose(spec, kernel, y),
 }
-every_verb = pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 
 
-@every_verb
-def test_jit_equals_eager(verb, rng):
-    spec = GEOMETRY.spec()
-    inputs = arrays(GEOMETRY, rng, np.float64)
-    jax.tree.map(np.testing.assert_array_equal, jax.jit(verb)(spec, *inputs), verb(spec, *inputs))
+def of_all(spec, *inputs):
+    """Every verb, so that one program has them all."""
+    return {name: verb(spec, *inputs) for name, verb in VERBS.items()}
 
 
-@every_verb
-def test_vmap_equals_a_loop(verb, rng):
-    spec = GEOMETRY.spec()
+def test_jit_equals_eager(rng):
+    spec, inputs = GEOMETRY.spec(), arrays(GEOMETRY, rng, np.float64)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(of_all)(spec, *inputs), of_all(spec, *inputs))
+
+
+def test_vmap_equals_a_loop(rng):
+    spec, one = GEOMETRY.spec(), jax.jit(of_all)
     batches = [np.stack(a) for a in zip(*(arrays(GEOMETRY, rng, np.float64) for _ in range(3)), strict=True)]
-    stacked = jax.vmap(partial(verb, spec))(*batches)
+    stacked = jax.jit(jax.vmap(partial(of_all, spec)))(*batches)
     for i in range(3):
-        one = verb(spec, *(batch[i] for batch in batches))
-        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda s, i=i: s[i], stacked), one)
+        want = one(spec, *(batch[i] for batch in batches))
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda s, i=i: s[i], stacked), want)
 
 
-@every_verb
-def test_grad_equals_finite_differences(verb, rng):
+def test_grad_equals_finite_differences(rng):
     """All verbs are polynomials of degree 2 at most, so a central difference has no truncation error."""
     spec = GEOMETRY.spec()
-    inputs = [jnp.asarray(a) for a in arrays(GEOMETRY, rng, np.float64)]
-    step = [jnp.asarray(a) for a in arrays(GEOMETRY, rng, np.float64)]
-    weights = jax.tree.map(lambda out: integers(rng, out.shape, np.float64), verb(spec, *inputs))
+    inputs, step = arrays(GEOMETRY, rng, np.float64), arrays(GEOMETRY, rng, np.float64)
+    weights = jax.tree.map(
+        lambda out: integers(rng, out.shape, np.float64), jax.eval_shape(of_all, spec, *inputs)
+    )
 
-    def loss(*inputs):
-        outs = verb(spec, *inputs)
-        return sum(jax.tree.leaves(jax.tree.map(lambda out, w: (out * w).sum(), outs, weights)))
+    def losses(*inputs):
+        sums = jax.tree.map(lambda out, w: (out * w).sum(), of_all(spec, *inputs), weights)
+        return {name: sum(jax.tree.leaves(of_one)) for name, of_one in sums.items()}
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(*inputs)
-    slope = sum((g * s).sum() for g, s in zip(gradients, step, strict=True))
-    ahead, behind = (loss(*(a + sign * s for a, s in zip(inputs, step, strict=True))) for sign in (1, -1))
-    assert slope == (ahead - behind) / 2
+    @jax.jit
+    def both(inputs, step):
+        ahead, behind = (
+            losses(*(a + sign * s for a, s in zip(inputs, step, strict=True))) for sign in (1, -1)
+        )
+        gradients = jax.jacrev(losses, argnums=(0, 1, 2))(*inputs)
+        slopes = {
+            name: sum((g * s).sum() for g, s in zip(of_one, step, strict=True))
+            for name, of_one in gradients.items()
+        }
+        return slopes, {name: (ahead[name] - behind[name]) / 2 for name in ahead}
+
+    slopes, differences = both(inputs, step)
+    assert slopes == differences
 
 
-@every_verb
-def test_no_tracer_leaks_through_a_cached_table(verb, rng):
+def test_no_tracer_leaks_through_a_cached_table(rng):
     """Cached tables are NumPy: used first inside a trace, they must not leak its tracers."""
     inputs = arrays(GEOMETRY, rng, np.float64)
     jax.clear_caches()
     spec = dataclasses.replace(GEOMETRY).spec()
     with jax.checking_leaks():
-        first = jax.jit(verb)(spec, *inputs)
-    jax.tree.map(np.testing.assert_array_equal, verb(spec, *inputs), first)
+        first = jax.jit(of_all)(spec, *inputs)
+    jax.tree.map(np.testing.assert_array_equal, of_all(spec, *inputs), first)

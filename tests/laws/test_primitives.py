@@ -315,40 +315,50 @@ def _holds(got, fn, plain, x):
     ]
 
 
-@pytest.mark.filterwarnings("ignore:Using reduced precision for gradient of reduce-window")
-@pytest.mark.parametrize("name", HANDLED)
-def test_a_handled_primitive_is_its_jacobian(name):
-    """Alone, and where its transpose is propagate: between matrices that make the output the smaller side."""
+def _pairs(name, x):
+    """What must be equal: of the primitive alone, and between matrices that make the output the smaller side,
+    where its transpose is propagated."""
     fn, plain = _pair(HANDLED[name])
     size = jax.eval_shape(fn, X).size
     first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, size)))
-    if NEWER.get(name, True):
-        assert name in set(_primitives(jax.make_jaxpr(fn)(X)))
 
     def narrow(fn, x):
         y = fn(first @ x).ravel()
         return last @ (y.real + y.imag if jnp.iscomplexobj(y) else y)
 
-    @jax.jit
-    def pairs(x):
-        long = first.T @ x
-        both = partial(narrow, fn), partial(narrow, plain)
-        local = fc.local_affine(fn, 3 * x)
-        return [
-            *_holds(fc.matrix_of(fn, x), fn, plain, x),
-            *_holds(fc.matrix_of(both[0], long), *both, long),
-            *_holds(local, fn, plain, x),
-            (local.radius, jnp.inf),
-        ]
+    long = first.T @ x
+    both = partial(narrow, fn), partial(narrow, plain)
+    local = fc.local_affine(fn, 3 * x)
+    return [
+        *_holds(fc.matrix_of(fn, x), fn, plain, x),
+        *_holds(fc.matrix_of(both[0], long), *both, long),
+        *_holds(local, fn, plain, x),
+        (local.radius, jnp.inf),
+    ]
 
-    sparse, want = fc.sparse_matrix_of(fn, X), fc.matrix_of(fn, X)
-    assert (sparse.matrix.dtype, sparse.offset.dtype) == (want.matrix.dtype, want.offset.dtype)
-    np.testing.assert_allclose(sparse.matrix.toarray(), want.matrix, rtol=1e-11, atol=1e-11)
-    np.testing.assert_allclose(sparse.offset, want.offset, rtol=1e-11, atol=1e-11)
-    # On a GPU, JAX warns that it packs a maximum and its derivative into one number, with half the digits.
-    halved = jax.default_backend() != "cpu" and name.startswith("select_and")
-    for got, want in pairs(X):
-        np.testing.assert_allclose(got, want, rtol=1e-5 if halved else 1e-11, atol=1e-11)
+
+@pytest.mark.filterwarnings("ignore:Using reduced precision for gradient of reduce-window")
+@pytest.mark.parametrize("names", [list(HANDLED)[i::10] for i in range(10)], ids=", ".join)
+def test_handled_primitives_are_their_jacobians(names):
+    """Several in one program."""
+    functions = {name: _pair(HANDLED[name])[0] for name in names}
+    for name, fn in functions.items():
+        if NEWER.get(name, True):
+            assert name in set(_primitives(jax.make_jaxpr(fn)(X)))
+
+    @jax.jit
+    def made(x):
+        return [(fc.matrix_of(fn, x), _pairs(name, x)) for name, fn in functions.items()]
+
+    for name, (want, pairs) in zip(names, made(X), strict=True):
+        sparse = fc.sparse_matrix_of(functions[name], X)
+        assert (sparse.matrix.dtype, sparse.offset.dtype) == (want.matrix.dtype, want.offset.dtype)
+        np.testing.assert_allclose(sparse.matrix.toarray(), want.matrix, rtol=1e-11, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(sparse.offset, want.offset, rtol=1e-11, atol=1e-11, err_msg=name)
+        # On a GPU, JAX warns that it packs a maximum and its derivative into one number: half the digits.
+        halved = jax.default_backend() != "cpu" and name.startswith("select_and")
+        for got, wanted in pairs:
+            np.testing.assert_allclose(got, wanted, rtol=1e-5 if halved else 1e-11, atol=1e-11, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ON_INTEGERS)

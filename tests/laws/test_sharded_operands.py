@@ -137,17 +137,14 @@ def operands():
     return [rng.standard_normal((DEVICES, *shape)) for shape in ((4, 2, 3), (2, 8), (4, 8))]
 
 
-def loss_of(f):
+def weighted(made):
     """A scalar of everything that a function returns, with weights that tell its entries apart."""
     import jax
     import jax.numpy as jnp
 
-    def loss(*args):
-        leaves = jax.tree.leaves(f(*args))
-        weights = [jnp.cos(jnp.arange(v.size) + 1.0).reshape(v.shape) for v in leaves]
-        return sum((w * v).sum() for w, v in zip(weights, leaves, strict=True))
-
-    return loss
+    leaves = jax.tree.leaves(made)
+    weights = [jnp.cos(jnp.arange(v.size) + 1.0).reshape(v.shape) for v in leaves]
+    return sum((w * v).sum() for w, v in zip(weights, leaves, strict=True))
 
 
 def close(got, want, name):
@@ -166,13 +163,19 @@ class Group:
     def __init__(self, functions):
         self.functions = functions
 
-    def values(self, *args):
-        return {name: f(*args) for name, f in self.functions.items()}
-
-    def gradients(self, *args):
+    def gradients_and_values(self, *args):
+        """Each by name."""
         import jax
 
-        return {name: jax.grad(loss_of(f), argnums=(0, 1, 2))(*args) for name, f in self.functions.items()}
+        def loss(*args, f):
+            made = f(*args)
+            return weighted(made), made
+
+        both = {
+            name: jax.grad(partial(loss, f=f), (0, 1, 2), has_aux=True)(*args)
+            for name, f in self.functions.items()
+        }
+        return [{name: one[i] for name, one in both.items()} for i in range(2)]
 
     def only(self, names):
         return Group({name: self.functions[name] for name in names})
@@ -180,29 +183,27 @@ class Group:
 
 @cache
 def on_one_device(group):
-    """``(values, gradients)``, compiled once for all deals."""
+    """Gradients and values, compiled once for all deals."""
     import jax
 
-    return jax.jit(group.values), jax.jit(group.gradients)
+    return jax.jit(group.gradients_and_values)
 
 
 def expected(group, deal):
-    """``(values, gradients)`` on one device: operands in ``deal`` are distributed, the others shared."""
+    """``(gradients, values)`` on one device: operands in ``deal`` are distributed, the others shared."""
     import jax
     import jax.numpy as jnp
 
     k, x, y = map(jnp.asarray, operands())
     args = [v if i in deal else v[0] for i, v in enumerate((k, x, y))]
     each = [[v[n] if i in deal else v for i, v in enumerate(args)] for n in range(DEVICES)]
-    values_of, gradients_of = on_one_device(group)
-    values = [values_of(*a) for a in each]
-    gradients = [gradients_of(*a) for a in each]
+    gradients, values = zip(*(on_one_device(group)(*a) for a in each), strict=True)
 
     def combined(name):
         stacked = [np.stack([g[name][i] for g in gradients]) for i in range(3)]
         return [v if i in deal else v.sum(0) for i, v in enumerate(stacked)]
 
-    return jax.tree.map(lambda *v: np.stack(v), *values), {name: combined(name) for name in group.functions}
+    return {name: combined(name) for name in group.functions}, jax.tree.map(lambda *v: np.stack(v), *values)
 
 
 def all_close(got, want, label):
@@ -238,7 +239,7 @@ def mapped_group(group, check_vma, deal):
     specs = tuple(jax.P("d") if i in deal else jax.P() for i in range(3))
     args = [jnp.asarray(v if i in deal else v[0]) for i, v in enumerate(operands())]
     mapped = partial(jax.shard_map, mesh=mesh, in_specs=specs, check_vma=check_vma)
-    want, gradients = expected(group, deal)
+    gradients, want = expected(group, deal)
     # Where all devices have one value, none of the operands that are distributed is used.
     leaves = {name: jax.tree.leaves(made) for name, made in want.items()}
     used = [name for name, made in leaves.items() if any(np.ptp(v, axis=0).any() for v in made)]
@@ -251,28 +252,27 @@ def mapped_group(group, check_vma, deal):
         here = check_vma and "d" not in jax.typeof(v).manual_axis_type.varying
         return lax.pcast(v, ("d",), to="varying") if here else v
 
-    def each(*values):
-        made = {name: f(*local(values)) for name, f in functions.items()}
-        return jax.tree.map(lambda v: varying(v)[None], made)
-
-    def losses():
-        for name, f in functions.items():
-            yield name, lambda *values, f=f: lax.psum(varying(loss_of(f)(*local(values))), "d")
+    def loss(*values, f):
+        made = f(*local(values))
+        return lax.psum(varying(weighted(made)), "d"), jax.tree.map(lambda v: varying(v)[None], made)
 
     def differentiated(*values):
-        slopes = {}
-        for name, loss in losses():
-            if check_vma:
-                inside = mapped(jax.grad(loss, argnums=(0, 1, 2)), out_specs=specs)
-                slopes[name] = inside(*values)
-            else:  # JAX does not know then which gradients inside of the map to sum
-                slopes[name] = jax.grad(mapped(loss, out_specs=jax.P()), argnums=(0, 1, 2))(*values)
-        return slopes
+        of = partial(jax.grad, argnums=(0, 1, 2), has_aux=True)
+        if check_vma:
+            inside = lambda *values: {name: of(partial(loss, f=f))(*values) for name, f in functions.items()}  # noqa: E731
+            both = mapped(inside, out_specs=dict.fromkeys(functions, (specs, jax.P("d"))))(*values)
+        else:  # JAX does not know then which gradients inside of the map to sum
+            both = {
+                name: of(mapped(partial(loss, f=f), out_specs=(jax.P(), jax.P("d"))))(*values)
+                for name, f in functions.items()
+            }
+        return [{name: one[i] for name, one in both.items()} for i in range(2)]
 
     if not functions:
         return
-    all_close(jax.jit(mapped(each, out_specs=jax.P("d")))(*args), want, label)
-    all_close(jax.jit(differentiated)(*args), gradients, f"{label}, gradient")
+    slopes, made = jax.jit(differentiated)(*args)
+    all_close(made, want, label)
+    all_close(slopes, gradients, f"{label}, gradient")
 
 
 def sharded(group, explicit):
@@ -283,7 +283,7 @@ def sharded(group, explicit):
     kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((DEVICES,), ("d",), axis_types=(kind,))
     plain = [jnp.asarray(v[0]) for v in operands()]
-    want, gradients = (made(*plain) for made in on_one_device(group))
+    gradients, want = on_one_device(group)(*plain)
     for parts in ((jax.P("d"), jax.P(), jax.P()), (jax.P(), jax.P(None, "d"), jax.P("d"))):
         label = f"partitioned {parts}, explicit={explicit}"
         skipped = set()
@@ -299,8 +299,8 @@ def sharded(group, explicit):
             continue
         with jax.set_mesh(mesh):
             args = [jax.device_put(v, jax.NamedSharding(mesh, p)) for v, p in zip(plain, parts, strict=True)]
-            all_close(jax.jit(chosen.values)(*args), want, label)
-            got = jax.jit(chosen.gradients)(*args)
+            got, made = jax.jit(chosen.gradients_and_values)(*args)
+        all_close(made, want, label)
         all_close(got, gradients, f"{label}, gradient")
         for name, made in got.items():
             assert [jax.typeof(v) for v in made] == [jax.typeof(v) for v in args], f"{name}, {label}"

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from environment import count, numbers
 from geometries import Geometry, arrays, geometries, integers, normals, random_geometry, seeds
+from handwritten import slopes
 from hypothesis import given
 from jax import lax
 
@@ -108,43 +109,26 @@ def test_every_view_under_jit_vmap_and_grad(geometry, rng):
         np.stack(v) for v in zip(*(arrays(geometry, rng, np.float64, normals) for _ in range(3)), strict=True)
     )
     matrices = np.stack([oracle.matrix(k, geometry) for k in kernels])
-    functions = [
-        (partial(fc.kernel_matrix, spec), (xs,)),
-        (partial(fc.kernel_vjp, spec), (xs, ys)),
-        (partial(fc.matrix_vjp, spec), (matrices,)),
-        (partial(fc.kernel_from_matrix, spec), (matrices,)),
-        (partial(fc.conv_distance, spec), (matrices + normals(rng, matrices.shape),)),
-    ]
-    for function, stacks in functions:
-        looped = np.stack([function(*args) for args in zip(*stacks, strict=True)])
-        np.testing.assert_allclose(jax.jit(jax.vmap(function))(*stacks), looped, rtol=1e-12, atol=1e-12)
-        if geometry in (GROUPED, FOLDED):
-            check_derivatives(function, [v[0] for v in stacks], [v[1] for v in stacks], rng)
+    functions = [fc.kernel_matrix, fc.kernel_vjp, fc.matrix_vjp, fc.kernel_from_matrix, fc.conv_distance]
+    noisy = matrices + normals(rng, matrices.shape)
+    stacks = [(xs,), (xs, ys), (matrices,), (matrices,), (noisy,)]
 
+    def of_all(stacks):
+        return [function(spec, *args) for function, args in zip(functions, stacks, strict=True)]
 
-def check_derivatives(function, at, along, rng):
-    """Forward, reverse and second derivatives, as one program, against central differences."""
-    weights = normals(rng, jax.eval_shape(function, *at).shape)
+    one, along = (jax.tree.map(lambda v, i=i: v[i], stacks) for i in range(2))
+    looped = [jax.jit(of_all)(jax.tree.map(lambda v, i=i: v[i], stacks)) for i in range(3)]
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    jax.tree.map(close, jax.jit(jax.vmap(of_all))(stacks), jax.tree.map(lambda *v: np.stack(v), *looped))
+    if geometry in (GROUPED, FOLDED):
+        weights = [normals(rng, v.shape) for v in looped[0]]
 
-    def loss(*args):
-        return (function(*args) * weights).sum()
+        @jax.jit
+        def derivatives(*given):
+            return [slopes(partial(f, spec), *v) for f, *v in zip(functions, *given, strict=True)]
 
-    numbers = tuple(range(len(at)))
-    step = 1e-4
-
-    @jax.jit
-    def slopes(at, along):
-        ahead, behind = ([a + sign * step * t for a, t in zip(at, along, strict=True)] for sign in (1, -1))
-        of, gradient = (function, loss), jax.grad(loss, numbers)
-        difference = [(f(*ahead) - f(*behind)) / (2 * step) for f in of]
-        pushed = jax.jvp(function, at, along)[1]
-        pulled = sum((g * t).sum() for g, t in zip(gradient(*at), along, strict=True))
-        second = jax.jvp(gradient, at, along)[1]
-        twice = [(a - b) / (2 * step) for a, b in zip(gradient(*ahead), gradient(*behind), strict=True)]
-        return (pushed, pulled, second), (*difference, tuple(twice))
-
-    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, *slopes(tuple(at), tuple(along)))
+        for got, want in derivatives(one, along, weights):
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 
 @ALL
@@ -152,22 +136,23 @@ def test_matrix_vjp_is_the_vjp_of_as_matrix(geometry, rng):
     spec = geometry.spec()
     kernel = normals(rng, geometry.rhs_shape)
     cotangent = normals(rng, spec.shape)
-    matrix, pull = jax.vjp(partial(fc.as_matrix, spec), kernel)
-    np.testing.assert_allclose(pull(jnp.asarray(cotangent))[0], fc.matrix_vjp(spec, cotangent), rtol=1e-12)
-    np.testing.assert_allclose(
-        fc.matrix_vjp(spec, cotangent), oracle.matrix_gradient(cotangent, geometry), rtol=1e-12
-    )
-    assert matrix.shape == spec.shape
+
+    @jax.jit
+    def both(kernel, cotangent):
+        return jax.vjp(partial(fc.as_matrix, spec), kernel)[1](cotangent)[0], fc.matrix_vjp(spec, cotangent)
+
+    for got in both(kernel, cotangent):
+        np.testing.assert_allclose(got, oracle.matrix_gradient(cotangent, geometry), rtol=1e-12)
 
 
 @ALL
-@pytest.mark.parametrize("form", [scatter.sums, scatter.sums_on_gpu])
-def test_sums_in_both_orders(geometry, form, rng):
+def test_sums_in_both_orders(geometry, rng):
     """The order of a CPU and that of a GPU."""
     spec = geometry.spec()
     matrix = integers(rng, spec.shape)
-    got = jax.jit(partial(form, spec, lambda entry: entry))(matrix)
-    np.testing.assert_array_equal(got, oracle.matrix_gradient(matrix, geometry))
+    forms = scatter.sums, scatter.sums_on_gpu
+    for got in jax.jit(lambda m: [form(spec, lambda entry: entry, m) for form in forms])(matrix):
+        np.testing.assert_array_equal(got, oracle.matrix_gradient(matrix, geometry))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])

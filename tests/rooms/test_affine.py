@@ -114,24 +114,27 @@ AFFINE = {
 AFFINE["scan"] = lambda x, scan=AFFINE["scan"]: scan(x)[0] + scan(x)[1].sum(0)[:, None]
 
 
-@pytest.mark.parametrize("name", AFFINE)
-def test_matrix_of_is_the_jacobian_and_the_offset(name):
-    fn = AFFINE[name]
+@pytest.mark.parametrize("names", [list(AFFINE)[i::6] for i in range(6)], ids=", ".join)
+def test_matrix_of_is_the_jacobian_and_the_offset(names):
+    """Several functions in one program."""
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
-    (matrix, offset), jacobian, value = map(
-        partial(jax.tree.map, np.asarray),
-        jax.jit(lambda x: (fc.matrix_of(fn, shape), jax.jacobian(fn)(x), fn(x)))(X),
-    )
-    close(matrix, jacobian.reshape(-1, X.size))
-    close(matrix @ np.ravel(X) + offset, value.ravel())
-    sparse, rows = fc.sparse_matrix_of(fn, shape), np.array([-1, 0, 1, 0])
-    assert sparse.matrix.has_canonical_format
-    assert sparse.matrix.dtype == matrix.dtype == sparse.offset.dtype
-    close(sparse.matrix.toarray(), matrix)
-    close(sparse.offset, offset)
-    some = fc.sparse_matrix_of(fn, shape, rows=rows)
-    close(some.matrix.toarray(), matrix[rows])
-    close(some.offset, offset[rows])
+
+    def both(fn, x):
+        return fc.matrix_of(fn, shape), jax.jacobian(fn)(x), fn(x)
+
+    made = jax.jit(lambda x: [both(AFFINE[name], x) for name in names])(X)
+    for name, one in zip(names, made, strict=True):
+        (matrix, offset), jacobian, value = jax.tree.map(np.asarray, one)
+        close(matrix, jacobian.reshape(-1, X.size), name=name)
+        close(matrix @ np.ravel(X) + offset, value.ravel(), name=name)
+        sparse, rows = fc.sparse_matrix_of(AFFINE[name], shape), np.array([-1, 0, 1, 0])
+        assert sparse.matrix.has_canonical_format
+        assert sparse.matrix.dtype == matrix.dtype == sparse.offset.dtype
+        close(sparse.matrix.toarray(), matrix, name=name)
+        close(sparse.offset, offset, name=name)
+        some = fc.sparse_matrix_of(AFFINE[name], shape, rows=rows)
+        close(some.matrix.toarray(), matrix[rows], name=name)
+        close(some.offset, offset[rows], name=name)
 
 
 def _of_a_tree(v):

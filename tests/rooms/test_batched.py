@@ -13,26 +13,29 @@ from jaxconv_fc.products.batched import METHODS
 from jaxconv_fc.products.platforms import PLATFORMS
 
 
-@pytest.mark.parametrize("method", [*METHODS, None])
 @pytest.mark.parametrize("name", ["plain", "reflect", "NHWC", "batch groups", "no rows", "no columns"])
-def test_batched_apply(name, method, rng):
+def test_batched_apply(name, rng):
+    """Every way, and the way that the rule chooses."""
     geometry = CASES[name]
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
     xs = integers(rng, (20, *spec.in_shape), np.float64)
     want = np.stack([oracle.product(x, kernel, geometry) for x in xs])
-    build = partial(fc.batched_apply, spec, method=method)
+    ways = {method: partial(fc.batched_apply, spec, method=method) for method in (*METHODS, None)}
     ys = integers(rng, want.shape, np.float64)
 
     @jax.jit
     def both(kernel, xs):
-        return build(kernel, xs), jax.grad(lambda k: (build(k, xs) * ys).sum())(kernel)
+        def of(way):
+            return way(kernel, xs), jax.grad(lambda k: (way(k, xs) * ys).sum())(kernel)
 
-    got, gradient = both(kernel, xs)
-    np.testing.assert_array_equal(got, want)
-    if name == "plain":  # and without jit
-        np.testing.assert_array_equal(build(kernel, xs), want)
+        return list(map(of, ways.values()))
+
     each = [oracle.kernel_gradient(x, y, geometry) for x, y in zip(xs, ys, strict=True)]
-    np.testing.assert_array_equal(gradient, np.sum(each, axis=0))
+    for method, (got, gradient) in zip(ways, both(kernel, xs), strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=str(method))
+        np.testing.assert_array_equal(gradient, np.sum(each, axis=0), err_msg=str(method))
+        if name == "plain":  # and without jit
+            np.testing.assert_array_equal(ways[method](kernel, xs), want, err_msg=str(method))
 
 
 def test_the_rule_for_stacks():

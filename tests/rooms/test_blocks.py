@@ -33,13 +33,20 @@ def test_inverses_where_the_matrix_wraps_around(n, taps, stride, padding, option
     assert all(axis.wraps for axis in Blocks.of(spec).axes)
     kernel, y = (geometries.normals(rng, shape, complex) for shape in (spec.rhs_shape, spec.out_shape))
     for k, v in ((kernel, y), (kernel.real, y.real)):
-        matrix = np.asarray(fc.as_matrix(spec, k))
+        matrix = oracle.matrix(k, spec)
         want = oracle.pseudo_inverse(matrix) @ v.ravel()
         close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
-        close(np.ravel(spectrum.pseudo_inverse(spec, k, v)), want)
-        if spec.out_size == spec.in_size:
-            close(np.ravel(spectrum.solve(spec, k, v)), want)
-            close(spectrum.log_abs_det(spec, k), np.linalg.slogdet(matrix)[1])
+        square = spec.out_size == spec.in_size
+        functions = [spectrum.pseudo_inverse, spectrum.solve] if square else [spectrum.pseudo_inverse]
+        made, logarithm = jax.jit(
+            lambda k, v, functions=functions, square=square: (
+                [of(spec, k, v) for of in functions], spectrum.log_abs_det(spec, k) if square else None
+            )
+        )(k, v)  # fmt: skip
+        for got in made:
+            close(np.ravel(got), want)
+        if square:
+            close(logarithm, np.linalg.slogdet(matrix)[1])
 
 
 @pytest.mark.parametrize(("most", "groups", "dtype"), [(1, 1, complex), (2**7, 2, float)])
@@ -54,14 +61,20 @@ def test_blocks_in_parts_are_the_blocks(most, groups, dtype, monkeypatch):
     kernel = jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype))
     matrix = oracle.matrix(kernel, spec)
     values = svd(matrix)
-    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-12)
-    want = np.linalg.slogdet(matrix)[1]
-    np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-11)
-    if most > 1:  # the same parts
-        lower, upper = spectrum.spectral_norm_bounds(spec, kernel)
+    found, logarithm, slope, bounds = jax.jit(
+        lambda kernel: (
+            spectrum.singular_values(spec, kernel),
+            spectrum.log_abs_det(spec, kernel),
+            jax.grad(lambda k: spectrum.log_abs_det(spec, k))(kernel.real),
+            spectrum.spectral_norm_bounds(spec, kernel) if most > 1 else None,  # the same parts
+        )
+    )(kernel)
+    np.testing.assert_allclose(found, values, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(logarithm, np.linalg.slogdet(matrix)[1], rtol=1e-11)
+    if bounds:
+        lower, upper = bounds
         assert lower <= values[0] * (1 + 1e-14)
         assert values[0] * (1 - 1e-14) <= upper < values[0] * 1.05
-    slope = jax.grad(lambda k: spectrum.log_abs_det(spec, k))(kernel.real)
     inverse = np.linalg.inv(oracle.matrix(np.asarray(kernel.real), spec))
     np.testing.assert_allclose(slope, oracle.matrix_gradient(inverse.T, spec), rtol=1e-9, atol=1e-10)
 
@@ -104,10 +117,19 @@ def test_a_matrix_without_entries_is_exactly_zero():
     assert spec.nse == 0
     assert spec.shape == (10, 10)
     kernel, y = jnp.ones(spec.rhs_shape), jnp.ones(spec.out_shape)
-    assert not spectrum.singular_values(spec, kernel).any()
-    assert not spectrum.pseudo_inverse(spec, kernel, y).any()
-    assert spectrum.rank(spec, kernel) == 0
-    assert spectrum.log_abs_det(spec, kernel) == -jnp.inf
+
+    @jax.jit
+    def results(kernel, y):
+        return (
+            spectrum.singular_values(spec, kernel), spectrum.pseudo_inverse(spec, kernel, y),
+            spectrum.rank(spec, kernel), spectrum.log_abs_det(spec, kernel),
+        )  # fmt: skip
+
+    values, solution, rank, logarithm = map(np.asarray, results(kernel, y))
+    assert not values.any()
+    assert not solution.any()
+    assert rank == 0
+    assert logarithm == -np.inf
 
 
 @pytest.mark.parametrize("n", [3, 5, 7])

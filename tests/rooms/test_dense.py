@@ -1,15 +1,14 @@
 """The dense matrix, its rows and columns: every dtype and every transform."""
 
 import re
-import warnings
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from geometries import CASES, Geometry, arrays, every_case, geometries, integers, normals, seeds
+from geometries import CASES, Geometry, arrays, geometries, integers, normals, seeds
 from hypothesis import given
 
 import jaxconv_fc as fc
@@ -19,6 +18,7 @@ COMPLEX = ("complex64", "complex128")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 PLAIN = CASES["plain"]
+every_name = pytest.mark.parametrize("name", CASES)
 SOME = {name: CASES[name] for name in ("strided, dilated, lopsided", "batch groups", "colliding", "no rows")}
 some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 
@@ -26,6 +26,41 @@ some_cases = pytest.mark.parametrize("geometry", SOME.values(), ids=SOME)
 def test_no_case_is_empty_by_accident():
     """Strides and dilations can agree in such a way that every tap falls between the inputs."""
     assert {name for name, geometry in CASES.items() if not geometry.spec().nse} == {"no rows", "no columns"}
+
+
+@cache
+def verbs(name):
+    """All that is tested of a case with random arrays, as one program, which the tests share."""
+    spec = CASES[name].spec()
+    build = partial(fc.as_matrix, spec)
+
+    def of(kernel, tangent, cotangent, bias, rows, columns):
+        matrix, pushed = jax.jvp(build, (kernel,), (tangent,))
+        (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
+        return {
+            "matrix": matrix,
+            "jvp": pushed,
+            "transpose": pulled,
+            "grad": jax.grad(lambda k: (build(k) * cotangent).sum())(kernel),
+            "affine": fc.as_affine(spec, kernel, bias),
+            "every row": fc.matrix_rows(spec, kernel, np.arange(spec.out_size)),
+            "every column": fc.matrix_columns(spec, kernel, np.arange(spec.in_size)),
+            "rows": fc.matrix_rows(spec, kernel, rows),
+            "columns": fc.matrix_columns(spec, kernel, columns),
+            "update": fc.update_matrix(spec, build(tangent), kernel),
+        }
+
+    return jax.jit(of)
+
+
+def given_to(name, rng):
+    """Whole numbers for the program above: kernel, tangent, cotangent, a bias per channel, and indices, some
+    of them negative."""
+    geometry = CASES[name]
+    spec, out_channels = geometry.spec(), geometry.rhs_shape[oracle.layouts(geometry)[1][0]]
+    shapes = geometry.rhs_shape, geometry.rhs_shape, spec.shape, (out_channels,)
+    indices = (rng.integers(-size, size, 4) if size else np.array([], int) for size in spec.shape)
+    return [*(integers(rng, shape, np.float64) for shape in shapes), *indices]
 
 
 # values ----------------------------------------------------------------------------------------------
@@ -75,11 +110,11 @@ def test_random_geometries(geometry, seed):
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@every_case
-def test_a_tap_that_is_not_finite_leaves_structural_zeros_alone(geometry, value, rng):
-    kernel = integers(rng, geometry.rhs_shape, np.float32)  # sums of taps are exact in any order
+@every_name
+def test_a_tap_that_is_not_finite_leaves_structural_zeros_alone(name, value, rng):
+    geometry, (kernel, *rest) = CASES[name], given_to(name, rng)
     kernel.ravel()[0] = value
-    matrix = np.asarray(fc.as_matrix(geometry.spec(), kernel))  # float32: compiled once for all values
+    matrix = np.asarray(verbs(name)(kernel, *rest)["matrix"])
     with np.errstate(invalid="ignore"):
         np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
     assert (matrix[~oracle.pattern(geometry)] == 0).all()
@@ -102,25 +137,16 @@ def test_numpy_and_jax_kernels(kind, rng):
 # linear in the kernel --------------------------------------------------------------------------------
 
 
-@every_case
-def test_linear_in_the_kernel(geometry, rng):
+@every_name
+def test_linear_in_the_kernel(name, rng):
     """jvp, grad and linear_transpose with respect to the kernel, against the oracle's adjoint."""
-    build = partial(fc.as_matrix, geometry.spec())
-    kernel, tangent = (integers(rng, geometry.rhs_shape, np.float64) for _ in range(2))
-    cotangent = integers(rng, oracle.matrix_shape(geometry), np.float64)
-    want = oracle.matrix_gradient(cotangent, geometry)
-
-    @jax.jit
-    def derivatives(kernel, tangent, cotangent):
-        (pulled,) = jax.linear_transpose(build, kernel)(cotangent)
-        gradient = jax.grad(lambda k: (build(k) * cotangent).sum())(kernel)
-        return *jax.jvp(build, (kernel,), (tangent,)), pulled, gradient
-
-    matrix, pushed, pulled, gradient = derivatives(kernel, tangent, cotangent)
-    np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
-    np.testing.assert_array_equal(pushed, oracle.matrix(tangent, geometry))
-    np.testing.assert_array_equal(pulled, want)
-    np.testing.assert_array_equal(gradient, want)
+    geometry, given = CASES[name], given_to(name, rng)
+    kernel, tangent, cotangent = given[:3]
+    made, gradient = verbs(name)(*given), oracle.matrix_gradient(cotangent, geometry)
+    np.testing.assert_array_equal(made["matrix"], oracle.matrix(kernel, geometry))
+    np.testing.assert_array_equal(made["jvp"], oracle.matrix(tangent, geometry))
+    np.testing.assert_array_equal(made["transpose"], gradient)
+    np.testing.assert_array_equal(made["grad"], gradient)
 
 
 def test_second_derivative_of_a_quadratic(rng):
@@ -163,15 +189,14 @@ def test_vmap_over_another_axis(rng):
 # as_affine -------------------------------------------------------------------------------------------
 
 
-@every_case
-def test_affine_with_a_bias_per_channel(geometry, rng):
-    spec = geometry.spec()
-    kernel, x, _ = arrays(geometry, rng, np.float64)
-    rhs, out = oracle.layouts(geometry)[1:]
-    bias = integers(rng, (geometry.rhs_shape[rhs[0]],), np.float64)
+@every_name
+def test_affine_with_a_bias_per_channel(name, rng):
+    geometry, given = CASES[name], given_to(name, rng)
+    spec, kernel, bias, out = geometry.spec(), given[0], given[3], oracle.layouts(geometry)[2]
+    x = integers(rng, spec.in_shape, np.float64)
     channel_axis = out[1] - (out[0] < out[1])
     per_entry = np.expand_dims(bias, [a for a in range(len(spec.out_shape)) if a != channel_axis])
-    matrix, vector = fc.as_affine(spec, kernel, bias)
+    matrix, vector = map(np.asarray, verbs(name)(*given)["affine"])
     assert vector.shape == (spec.out_size,)
     np.testing.assert_array_equal(matrix, oracle.matrix(kernel, geometry))
     want = oracle.product(x, kernel, geometry) + per_entry
@@ -205,22 +230,16 @@ TAKE = (fc.matrix_rows, fc.matrix_columns)
 both_parts = pytest.mark.parametrize("part", PARTS)
 
 
-@every_case
-def test_all_rows_and_all_columns_and_traced_indices(geometry, rng):
-    """Static indices, and traced ones of which some are negative: one program."""
-    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float32)
-    matrix = oracle.matrix(kernel, geometry)
-    some = [rng.integers(-size, size, 4) if size else np.array([], int) for size in matrix.shape]
-
-    @jax.jit
-    def parts(kernel, rows, columns):
-        every = (f(spec, kernel, np.arange(n)) for f, n in zip(TAKE, matrix.shape, strict=True))
-        return *every, fc.matrix_rows(spec, kernel, rows), fc.matrix_columns(spec, kernel, columns)
-
-    wanted = matrix, matrix, matrix[some[0]], matrix[:, some[1]]
-    for got, want in zip(parts(kernel, *some), wanted, strict=True):
-        assert got.dtype == kernel.dtype
-        np.testing.assert_array_equal(got, want)
+@every_name
+def test_all_rows_and_all_columns_and_traced_indices(name, rng):
+    """Static indices, and traced ones of which some are negative."""
+    given = given_to(name, rng)
+    kernel, rows, columns = given[0], *given[-2:]
+    made, matrix = verbs(name)(*given), oracle.matrix(kernel, CASES[name])
+    parts = {"every row": matrix, "every column": matrix, "rows": matrix[rows], "columns": matrix[:, columns]}
+    for part, want in parts.items():
+        assert made[part].dtype == kernel.dtype
+        np.testing.assert_array_equal(made[part], want, err_msg=part)
 
 
 INDICES = {
@@ -363,23 +382,20 @@ def test_big_rows_are_the_kernel_laid_out(rng):
 # rewriting the entries of an earlier M ---------------------------------------------------------------
 
 
-@every_case
-def test_update_matrix(geometry, rng):
-    spec = geometry.spec()
-    first, second = (integers(rng, geometry.rhs_shape, np.float32) for _ in range(2))
-    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
+@every_name
+def test_update_matrix(name, rng):
+    given = given_to(name, rng)
+    np.testing.assert_array_equal(verbs(name)(*given)["update"], oracle.matrix(given[0], CASES[name]))
+
+
+@pytest.mark.parametrize("name", ["plain", "colliding"])
+def test_update_matrix_uses_the_donated_buffer(name, rng):
+    spec = CASES[name].spec()
+    first, second = (integers(rng, spec.rhs_shape, np.float32) for _ in range(2))
     matrix = fc.as_matrix(spec, first)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some donated buffers")  # empty ones
-        np.testing.assert_array_equal(update(matrix, second), oracle.matrix(second, geometry))
-
-
-def test_update_matrix_uses_the_donated_buffer():
-    spec = CASES["plain"].spec()
-    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0)
-    matrix = fc.as_matrix(spec, np.ones(spec.rhs_shape, np.float32))
-    compiled = update.lower(matrix, np.ones(spec.rhs_shape, np.float32)).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes == matrix.nbytes
+    update = jax.jit(partial(fc.update_matrix, spec), donate_argnums=0).lower(matrix, second).compile()
+    assert update.memory_analysis().alias_size_in_bytes == matrix.nbytes
+    np.testing.assert_array_equal(update(matrix, second), oracle.matrix(second, CASES[name]))
 
 
 def test_update_matrix_with_bad_operands():

@@ -17,27 +17,53 @@ from jaxconv_fc.geometry.lines import input_lines, output_lines
 from jaxconv_fc.spectrum import kinds
 
 
+def norms(spec, kernel):
+    return {
+        "frobenius": spectrum.frobenius_norm(spec, kernel),
+        "one": spectrum.one_norm(spec, kernel),
+        "inf": spectrum.inf_norm(spec, kernel),
+        "rows": spectrum.row_norms(spec, kernel),
+        "columns": spectrum.column_norms(spec, kernel),
+        "rows 1": spectrum.row_norms(spec, kernel, ord=1),
+        "columns 1": spectrum.column_norms(spec, kernel, ord=1),
+        "trace": spectrum.trace(spec, kernel),
+        "residual": spectrum.orthogonality_residual(spec, kernel),
+    }
+
+
+def of_integers(spec, kernel):
+    made = spectrum.one_norm(spec, kernel), spectrum.inf_norm(spec, kernel), spectrum.trace(spec, kernel)
+    return fc.as_matrix(spec, kernel), made
+
+
 @every_number
 def test_norms(run_seed, number):
     spec, kernel, _, matrix, name = drawn(run_seed, number)
     sizes, scale = np.abs(matrix), np.linalg.norm(matrix)
     short = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.conj().T if short else matrix.conj().T @ matrix
-    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * scale, err_msg=name)
-    close(spectrum.frobenius_norm(spec, kernel), scale)
-    close(spectrum.one_norm(spec, kernel), sizes.sum(0).max(initial=0))
-    close(spectrum.inf_norm(spec, kernel), sizes.sum(1).max(initial=0))
-    close(spectrum.row_norms(spec, kernel), np.linalg.norm(matrix, axis=1))
-    close(spectrum.column_norms(spec, kernel), np.linalg.norm(matrix, axis=0))
-    close(spectrum.row_norms(spec, kernel, ord=1), sizes.sum(1))
-    close(spectrum.column_norms(spec, kernel, ord=1), sizes.sum(0))
-    close(spectrum.trace(spec, kernel), np.trace(matrix))
-    close(spectrum.orthogonality_residual(spec, kernel), np.linalg.norm(gram - np.eye(len(gram))))
+    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * scale)
     whole = np.trunc(kernel.real * 4).astype(np.int32)
-    matrix = np.asarray(fc.as_matrix(spec, whole))  # integers stay integers, and exact
-    assert spectrum.one_norm(spec, whole) == np.abs(matrix).sum(0).max(initial=0), name
-    assert spectrum.inf_norm(spec, whole) == np.abs(matrix).sum(1).max(initial=0), name
-    assert spectrum.trace(spec, whole) == np.trace(matrix), name
+    got, (matrix_of_whole, exact) = jax.jit(lambda k, w: (norms(spec, k), of_integers(spec, w)))(
+        kernel, whole
+    )
+    want = {
+        "frobenius": scale,
+        "one": sizes.sum(0).max(initial=0),
+        "inf": sizes.sum(1).max(initial=0),
+        "rows": np.linalg.norm(matrix, axis=1),
+        "columns": np.linalg.norm(matrix, axis=0),
+        "rows 1": sizes.sum(1),
+        "columns 1": sizes.sum(0),
+        "trace": np.trace(matrix),
+        "residual": np.linalg.norm(gram - np.eye(len(gram))),
+    }
+    for norm in want:
+        close(got[norm], want[norm], err_msg=f"{norm}, {name}")
+    matrix = np.asarray(matrix_of_whole)  # integers stay integers, and exact
+    sizes = np.abs(matrix)
+    wanted = sizes.sum(0).max(initial=0), sizes.sum(1).max(initial=0), np.trace(matrix)
+    np.testing.assert_array_equal(exact, wanted, err_msg=name)
 
 
 def test_rows_of_zeros_are_counted_where_the_unit_matrix_has_ones():

@@ -48,11 +48,18 @@ def check_host(geometry, kernel):
         np.testing.assert_array_equal(got, want)
 
 
-def check_device(geometry, kernel):
+def check_device(geometry, *kernels):
+    """In one program."""
+    spec = geometry.spec()
+    both = jax.jit(lambda kernels: [(fc.as_bcoo(spec, k), fc.as_bcsr(spec, k)) for k in kernels])
+    for kernel, (bcoo, bcsr) in zip(kernels, both(kernels), strict=True):
+        check_formats(geometry, kernel, bcoo, bcsr)
+
+
+def check_formats(geometry, kernel, bcoo, bcsr):
     """BCSR and BCOO hold what SciPy holds, and their flags are true."""
     spec = geometry.spec()
     data, rows, columns = expected(geometry, kernel)
-    bcoo, bcsr = fc.as_bcoo(spec, kernel), fc.as_bcsr(spec, kernel)
     for matrix in (bcoo, bcsr):
         assert matrix.shape == spec.shape
         assert matrix.nse == spec.nse
@@ -71,9 +78,31 @@ def check_device(geometry, kernel):
 
 @every_case
 def test_every_entry_in_its_place(geometry, rng):
-    kernel = integers(rng, geometry.rhs_shape)
+    """The formats, the diagonals, and the derivatives of the formats in the kernel: one program."""
+    spec = geometry.spec()
+    kernel, tangent = (integers(rng, geometry.rhs_shape, np.float64) for _ in range(2))
+    (values, rows, columns), (moved, *_) = expected(geometry, kernel), expected(geometry, tangent)
+    weights, cotangent = np.zeros(spec.shape), integers(rng, rows.shape, np.float64)
+    weights[rows, columns] = cotangent
+
+    def derivatives(build, kernel, tangent, cotangent):
+        data = lambda kernel: build(spec, kernel).data  # noqa: E731
+        return *jax.jvp(data, (kernel,), (tangent,)), *jax.vjp(data, kernel)[1](cotangent)
+
+    @jax.jit
+    def made(kernel, *given):
+        builders = fc.as_bcoo, fc.as_bcsr
+        derived = [derivatives(build, kernel, *given) for build in builders]
+        return [build(spec, kernel) for build in builders], fc.diagonals(spec, kernel), derived
+
+    formats, diagonals, of_both = made(kernel, tangent, cotangent)
     check_host(geometry, kernel)
-    check_device(geometry, kernel)
+    check_formats(geometry, kernel, *formats)
+    check_diagonals(geometry, kernel, diagonals)
+    for got in of_both:
+        want = values, moved, oracle.matrix_gradient(weights, geometry)
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
@@ -105,14 +134,14 @@ def test_random_geometries_on_the_device(run_seed):
             raise AssertionError(f"JAXCONV_FC_SEED={run_seed}, geometry {n}: {geometry}\n{error}") from error
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint16", "float32", "float64", "complex64"])
 @pytest.mark.parametrize("name", ["dilated input", "colliding"])
-def test_every_dtype(name, dtype, rng):
-    geometry = CASES[name]
-    kernel = integers(rng, geometry.rhs_shape, dtype)
-    check_host(geometry, kernel)
-    check_device(geometry, kernel)
-    assert fc.as_scipy(geometry.spec(), kernel).dtype == kernel.dtype
+def test_every_dtype(name, rng):
+    geometry, dtypes = CASES[name], ["bool", "int8", "uint16", "int64", "float32", "complex64"]
+    kernels = [integers(rng, geometry.rhs_shape, dtype) for dtype in dtypes]
+    check_device(geometry, *kernels)
+    for kernel in kernels:
+        check_host(geometry, kernel)
+        assert fc.as_scipy(geometry.spec(), kernel).dtype == kernel.dtype
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -158,8 +187,9 @@ def test_axes_with_small_and_with_large_tables(taps, mode, rng):
     spec = fc.conv_spec((1, 1, 90), (2, 1, taps), (1,), "SAME", padding_mode=mode)
     assert (spec.axes[0].out_size * taps > 2**9) == (taps == 70)
     kernel = rng.integers(-4, 5, spec.rhs_shape).astype(float)
-    np.testing.assert_array_equal(fc.as_bcsr(spec, kernel).todense(), oracle.matrix(kernel, spec))
-    np.testing.assert_array_equal(fc.as_bcoo(spec, kernel).todense(), oracle.matrix(kernel, spec))
+    both = jax.jit(lambda k: (fc.as_bcsr(spec, k).todense(), fc.as_bcoo(spec, k).todense()))
+    for got in both(kernel):
+        np.testing.assert_array_equal(got, oracle.matrix(kernel, spec))
 
 
 def test_every_depth_of_the_templates(rng):
@@ -262,48 +292,27 @@ def test_nse_of_axes_too_long_to_enumerate():
 # transforms ------------------------------------------------------------------------------------------
 
 
-@every_case
-@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr])
-def test_linear_in_the_kernel(geometry, build, rng):
-    spec = geometry.spec()
-    kernel, tangent = (integers(rng, geometry.rhs_shape, np.float64) for _ in range(2))
-    _, rows, columns = expected(geometry, kernel)
-    cotangent = integers(rng, rows.shape, np.float64)
-    weights = np.zeros(spec.shape)
-    weights[rows, columns] = cotangent
-
-    def data(kernel):
-        return build(spec, kernel).data
-
-    values, pushed = jax.jvp(data, (kernel,), (tangent,))
-    np.testing.assert_array_equal(values, expected(geometry, kernel)[0])
-    np.testing.assert_array_equal(pushed, expected(geometry, tangent)[0])
-    (pulled,) = jax.vjp(data, kernel)[1](cotangent)
-    np.testing.assert_array_equal(pulled, oracle.matrix_gradient(weights, geometry))
-
-
 @pytest.mark.parametrize("name", ["NHWC", "reflect"])
-@pytest.mark.parametrize("build", [fc.as_bcoo, fc.as_bcsr])
-def test_vmap_and_jit(name, build, rng):
+def test_products_under_vmap_and_their_gradients(name, rng):
     geometry = CASES[name]
     spec = geometry.spec()
     kernels = integers(rng, (3, *geometry.rhs_shape), np.float64)
-    x = integers(rng, spec.in_size, np.float64)
-    want = [oracle.matrix(kernel, geometry) @ x for kernel in kernels]
-    got = jax.jit(jax.vmap(lambda kernel: build(spec, kernel) @ x))(kernels)
-    np.testing.assert_array_equal(got, want)
-    stacked = jax.vmap(partial(build, spec))(kernels)
-    np.testing.assert_array_equal(jax.vmap(lambda matrix: matrix @ x)(stacked), want)
+    x, y = (integers(rng, shape, np.float64) for shape in (spec.in_shape, spec.out_shape))
 
+    def products(build, kernels, x, y):
+        stacked = jax.vmap(partial(build, spec))(kernels)
+        return (
+            jax.vmap(lambda kernel: build(spec, kernel) @ x.ravel())(kernels),
+            jax.vmap(lambda matrix: matrix @ x.ravel())(stacked),
+            jax.grad(lambda k: (build(spec, k) @ x.ravel() * y.ravel()).sum())(kernels[0]),
+        )
 
-@pytest.mark.parametrize("name", ["plain", "reflect"])
-def test_gradient_through_a_product(name, rng):
-    geometry = CASES[name]
-    spec = geometry.spec()
-    kernel, x = (integers(rng, shape, np.float64) for shape in (geometry.rhs_shape, spec.in_shape))
-    y = integers(rng, spec.out_shape, np.float64)
-    got = jax.grad(lambda k: (fc.as_bcsr(spec, k) @ x.ravel() * y.ravel()).sum())(kernel)
-    np.testing.assert_array_equal(got, oracle.kernel_gradient(x, y, geometry))
+    made = jax.jit(lambda *given: [products(build, *given) for build in (fc.as_bcoo, fc.as_bcsr)])
+    want = [oracle.matrix(kernel, geometry) @ x.ravel() for kernel in kernels]
+    for inside, outside, gradient in made(kernels, x, y):
+        np.testing.assert_array_equal(inside, want)
+        np.testing.assert_array_equal(outside, want)
+        np.testing.assert_array_equal(gradient, oracle.kernel_gradient(x, y, geometry))
 
 
 def test_no_table_of_entries_in_the_program():
@@ -347,11 +356,9 @@ def test_scipy_under_a_trace():
 # diagonals -------------------------------------------------------------------------------------------
 
 
-@every_case
-def test_diagonals(geometry, rng):
-    spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape)
+def check_diagonals(geometry, kernel, found):
+    spec = geometry.spec()
     matrix, pattern = oracle.matrix(kernel, geometry), oracle.pattern(geometry)
-    found = fc.diagonals(spec, kernel)
     rows = np.arange(spec.out_size)
     wanted = {k for k in range(spec.in_size) if pattern[rows, (rows + k) % spec.in_size].any()}
     assert list(found) == sorted(wanted)
@@ -364,9 +371,13 @@ def test_diagonals_are_few_and_differentiable(rng):
     kernel = integers(rng, spec.rhs_shape, np.float64)
     same = fc.conv_spec((1, 1, 32, 32), (1, 1, 3, 3), (1, 1), "SAME")
     assert len(fc.diagonals(same, np.ones((1, 1, 3, 3)))) == 9
-    gradient = jax.grad(lambda k: sum((v**2).sum() for v in fc.diagonals(spec, k).values()))(kernel)
-    want = jax.grad(lambda k: (fc.as_matrix(spec, k) ** 2).sum())(kernel)
-    np.testing.assert_array_equal(gradient, want)
+
+    @jax.jit
+    def gradients(kernel):
+        of_diagonals = jax.grad(lambda k: sum((v**2).sum() for v in fc.diagonals(spec, k).values()))
+        return of_diagonals(kernel), jax.grad(lambda k: (fc.as_matrix(spec, k) ** 2).sum())(kernel)
+
+    np.testing.assert_array_equal(*gradients(kernel))
 
 
 # row blocks ------------------------------------------------------------------------------------------
@@ -412,13 +423,21 @@ def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
     spec, kernel = geometry.spec(), integers(rng, geometry.rhs_shape, np.float64)
     x = integers(rng, spec.in_shape, np.float64)
     y = oracle.product(x, kernel, geometry)
-    for start, stop in ((0, 4), (3, 6), (5, spec.axes[0].out_size)):
-        block, in_slice, out_slice = fc.row_block(spec, start, stop)
+    blocks = [fc.row_block(spec, *rows) for rows in ((0, 4), (3, 6), (5, spec.axes[0].out_size))]
+
+    @jax.jit
+    def rooms(kernel, x, y):
+        return [
+            (fc.as_matrix(block, kernel), fc.as_bcsr(block, kernel).todense(),
+             fc.apply(block, kernel, x[in_slice]), fc.apply_transpose(block, kernel, y[out_slice]))
+            for block, in_slice, out_slice in blocks
+        ]  # fmt: skip
+
+    for (block, _, out_slice), (dense, sparse, ahead, back) in zip(blocks, rooms(kernel, x, y), strict=True):
         matrix = fc.as_scipy(block, kernel).toarray()
-        np.testing.assert_array_equal(fc.as_matrix(block, kernel), matrix)
-        np.testing.assert_array_equal(fc.as_bcsr(block, kernel).todense(), matrix)
-        np.testing.assert_array_equal(fc.apply(block, kernel, x[in_slice]), y[out_slice])
-        back = fc.apply_transpose(block, kernel, y[out_slice])
+        np.testing.assert_array_equal(dense, matrix)
+        np.testing.assert_array_equal(sparse, matrix)
+        np.testing.assert_array_equal(ahead, y[out_slice])
         np.testing.assert_array_equal(back.ravel(), matrix.T @ y[out_slice].ravel())
 
 

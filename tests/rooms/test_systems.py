@@ -2,11 +2,12 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from jax.test_util import check_grads
+from handwritten import difference, reverse
 from spectra import drawn, every_number, layer, svd
 
 import jaxconv_fc as fc
@@ -22,19 +23,30 @@ def test_inverses(run_seed, number):
     if not rank or top > 1e5 * values[rank - 1]:
         return  # no certain rank, or ill-conditioned: NumPy has no more digits
     x = (oracle.pseudo_inverse(matrix) @ y.ravel()).reshape(spec.in_shape)
-    close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * np.abs(x).max(), err_msg=name)
-    close(spectrum.pseudo_inverse(spec, kernel, y, rtol=oracle.CUTOFF), x)
+    functions = [partial(spectrum.pseudo_inverse, rtol=oracle.CUTOFF)]
     if spec.in_size == spec.out_size == rank:
-        close(spectrum.solve(spec, kernel, y), x)
+        functions.append(spectrum.solve)
     if top <= 1e2 * values[rank - 1]:  # beyond, LSMR is slow and less accurate
-        close(spectrum.lstsq(spec, kernel, y), x)
+        functions.append(spectrum.lstsq)
+    for got in jax.jit(lambda kernel, y: [function(spec, kernel, y) for function in functions])(kernel, y):
+        np.testing.assert_allclose(got, x, rtol=1e-9, atol=1e-9 * np.abs(x).max(), err_msg=name)
 
 
 def test_gradients_of_solutions():
     spec, kernel = layer("circular")
-    y = jnp.asarray(np.random.default_rng(2).standard_normal(spec.out_shape))
-    for function in (spectrum.solve, spectrum.pseudo_inverse, partial(spectrum.lstsq, max_steps=200)):
-        check_grads(partial(function, spec), (kernel, y), order=1, modes=["rev"], rtol=1e-4, atol=1e-4)
+    rng = np.random.default_rng(2)
+    y, *along = (
+        jnp.asarray(rng.standard_normal(s)) for s in (spec.out_shape, spec.rhs_shape, spec.out_shape)
+    )
+    weights = jnp.asarray(rng.standard_normal(spec.in_shape))
+
+    def of(function, at):
+        loss = lambda kernel, y: jnp.sum(function(spec, kernel, y) * weights)  # noqa: E731
+        return reverse(loss, at, along), difference(loss, at, along)
+
+    functions = spectrum.solve, spectrum.pseudo_inverse, partial(spectrum.lstsq, max_steps=200)
+    for got, want in jax.jit(lambda at: [of(function, at) for function in functions])((kernel, y)):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_least_squares(run_seed):

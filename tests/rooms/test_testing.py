@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from environment import numbers
 from geometries import MODES, Geometry, integers, normals, random_geometry
 from jax import lax
 
@@ -12,9 +13,9 @@ from jaxconv_fc import testing
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.complex64, np.int32, np.float64])
-@pytest.mark.parametrize("number", range(4))
-def test_they_pass_on_any_geometry(number, dtype):
-    rng = np.random.default_rng(number)
+@pytest.mark.parametrize("number", numbers(1, 3))
+def test_they_pass_on_any_geometry(number, dtype, run_seed):
+    rng = np.random.default_rng([run_seed, number, np.dtype(dtype).num])
     geometry = random_geometry(rng)
     kernel = (normals if np.dtype(dtype).kind in "fc" else integers)(rng, geometry.rhs_shape, dtype)
     spec = geometry.spec()

@@ -15,27 +15,29 @@ import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 
-def closed_forms():
+def of_length(n):
     """(name, spec, kernel, singular values), each from its formula."""
     tri, box = [-1, 2, -1], [1, 1, 1]
-    for n in (3, 8, 17):
-        j, k = np.arange(n), np.arange(1, n + 1)
-        yield f"tridiagonal {n}", *conv((n,), tri, [(1, 1)]), 2 - 2 * np.cos(k * np.pi / (n + 1))
-        yield f"periodic {n}", *conv((n,), tri, [(1, 1)], "circular"), 2 - 2 * np.cos(2 * np.pi * j / n)
-        yield f"Neumann {n}", *conv((n,), tri, [(1, 1)], "edge"), 2 - 2 * np.cos(np.pi * j / n)
-        yield f"box {n}", *conv((n,), box, [(1, 1)]), abs(1 + 2 * np.cos(k * np.pi / (n + 1)))
-        yield f"differences {n}", *conv((n,), [-1, 1], [(0, 0)]), 2 * np.sin(k[:-1] * np.pi / (2 * n))
-        yield f"full {n}", *conv((n,), [-1, 1], [(1, 1)]), 2 * np.sin(k * np.pi / (2 * n + 2))
-        causal = 2 * np.sin((2 * k - 1) * np.pi / (4 * n + 2))
-        yield f"causal {n}", *conv((n,), [-1, 1], [(1, 0)]), causal
-        yield f"upsampling {n}", *conv((n,), [1, 1], [(1, 1)], lhs_dilation=(2,)), np.full(n, 2**0.5)
-        line = 2 - 2 * np.cos(k * np.pi / (n + 1))
-        laplacian = [[0, -1, 0], [-1, 4, -1], [0, -1, 0]]
-        yield f"Laplacian {n}", *conv((n, n), laplacian, "SAME"), (line[:, None] + line).ravel()
-        ring = 2 - 2 * np.cos(2 * np.pi * j / n)
-        yield f"torus {n}", *conv((n, n), laplacian, "SAME", "circular"), (ring[:, None] + ring).ravel()
-        sobel = np.outer(2 + 2 * np.cos(k * np.pi / (n + 1)), abs(2 * np.cos(k * np.pi / (n + 1))))
-        yield f"Sobel {n}", *conv((n, n), np.outer([1, 2, 1], [-1, 0, 1]), "SAME"), sobel.ravel()
+    j, k = np.arange(n), np.arange(1, n + 1)
+    yield "tridiagonal", *conv((n,), tri, [(1, 1)]), 2 - 2 * np.cos(k * np.pi / (n + 1))
+    yield "periodic", *conv((n,), tri, [(1, 1)], "circular"), 2 - 2 * np.cos(2 * np.pi * j / n)
+    yield "Neumann", *conv((n,), tri, [(1, 1)], "edge"), 2 - 2 * np.cos(np.pi * j / n)
+    yield "box", *conv((n,), box, [(1, 1)]), abs(1 + 2 * np.cos(k * np.pi / (n + 1)))
+    yield "differences", *conv((n,), [-1, 1], [(0, 0)]), 2 * np.sin(k[:-1] * np.pi / (2 * n))
+    yield "full", *conv((n,), [-1, 1], [(1, 1)]), 2 * np.sin(k * np.pi / (2 * n + 2))
+    causal = 2 * np.sin((2 * k - 1) * np.pi / (4 * n + 2))
+    yield "causal", *conv((n,), [-1, 1], [(1, 0)]), causal
+    yield "upsampling", *conv((n,), [1, 1], [(1, 1)], lhs_dilation=(2,)), np.full(n, 2**0.5)
+    line = 2 - 2 * np.cos(k * np.pi / (n + 1))
+    laplacian = [[0, -1, 0], [-1, 4, -1], [0, -1, 0]]
+    yield "Laplacian", *conv((n, n), laplacian, "SAME"), (line[:, None] + line).ravel()
+    ring = 2 - 2 * np.cos(2 * np.pi * j / n)
+    yield "torus", *conv((n, n), laplacian, "SAME", "circular"), (ring[:, None] + ring).ravel()
+    sobel = np.outer(2 + 2 * np.cos(k * np.pi / (n + 1)), abs(2 * np.cos(k * np.pi / (n + 1))))
+    yield "Sobel", *conv((n, n), np.outer([1, 2, 1], [-1, 0, 1]), "SAME"), sobel.ravel()
+
+
+def of_any_layer():
     haar = np.array([[[1, 1]], [[1, -1]]]) / 2**0.5
     yield "Haar", fc.conv_spec((1, 1, 8), haar.shape, (2,), "VALID"), jnp.asarray(haar), np.ones(8)
     mean = fc.conv_spec((1, 3, 4, 6), (3, 1, 2, 2), (2, 2), "VALID", feature_group_count=3)
@@ -45,21 +47,29 @@ def closed_forms():
     yield "1x1", fc.conv_spec((1, 2, 3), (2, 2, 1), (1,), "VALID"), jnp.asarray(mix), values
 
 
-@pytest.mark.parametrize("form", list(closed_forms()), ids=lambda form: form[0])
-def test_closed_forms(form):
-    _, spec, kernel, values = form
-    values = np.sort(values)[::-1]
-    np.testing.assert_allclose(spectrum.singular_values(spec, kernel), values, rtol=0, atol=1e-10)
+@pytest.mark.parametrize("n", [3, 8, pytest.param(17, marks=pytest.mark.long), None])
+def test_closed_forms(n):
+    """All of one length in one program."""
+    names, specs, kernels, wanted = zip(*(of_length(n) if n else of_any_layer()), strict=True)
+    of_all = jax.jit(lambda kernels: list(map(spectrum.singular_values, specs, kernels)))
+    for name, got, want in zip(names, of_all(kernels), wanted, strict=True):
+        np.testing.assert_allclose(got, np.sort(want)[::-1], rtol=0, atol=1e-10, err_msg=name)
 
 
 def test_closed_forms_of_the_largest_value_and_the_determinant():
     for n in (4, 9):
         spec, kernel = conv((n,), [-1, 2, -1], [(1, 1)])
         top = 2 - 2 * np.cos(np.arange(n, 0, -1) * np.pi / (n + 1))
-        np.testing.assert_allclose(spectrum.spectral_norm(spec, kernel), top[0], rtol=1e-12)
-        np.testing.assert_allclose(spectrum.top_singular_values(spec, kernel, 3), top[:3], rtol=1e-10)
-        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), np.log(n + 1), rtol=1e-12)
-        np.testing.assert_allclose(spectrum.condition_number(spec, kernel), top[0] / top[-1], rtol=1e-10)
+        norm, largest, logarithm, condition = jax.jit(
+            lambda k, spec=spec: (
+                spectrum.spectral_norm(spec, k), spectrum.top_singular_values(spec, k, 3),
+                spectrum.log_abs_det(spec, k), spectrum.condition_number(spec, k),
+            )
+        )(kernel)  # fmt: skip
+        np.testing.assert_allclose(norm, top[0], rtol=1e-12)
+        np.testing.assert_allclose(largest, top[:3], rtol=1e-10)
+        np.testing.assert_allclose(logarithm, np.log(n + 1), rtol=1e-12)
+        np.testing.assert_allclose(condition, top[0] / top[-1], rtol=1e-10)
     spec, kernel = conv((6,), [-1, 2, -1], [(1, 1)], "circular")
     assert spectrum.rank(spec, kernel) == 5
     # Values of multiplicity two, each counted twice.
@@ -100,17 +110,25 @@ def test_values(run_seed, number):
     values = svd(matrix)
     top = values.max(initial=0)
     close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * top, err_msg=name)
-    close(spectrum.singular_values(spec, kernel), values)
+    square = spec.in_size == spec.out_size
+    found, counted, condition, logarithm = jax.jit(
+        lambda k: (
+            spectrum.singular_values(spec, k),
+            spectrum.rank(spec, k, rtol=oracle.CUTOFF),
+            spectrum.condition_number(spec, k) if matrix.size else None,
+            spectrum.log_abs_det(spec, k) if square else None,
+        )
+    )(kernel)
+    close(found, values)
     rank = oracle.rank(values) if matrix.size else None
     if rank is None:
         return  # a value is close to the cut-off: no rank is certain
-    assert spectrum.rank(spec, kernel, rtol=oracle.CUTOFF) == rank, name
+    assert counted == rank, name
     if rank < min(spec.shape) or top > 1e5 * values[-1]:
         return  # ill-conditioned: NumPy has no more digits
-    close(spectrum.condition_number(spec, kernel), top / values[-1], atol=0)
-    if spec.in_size == spec.out_size:
-        want = np.linalg.slogdet(matrix)[1]
-        np.testing.assert_allclose(spectrum.log_abs_det(spec, kernel), want, rtol=1e-9, atol=1e-9)
+    close(condition, top / values[-1], atol=0)
+    if square:
+        np.testing.assert_allclose(logarithm, np.linalg.slogdet(matrix)[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
