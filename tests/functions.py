@@ -106,6 +106,7 @@ TABLE = {
     "as_bcoo": smooth(lambda s, k, x, y: fc.as_bcoo(s, k)),
     "as_bcsr": smooth(lambda s, k, x, y: fc.as_bcsr(s, k)),
     "as_scipy": host(lambda s, k, x, y: fc.as_scipy(s, k).toarray()),
+    "as_scipy_affine": host(lambda s, k, x, y: fc.as_scipy_affine(s, k, y)[1]),
     "diagonals": smooth(lambda s, k, x, y: fc.diagonals(s, k)),
     "row_blocks": host(lambda s, k, x, y: blocks(s, k)),
     "shard_matrix": traced(lambda s, k, x, y: fc.shard_matrix(s, k, mesh())),

@@ -333,7 +333,7 @@ def native(value: Any) -> Any:
     return value
 
 
-def check_same_dtype(a_name: str, a: jax.Array, b_name: str, b: jax.Array) -> None:
+def check_same_dtype(a_name: str, a: Any, b_name: str, b: Any) -> None:
     if a.dtype != b.dtype:
         raise TypeError(
             f"{a_name} is {a.dtype} and {b_name} {b.dtype}: cast one, e.g. {b_name}.astype({a_name}.dtype)."

@@ -164,21 +164,30 @@ def as_affine(spec: ConvSpec, kernel: Array, bias: Array) -> tuple[jax.Array, ja
     matrix = as_matrix(spec, kernel)
     bias = as_array("bias", bias)
     check_same_dtype("kernel", matrix, "bias", bias)
+    check_bias(spec, bias)
+    return matrix, _offset(spec, bias)
+
+
+def check_bias(spec: ConvSpec, bias: Any) -> None:
+    """ValueError unless there is one entry per output channel, or per output."""
     if bias.shape not in (spec.out_shape, (spec.out_channels,)):
         raise ValueError(
             f"bias must have shape ({spec.out_channels},), one entry per output channel, or the output's "
             f"shape {spec.out_shape}, got {bias.shape}."
         )
-    return matrix, _offset(spec, bias)
 
 
 @program
 def _offset(spec: ConvSpec, bias: jax.Array) -> jax.Array:
+    return of_every_output(spec, bias, jnp)
+
+
+def of_every_output(spec: ConvSpec, bias: Any, np_or_jnp: Any) -> Any:
     """The bias of every output, (out_size,), from a map or from one entry per channel."""
     if bias.shape == spec.out_shape:
         return bias.ravel()
     others = [i for i in range(len(spec.out_shape)) if i != spec.out_order[-1]]
-    return jnp.broadcast_to(jnp.expand_dims(bias, others), spec.out_shape).ravel()
+    return np_or_jnp.broadcast_to(np_or_jnp.expand_dims(bias, others), spec.out_shape).ravel()
 
 
 def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:

@@ -21,10 +21,11 @@ from jaxconv_fc.entries import (
     row_pointers,
     sorted_reads,
 )
-from jaxconv_fc.geometry.arguments import Array, native
+from jaxconv_fc.geometry.arguments import Array, as_array, check_same_dtype, native
 from jaxconv_fc.geometry.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
 from jaxconv_fc.geometry.memory import check_stored
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand, spec_first
+from jaxconv_fc.matrix.dense import check_bias, of_every_output
 from jaxconv_fc.matrix.host import fresh_arrays, host_plan
 from jaxconv_fc.sharding import is_traced, program
 
@@ -143,6 +144,42 @@ def as_scipy(spec: ConvSpec, kernel: Array) -> csr_array:
     matrix = copy(plan.empty)
     matrix.data, matrix.indices, matrix.indptr = data, columns, indptr
     return matrix
+
+
+@spec_first
+def as_scipy_affine(spec: ConvSpec, kernel: Array, bias: Array) -> tuple[csr_array, np.ndarray]:
+    """``(M, b)`` with ``conv(x, kernel) + bias == (M @ x.ravel() + b).reshape(spec.out_shape)``, M sparse.
+
+    The sibling of :func:`as_affine` for solvers and files outside of JAX. :func:`sparse_matrix_of` has the
+    same of whole functions.
+
+    Args:
+      spec: the geometry.
+      kernel: concrete array of shape ``spec.rhs_shape``.
+      bias: concrete, one entry per output channel, shape ``(out_channels,)``, or a map of ``spec.out_shape``.
+
+    Returns:
+      M as :func:`as_scipy` gives it, and b, a NumPy array of shape ``(spec.out_size,)``.
+
+    Raises:
+      TypeError: as :func:`as_scipy`, and for a bias that is traced or of another dtype.
+      ValueError: as :func:`as_scipy`, and for a bias of another shape.
+
+    >>> import numpy as np, jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 3), (2, 1, 2), (1,), "VALID")
+    >>> matrix, vector = fc.as_scipy_affine(spec, np.ones((2, 1, 2)), np.array([0.5, -1.0]))
+    >>> print(matrix.nnz, vector)
+    8 [ 0.5  0.5 -1.  -1. ]
+    """
+    if is_traced(bias):
+        raise TypeError(f"bias is traced, {bias}, and as_scipy_affine makes NumPy arrays: use as_affine.")
+    matrix = as_scipy(spec, kernel)
+    if not isinstance(bias, np.ndarray | jax.Array):
+        as_array("bias", bias)  # slow: only to say what is wrong
+    bias = native(np.asarray(bias))
+    check_same_dtype("kernel", matrix, "bias", bias)
+    check_bias(spec, bias)
+    return matrix, of_every_output(spec, bias, np).copy()
 
 
 def host_kernel(name: str, spec: ConvSpec, kernel: Array) -> np.ndarray:
