@@ -344,6 +344,9 @@ def _product(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
     copies = math.prod(extents.values())
     dtype, result = result_avals(eqn)[0].dtype, result_avals(eqn)[0]
     guard(copies * spec.nse, dtype)
+    if copies == 1:
+        made = as_scipy(spec, kernel.reshape(spec.rhs_shape).astype(dtype, copy=False))
+        return [[(1, made.T.tocsr() if out == "x" else made)]]
     place = {"y": spec.out_size, "x": spec.in_size}
     leads = {r: [n for n, label in enumerate(batches) if r in label] for r in (roles[1], out)}
     lead_numbers = {
@@ -372,9 +375,6 @@ def _product(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
             )
         )
     shape = (math.prod(result.shape), operand.size)
-    if len(parts) == 1 and copies == 1:
-        made = as_scipy(spec, kernel.reshape(spec.rhs_shape).astype(dtype, copy=False))
-        return [[(1, made.T.tocsr() if out == "x" else made)]]
     return [[(1, from_triples(shape, *map(np.concatenate, zip(*parts, strict=True))))]]
 
 

@@ -199,19 +199,16 @@ def _relabelled(a: Csr, b: Selection, dtype: Any) -> Csr:
 
 def _multiplied(a: Csr, b: Csr, guard: Guard) -> Csr:
     """``a @ b``. The pattern is that of booleans, of which no sum vanishes."""
-    ones = [m.astype(bool) for m in (a, b)]
-    for m in ones:
-        m.data[:] = True
     bound = int(np.diff(b.indptr)[a.indices].sum(dtype=np.int64)) if b.shape[0] else 0
     most = min(bound, math.prod((a.shape[0], b.shape[1])))
     if not fits_in_memory(most * (a.dtype.itemsize + a.indices.itemsize)):
-        guard(_entries_of_product(ones[0], ones[1], bound), a.dtype)
+        guard(int(_widths_of_product(a, b, bound).sum()), a.dtype)
     made = a @ b
-    pattern = ones[0] @ ones[1]
     made.sort_indices()
-    if made.nnz == pattern.nnz:
+    if made.nnz == _widths_of_product(a, b, bound).sum():
         made.has_canonical_format = True
         return made
+    pattern = _pattern(a) @ _pattern(b)
     pattern.sort_indices()
     every, held = (_places(m) for m in (pattern, made))
     data = np.zeros(pattern.nnz, made.dtype)
@@ -219,10 +216,31 @@ def _multiplied(a: Csr, b: Csr, guard: Guard) -> Csr:
     return _sorted(made.shape, data, pattern.indices, np.diff(pattern.indptr))
 
 
-def _entries_of_product(a: Csr, b: Csr, bound: int) -> int:
-    """The entries of ``a @ b``, some rows at a time."""
+def _pattern(m: Csr) -> Csr:
+    from scipy.sparse import csr_array
+
+    return csr_array((np.ones(m.nnz, bool), m.indices, m.indptr), m.shape)
+
+
+def _widths_of_product(a: Csr, b: Csr, bound: int) -> np.ndarray:
+    """How many entries every row of ``a @ b`` stores, some rows at a time.
+
+    Rows that read the same columns, such as those of all channels at one position, count once.
+    """
+    a, b = _pattern(a), _pattern(b)
+    first, same = _distinct_rows(a)
+    a = a[first]
     step = max(1, a.shape[0] * _BLOCK // max(bound, 1))
-    return sum((a[i : i + step] @ b).nnz for i in range(0, a.shape[0], step))
+    widths = [np.diff((a[i : i + step] @ b).indptr) for i in range(0, a.shape[0], step)]
+    return np.concatenate([np.empty(0, int), *widths])[same]
+
+
+def _distinct_rows(m: Csr) -> tuple[np.ndarray, np.ndarray]:
+    """One row for each set of columns, and for every row the number of its set."""
+    keys = np.random.default_rng(0).integers(0, 2**63, m.shape[1], np.uint64)  # sums of them tell sets apart
+    sums = np.append(np.uint64(0), np.cumsum(keys[m.indices], dtype=np.uint64))
+    _, first, same = np.unique(sums[m.indptr[1:]] - sums[m.indptr[:-1]], return_index=True, return_inverse=True)
+    return first, same
 
 
 def _places(m: Csr) -> np.ndarray:
