@@ -239,7 +239,8 @@ def _distinct_rows(m: Csr) -> tuple[np.ndarray, np.ndarray]:
     """One row for each set of columns, and for every row the number of its set."""
     keys = np.random.default_rng(0).integers(0, 2**63, m.shape[1], np.uint64)  # sums of them tell sets apart
     sums = np.append(np.uint64(0), np.cumsum(keys[m.indices], dtype=np.uint64))
-    _, first, same = np.unique(sums[m.indptr[1:]] - sums[m.indptr[:-1]], return_index=True, return_inverse=True)
+    of_rows = sums[m.indptr[1:]] - sums[m.indptr[:-1]]
+    _, first, same = np.unique(of_rows, return_index=True, return_inverse=True)
     return first, same
 
 
