@@ -5,6 +5,7 @@ every operand and result types are those of one device, and those of lax where l
 Devices are made when JAX starts, so each mode is a process of its own; this file is also its program.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -163,6 +164,9 @@ class Group:
     def __init__(self, functions):
         self.functions = functions
 
+    def values(self, *args):
+        return {name: f(*args) for name, f in self.functions.items()}
+
     def gradients_and_values(self, *args):
         """Each by name."""
         import jax
@@ -275,7 +279,7 @@ def mapped_group(group, check_vma, deal):
     all_close(slopes, gradients, f"{label}, gradient")
 
 
-def sharded(group, explicit):
+def sharded(group, explicit, with_gradients=True):
     """Jit with operands partitioned by dimension: kernels over out channels, images over positions."""
     import jax
     import jax.numpy as jnp
@@ -299,7 +303,10 @@ def sharded(group, explicit):
             continue
         with jax.set_mesh(mesh):
             args = [jax.device_put(v, jax.NamedSharding(mesh, p)) for v, p in zip(plain, parts, strict=True)]
-            got, made = jax.jit(chosen.gradients_and_values)(*args)
+            if with_gradients:
+                got, made = jax.jit(chosen.gradients_and_values)(*args)
+            else:
+                got, made = {}, jax.jit(chosen.values)(*args)
         all_close(made, want, label)
         all_close(got, gradients, f"{label}, gradient")
         for name, made in got.items():
@@ -365,21 +372,22 @@ MODES = {
     "no_check_vma": lambda group: shard_map(group, False, DEALS[:2]),
     "automatic": lambda group: sharded(group, False),
     "explicit": lambda group: sharded(group, True),
+    "explicit, values": lambda group: sharded(group, True, with_gradients=False),
     "other deals": lambda group: shard_map(group, True, OTHER_DEALS),
 }
 
 
-def main(modes, names):
-    """Every mode with every group of functions, which one process compiles once for one device."""
+def main(runs):
+    """``{group: modes}``: every group of functions is compiled once for one device."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
     table = functions()
-    for name in names.split(","):
+    for name, modes in runs.items():
         group = Group(table[name])
-        for mode in modes.split(","):
+        for mode in modes:
             MODES[mode](group)
-    if "products" in names:
+    if "products" in runs:
         example()
         as_lax()
     print("done")
@@ -388,18 +396,24 @@ def main(modes, names):
 # the tests -------------------------------------------------------------------------------------------
 
 
+TWO = ["check_vma", "explicit"]
+COSTLY = ["check_vma", "explicit, values"]  # to compile
+RUNS = [
+    {"products": ["check_vma", "no_check_vma", "automatic", "explicit"]},
+    {"dense": TWO, "sparse": TWO, "adjoint": TWO},
+    {"norms": TWO, "functions": TWO, "blocks": COSTLY, "iterative": COSTLY},
+]
+FURTHER = [
+    {name: ["other deals"] for name in ("products", "norms", "functions")},
+    {"functions": ["no_check_vma", "automatic"], "blocks": ["explicit"], "iterative": ["explicit"]},
+]
+
+
 @pytest.mark.parametrize(
-    ("modes", "groups"),
-    [
-        ("check_vma,no_check_vma,automatic,explicit", "products"),
-        ("check_vma,explicit", "dense,sparse,adjoint"),
-        ("check_vma,explicit", "norms,blocks,iterative,functions"),
-        pytest.param("other deals", "products,norms,functions", marks=pytest.mark.long),
-        pytest.param("no_check_vma,automatic", "functions", marks=pytest.mark.long),
-    ],
+    "runs", [*RUNS, *(pytest.param(runs, marks=pytest.mark.long) for runs in FURTHER)], ids=", ".join
 )
-def test_four_devices_give_what_one_gives(modes, groups):
-    command = [sys.executable, "-W", "error", str(HERE), modes, groups]
+def test_four_devices_give_what_one_gives(runs):
+    command = [sys.executable, "-W", "error", str(HERE), json.dumps(runs)]
     variables = of_devices(DEVICES, os.environ.get("XLA_FLAGS", ""))
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -407,4 +421,4 @@ def test_four_devices_give_what_one_gives(modes, groups):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(json.loads(sys.argv[1]))

@@ -119,7 +119,12 @@ LAYERS = {
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("circular", "float32"), ("stride 2", "complex128"), ("groups", "float64"), ("dense", "complex64")],
+    [
+        ("circular", "float32"),
+        ("dense", "complex64"),
+        pytest.param("stride 2", "complex128", marks=pytest.mark.long),
+        pytest.param("groups", "float64", marks=pytest.mark.long),
+    ],
 )
 def test_the_public_functions(name, dtype, rng, by_eigenvalues):
     lhs_shape, rhs_shape, strides, mode, groups = LAYERS[name]

@@ -84,8 +84,9 @@ def in_every_dtype(geometry, given, **options):
 
 @every_case
 def test_products_are_the_oracles(geometry, cpu_form, rng):
-    """Whole numbers, so both are exact in every dtype."""
-    given = [arrays(geometry, rng, dtype) for dtype in ("int32", "float32", "complex128")]
+    """Whole numbers, so both are exact in every dtype. Integers have one form only."""
+    dtypes = ("float32", "complex128", *["int32"] * (cpu_form == "convolutions"))
+    given = [arrays(geometry, rng, dtype) for dtype in dtypes]
     for (kernel, x, y), (ahead, back) in zip(given, in_every_dtype(geometry, given), strict=True):
         np.testing.assert_array_equal(ahead, oracle.product(x, kernel, geometry))
         np.testing.assert_array_equal(back, oracle.transpose_product(y, kernel, geometry))

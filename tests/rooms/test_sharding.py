@@ -39,7 +39,7 @@ def local(array):
     return {shard.index[0].start or 0: np.asarray(shard.data) for shard in array.addressable_shards}
 
 
-def check(mesh):
+def check(mesh, specs):
     """Both sharded builders against as_matrix, on every block that this process holds."""
     import jax
     import jax.numpy as jnp
@@ -47,7 +47,7 @@ def check(mesh):
     import jaxconv_fc as fc
 
     devices = mesh.size
-    for name, spec in specs().items():
+    for name, spec in specs.items():
         rng = np.random.default_rng(0)
         kernel = rng.integers(-4, 5, spec.rhs_shape).astype(np.float32)
         x = rng.integers(-4, 5, spec.in_size).astype(np.float32)
@@ -215,7 +215,7 @@ def one_process():
     import jax
 
     mesh = jax.make_mesh((8,), ("rows",))
-    check(mesh)
+    check(mesh, specs())
     check_program(mesh)
     check_data_parallel()
     # Rows along one axis of two, copies along the other.
@@ -263,7 +263,7 @@ def two_processes(port, process):
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
     assert jax.process_count() == 2
     assert len(jax.local_devices()) == 2
-    check(jax.make_mesh((4,), ("rows",)))
+    check(jax.make_mesh((4,), ("rows",)), {name: specs()[name] for name in ("uneven", "reflect")})
 
 
 # the tests -------------------------------------------------------------------------------------------
