@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environment import count
+from environment import SEED, count
 from jax import lax
 
 import jaxconv_fc as fc
@@ -77,8 +77,15 @@ FUNCTIONS = {
 COSTLY = {"upper bound", "upper bound of groups", "upper bound, circular", "lstsq"} if COUNT < 10 else set()
 
 
+def drawn():
+    """A third of the functions in every run, and with ``-m long`` all."""
+    names = [name for name in FUNCTIONS if name not in COSTLY]
+    chosen = set(np.random.default_rng(SEED).permutation(names)[: -(-len(names) // 3)].tolist())
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in COSTLY])
+@pytest.mark.parametrize("name", drawn())
 def test_jit_changes_no_gradient(name, dtype):
     """Under jit the gradient of the upper bound was about 0 for a third of all kernels."""
     spec, function = FUNCTIONS[name]

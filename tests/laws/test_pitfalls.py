@@ -105,15 +105,16 @@ def truth(geometry, kernel, x, y):
     }
 
 
-@every_row
-def test_equal_to_the_float64_truth(geometry, cpu_form, rng):
-    check_against_truth(geometry, [np.float32], rng)
-
-
-# The forms that read out of bounds are convolutions.
+# The forms that read out of bounds are convolutions; test_products.py has the other ones.
 in_convolutions = pytest.mark.parametrize(
     "cpu_form", ["convolutions", pytest.param("sums over taps", marks=pytest.mark.long)], indirect=True
 )
+
+
+@in_convolutions
+@every_row
+def test_equal_to_the_float64_truth(geometry, cpu_form, rng):
+    check_against_truth(geometry, [np.float32], rng)
 
 
 @in_convolutions

@@ -72,7 +72,7 @@ def grid():
 GRID = list(grid())
 # Some of them in every run, all of them where many geometries are asked for.
 _ORDER = [GRID[i] for i in np.random.default_rng(SEED).permutation(len(GRID))]
-DRAWN, REST = _ORDER[: count("GEOMETRIES", 12)], _ORDER[count("GEOMETRIES", 12) :]
+DRAWN, REST = _ORDER[: count("GEOMETRIES", 8)], _ORDER[count("GEOMETRIES", 8) :]
 PADDED = [  # the boundary modes, which lax does not have: compared with the oracle
     Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
     for mode in MODES
@@ -203,7 +203,7 @@ class OnEveryDevice(Checked):
         self.check_gradients(device, geometry)
 
     @chex.variants(with_jit=True)
-    @on_every_device(geometry=named([*GRID[::4], *PADDED]))
+    @on_every_device(geometry=named([*GRID[::8], *PADDED]))
     def test_the_matrix_and_its_parts(self, device, geometry):
         """Scatters must give the same entries everywhere, float and integer."""
         self.check_matrix(device, geometry)
