@@ -147,7 +147,12 @@ TABLE = {
     "neurons.input_position": host(lambda s, k, x, y: neurons.input_position(s, 3)),
     "neurons.position": host(lambda s, k, x, y: neurons.position(s, 3)),
     "neurons.projective_field": host(lambda s, k, x, y: neurons.projective_field(s, 3).mask),
-    "neurons.receptive_field": host(lambda s, k, x, y: neurons.receptive_field(s, 3).mask),
+    "neurons.receptive_field": host(
+        lambda s, k, x, y: (
+            neurons.receptive_field(s, 3).mask,
+            neurons.receptive_field(layer(s, k), x, 3).mask,
+        )
+    ),
     "neurons.row": host(lambda s, k, x, y: neurons.row(s, (1, 2))),
     # assertions
     "testing.assert_matches_lax": host(lambda s, k, x, y: testing.assert_matches_lax(s, k, x)),
