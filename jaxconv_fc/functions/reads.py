@@ -223,6 +223,11 @@ class Place(NamedTuple):
 def places_of(name: str, sites: Sequence[ConvSite]) -> list[Place]:
     """What each site of a chain takes, and what the last one makes. What stands between is in the graph."""
     met = _met(name, sites)
+    for i, site in enumerate(sites):
+        if site.examples == 0:
+            raise ValueError(
+                f"{name}: site {i}, {site.name}, was found with a batch of no examples. Take one."
+            )
     places = []
     for site, each in zip(sites, met, strict=True):
         start = _before_padding(name, site, each)

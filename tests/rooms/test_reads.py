@@ -225,6 +225,10 @@ def test_sites_with_batch_groups_products_and_layouts(run_seed):
                 )  # fmt: skip
 
             sites = fc.find_convs(by_lax, jnp.ones(geometry.lhs_shape))
+            if not sites[0].examples:
+                with pytest.raises(ValueError, match="a batch of no examples"):
+                    neurons.receptive_field(sites, i)
+                continue
             np.testing.assert_array_equal(neurons.receptive_field(sites, i).mask.ravel(), pattern[i])
             np.testing.assert_array_equal(neurons.projective_field(sites, j).mask.ravel(), pattern[:, j])
 
