@@ -4,7 +4,8 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
 
     the geometry            conv_spec, ConvSpec
     M, dense                as_matrix, as_affine, matrix_rows, matrix_columns, update_matrix, memory_limit
-    M, sparse               as_bcoo, as_bcsr, as_scipy, as_scipy_affine, diagonals, row_block, row_blocks
+    M, sparse               as_bcoo, as_bcsr, as_scipy, as_scipy_affine, row_block, row_blocks
+    M by its diagonals      diagonals, diagonal_offsets, interleaved_rows
     over devices            shard_matrix, shard_bcoo
     M x and M^T y, no M     apply, apply_transpose, batched_apply, as_linear_operator
     the transpose           transpose, testing.assert_transpose
@@ -50,7 +51,9 @@ from jaxconv_fc.matrix.formats import as_bcoo as as_bcoo
 from jaxconv_fc.matrix.formats import as_bcsr as as_bcsr
 from jaxconv_fc.matrix.formats import as_scipy as as_scipy
 from jaxconv_fc.matrix.formats import as_scipy_affine as as_scipy_affine
+from jaxconv_fc.matrix.formats import diagonal_offsets as diagonal_offsets
 from jaxconv_fc.matrix.formats import diagonals as diagonals
+from jaxconv_fc.matrix.formats import interleaved_rows as interleaved_rows
 from jaxconv_fc.matrix.projection import conv_distance as conv_distance
 from jaxconv_fc.matrix.projection import detect_conv as detect_conv
 from jaxconv_fc.matrix.projection import kernel_from_matrix as kernel_from_matrix

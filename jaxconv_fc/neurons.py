@@ -2,6 +2,7 @@
 
 One neuron reads the Cartesian product of what it reads along each dimension. So does a product of sets of
 neurons. A field is therefore one index array per dimension, and a chain of convolutions takes field to field.
+In other functions a field need not be such a product. It is then a mask (``functions/reads.py``).
 """
 
 from __future__ import annotations
@@ -11,11 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
+import jax
 import numpy as np
 import scipy  # scipy.sparse is loaded at its first use
 
+from jaxconv_fc.functions.ravel import sizes
+from jaxconv_fc.functions.reads import Place, check_adjacent, function_reads, places_of, reading, reads_of
+from jaxconv_fc.functions.sites import ConvSite
+from jaxconv_fc.functions.sparse import Node
 from jaxconv_fc.geometry.arguments import as_int
 from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.memory import check_array
@@ -35,6 +41,7 @@ __all__ = [
 # An index in an array, one int per dimension, or its place in the ravel of that array.
 Index = int | Sequence[int]
 Chain = ConvSpec | Sequence[ConvSpec]
+Sites = ConvSite | Sequence[ConvSite]  # as find_convs gives them
 _Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the type of a product
 
 
@@ -42,12 +49,14 @@ _Relation = Any  # a scipy.sparse.csr_array of bool, whose stubs do not know the
 class Field:
     """A set of neurons: in an array ``x``, ``x[np.ix_(*field.indices)].ravel() == x[field.mask]``.
 
-    It is the Cartesian product of one set of indices per dimension.
+    Of convolutions it is the Cartesian product of one set of indices per dimension. Of any other function it
+    may be less than the product (``size < prod(map(len, indices))``): then ``mask`` tells.
 
     Attributes:
       shape: the shape of the array that the neurons are entries of.
       indices: one ascending array of indices per dimension of ``shape``. If one of them is empty, so is the
         field.
+      held: the mask, where the field is not known to be the product.
 
     >>> import jaxconv_fc as fc
     >>> field = fc.neurons.receptive_field(fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), "VALID"), (0, 1))
@@ -57,10 +66,13 @@ class Field:
 
     shape: tuple[int, ...]
     indices: tuple[np.ndarray, ...]
+    held: np.ndarray | None = None
 
     @property
     def size(self) -> int:
-        """The number of neurons in the field, which is the product of the lengths of ``indices``."""
+        """The number of neurons in the field. Of a product it is that of the lengths of ``indices``."""
+        if self.held is not None:
+            return int(self.held.sum())
         return math.prod(map(len, self.indices))
 
     @property
@@ -69,13 +81,19 @@ class Field:
 
         It is made at each access. ValueError if it is larger than the memory limit.
         """
+        if self.held is not None:
+            return self.held.copy()
         check_array("mask", self.shape, np.bool_, ".indices")
         mask = np.zeros(self.shape, bool)
         mask[np.ix_(*self.indices)] = True
         return mask
 
 
-def receptive_field(spec: Chain, out_index: Index) -> Field:
+@overload
+def receptive_field(spec: Chain | Sites, out_index: Index) -> Field: ...
+@overload
+def receptive_field(fn: Callable[[Any], Any], x: Any, index: Index, /) -> Any: ...
+def receptive_field(spec: Any, out_index: Any, index: Any = None) -> Any:
     """The inputs that an output reads: ``{column : M[row(spec, out_index), column] is stored}``.
 
     Stored are the entries that are not 0 for every kernel. Along each spatial axis the output reads the
@@ -83,18 +101,30 @@ def receptive_field(spec: Chain, out_index: Index) -> Field:
     section 1). In a boundary mode it also reads the inputs that padding under its window is copied from. Of
     the channels, it reads those of its group.
 
+    ``receptive_field(fn, x, index)`` says what entry ``index`` of ``fn(x)`` reads of x, for any function.
+    Every equation is taken for what it may read, whatever the numbers are: an elementwise one reads the same
+    entry, a sum, a softmax or a dense layer all along its axes, a pooling its window. What only moves entries
+    moves the field. A loop of known length is unrolled. Of several branches, all count. An equation that is
+    not known here (a Cholesky factor, a slice whose place depends on x) is taken to read all entries of its
+    operands. So the field may be too large, never too small.
+
     Args:
       spec: the geometry, or a list of them, the first applied first. The ``out_shape`` of each must be the
-        ``in_shape`` of the next. The field of a chain is that of the product of their matrices.
+        ``in_shape`` of the next. The field of a chain is that of the product of their matrices. Or what
+        :func:`find_convs` gives, or some of it: pooling, padding and all else between the convolutions then
+        counts, and the field is that of the last one in the input of the first one. Or a function ``fn`` of a
+        pytree of arrays.
       out_index: an index in the ``out_shape`` (of the last spec), or a row number. Negative numbers count
-        from the end.
+        from the end. Of a function it is ``x``, the pytree: ``jax.ShapeDtypeStruct`` may stand for arrays.
+      index: of a function, an index in ``fn(x)``, or a number in its ravel (of several results: of all).
 
     Returns:
-      A :class:`Field` in the ``in_shape`` (of the first spec).
+      A :class:`Field` in the ``in_shape`` (of the first spec); of a function, a pytree as x of them.
 
     Raises:
       TypeError: ``spec`` is not a ConvSpec or a list of them, or ``out_index`` not static integers.
-      ValueError: the shapes do not chain, or the index has another length.
+      ValueError: the shapes do not chain, or the index has another length; sites stand in a loop, or side
+        by side; a function uses mutable arrays.
       IndexError: it is out of range.
 
     >>> import jaxconv_fc as fc
@@ -104,25 +134,52 @@ def receptive_field(spec: Chain, out_index: Index) -> Field:
     (array([0, 1]), array([0, 1]), array([1, 2, 3]))
     >>> field.mask.shape, field.size
     ((2, 5, 5), 12)
+    >>> import jax, jax.numpy as jnp
+    >>> pooled = lambda x: jnp.tanh(x).reshape(4, 2).max(1)
+    >>> fc.neurons.receptive_field(pooled, jnp.zeros(8), 1).indices
+    (array([2, 3]),)
     """
+    if callable(spec):
+        return _of_function("receptive_field", spec, out_index, index, backward=True)
+    return fields(spec, out_index)[0]
+
+
+def fields(spec: Chain | Sites, out_index: Index) -> list[Field]:
+    """What an output reads of the input of every layer of a chain, and the output itself."""
+    sites = _as_sites(spec)
+    if sites:
+        places = places_of("receptive_field", sites)
+        last, outs = places[-1]
+        number = outs[_as_index("out_index", out_index, outs.shape)]
+        masks = reads_of(last, _only(last, number))
+        return [_field(masks.get(place.node), place) for place in places]
     specs = _chain(spec)
-    index = _as_index("out_index", out_index, specs[-1].out_shape)
-    sets = reduce(_read_by, reversed(specs), [np.array([i]) for i in index])
-    return Field(specs[0].in_shape, tuple(sets))
+    last = specs[-1].out_shape
+    sets = [[np.array([i]) for i in _as_index("out_index", out_index, last)]]
+    for each in reversed(specs):
+        sets.append(_read_by(sets[-1], each))
+    shapes = [*(each.in_shape for each in specs), last]
+    return [Field(shape, tuple(found)) for shape, found in zip(shapes, reversed(sets), strict=True)]
 
 
-def projective_field(spec: Chain, in_index: Index) -> Field:
+@overload
+def projective_field(spec: Chain | Sites, in_index: Index) -> Field: ...
+@overload
+def projective_field(fn: Callable[[Any], Any], x: Any, index: Index, /) -> Any: ...
+def projective_field(spec: Any, in_index: Any, index: Any = None) -> Any:
     """The outputs that read an input: ``{row : M[row, column(spec, in_index)] is stored}``.
 
     The counterpart of :func:`receptive_field`, and the receptive field of the transpose.
+    ``projective_field(fn, x, index)`` says what of ``fn(x)`` reads entry ``index`` of x.
 
     Args:
-      spec: the geometry, or a list of them, the first applied first.
+      spec: the geometry, a chain or a function, as :func:`receptive_field` takes them.
       in_index: an index in the ``in_shape`` (of the first spec), or a column number. Negative numbers count
-        from the end.
+        from the end. Of a function it is ``x``.
+      index: of a function, an index in x, or a number in its ravel (of several arrays: of all of them).
 
     Returns:
-      A :class:`Field` in the ``out_shape`` (of the last spec).
+      A :class:`Field` in the ``out_shape`` (of the last spec); of a function, a pytree as ``fn(x)`` of them.
 
     Raises:
       TypeError, ValueError, IndexError: as :func:`receptive_field`.
@@ -132,32 +189,44 @@ def projective_field(spec: Chain, in_index: Index) -> Field:
     >>> fc.neurons.projective_field(spec, (0, 0)).indices
     (array([0, 1]), array([0, 1, 4]))
     """
+    if callable(spec):
+        return _of_function("projective_field", spec, in_index, index, backward=False)
+    sites = _as_sites(spec)
+    if sites:
+        (first, ins), *_, last = places_of("projective_field", sites)
+        number = ins[_as_index("in_index", in_index, ins.shape)]
+        return _field(reading([last.node], first, _only(first, number)).get(last.node), last)
     specs = _chain(spec)
-    index = _as_index("in_index", in_index, specs[0].in_shape)
-    sets = reduce(_readers_of, specs, [np.array([i]) for i in index])
+    in_index = _as_index("in_index", in_index, specs[0].in_shape)
+    sets = reduce(_readers_of, specs, [np.array([i]) for i in in_index])
     return Field(specs[-1].out_shape, tuple(sets))
 
 
-def coverage(spec: Chain) -> np.ndarray:
+def coverage(spec: Chain | Sites) -> np.ndarray:
     """How many outputs read each input: ``coverage[t] = projective_field(spec, t).size``.
 
     A stride that does not divide the kernel size shows as a checkerboard. An input with 0 is never read.
 
     Args:
-      spec: the geometry, or a list of them, the first applied first.
+      spec: the geometry, or a list of them, the first applied first. Or sites of :func:`find_convs`, if
+        nothing but elementwise functions stands between them.
 
     Returns:
       Integers of the ``in_shape`` (of the first spec).
 
     Raises:
       TypeError: ``spec`` is not a ConvSpec or a list of them.
-      ValueError: the shapes do not chain, or the counts exceed the memory limit.
+      ValueError: the shapes do not chain, something stands between two sites, or the counts exceed the
+        memory limit.
 
     >>> import jaxconv_fc as fc
     >>> print(fc.neurons.coverage(fc.conv_spec((1, 1, 7), (1, 1, 3), (2,), "VALID")))
     [[1 1 2 1 2 1 1]]
     """
-    specs = _chain(spec)
+    sites = _as_sites(spec)
+    if sites:
+        check_adjacent("coverage", sites)
+    specs = _chain([site.spec for site in sites] or spec)
     check_array("coverage", specs[0].in_shape, np.int64, "projective_field")
     counts = [np.diff(reached.indptr).astype(np.int64) for reached in _reach(specs)]
     return reduce(np.multiply, np.ix_(*counts))
@@ -281,10 +350,67 @@ def _place(index: Sequence[int], shape: Sequence[int]) -> int:
     return reduce(lambda place, step: place * step[1] + step[0], zip(index, shape, strict=True), 0)
 
 
+# -- masks: of any function, and of convolutions with something between them --------------------------
+
+
+def _of_function(name: str, fn: Callable[[Any], Any], x: Any, index: Any, *, backward: bool) -> Any:
+    if index is None:
+        raise TypeError(f"{name} of a function takes three arguments: {name}(fn, x, index).")
+    function = function_reads(name, fn, x)
+    traced = function.traced
+    asked, other = (traced.outs, traced.xs) if backward else (traced.xs, traced.outs)
+    tree = traced.x_tree if backward else traced.out_tree
+    if len(asked) == 1:
+        which, place = 0, _place(_as_index("index", index, asked[0].shape), asked[0].shape)
+    else:
+        place = _from_front("index", as_int("index", index), sum(sizes(asked)))
+        ends = np.cumsum(sizes(asked))
+        which = int(np.searchsorted(ends, place, side="right"))
+        place -= int(ends[which]) - math.prod(asked[which].shape)
+    node = (function.results if backward else function.arguments)[which]
+    masks = {}
+    if backward and isinstance(node, Node):
+        masks = reads_of(node, _only(node, place))
+    elif not backward:
+        nodes = [v for v in function.results if isinstance(v, Node)]
+        masks = reading(nodes, node, _only(node, place))
+    others = function.arguments if backward else function.results
+    fields = []
+    for held, array in zip(others, other, strict=True):
+        mask = masks.get(held) if isinstance(held, Node) else None
+        mask = np.zeros(array.shape, bool) if mask is None else mask.reshape(array.shape)
+        fields.append(Field(array.shape, _extent(mask), mask))
+    return jax.tree.unflatten(tree, fields)
+
+
+def _only(node: Node, number: int) -> np.ndarray:
+    mask = np.zeros(node.operand.size, bool)
+    mask[number] = True
+    return mask
+
+
+def _field(mask: np.ndarray | None, place: Place) -> Field:
+    """The field that the entries of a place have in a mask of all those of its node."""
+    held = (np.zeros(place.node.operand.size, bool) if mask is None else mask)[place.numbers]
+    return Field(held.shape, _extent(held), held)
+
+
+def _extent(mask: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The indices that occur along each dimension."""
+    axes = range(mask.ndim)
+    return tuple(np.flatnonzero(mask.any(axis=tuple(b for b in axes if b != a))) for a in axes)
+
+
+def _as_sites(spec: Any) -> list[ConvSite]:
+    """The sites of a chain of them; empty where it is none."""
+    sites = [spec] if isinstance(spec, ConvSite) else spec if isinstance(spec, Sequence) else []
+    return list(sites) if all(isinstance(site, ConvSite) for site in sites) else []
+
+
 # -- sets: one array of indices per dimension, in the caller's layout -------------------------------
 
 
-def _chain(spec: Chain) -> list[ConvSpec]:
+def _chain(spec: Any) -> list[ConvSpec]:
     """The specs of a chain, the first applied first."""
     specs = [spec] if isinstance(spec, ConvSpec) or not isinstance(spec, Sequence) else list(spec)
     if not specs:
@@ -295,7 +421,10 @@ def _chain(spec: Chain) -> list[ConvSpec]:
         if first.out_shape != second.in_shape:
             raise ValueError(
                 f"spec[{i}] has out_shape {first.out_shape} and spec[{i + 1}] in_shape {second.in_shape}, "
-                "which must be equal. List the specs in the order in which they are applied."
+                "which must be equal. List the specs in the order in which they are applied. If something "
+                f"stands between them that takes {first.out_shape} to {second.in_shape} (a pooling, a "
+                "padding, a reshape), use receptive_field(find_convs(fn, x), out_index) or "
+                "receptive_field(fn, x, index), which go through it."
             )
     return specs
 

@@ -107,7 +107,9 @@ TABLE = {
     "as_bcsr": smooth(lambda s, k, x, y: fc.as_bcsr(s, k)),
     "as_scipy": host(lambda s, k, x, y: fc.as_scipy(s, k).toarray()),
     "as_scipy_affine": host(lambda s, k, x, y: fc.as_scipy_affine(s, k, y)[1]),
-    "diagonals": smooth(lambda s, k, x, y: fc.diagonals(s, k)),
+    "diagonals": smooth(lambda s, k, x, y: fc.diagonals(s, k, rows=fc.interleaved_rows(s))),
+    "diagonal_offsets": host(lambda s, k, x, y: fc.diagonal_offsets(s)),
+    "interleaved_rows": host(lambda s, k, x, y: fc.interleaved_rows(s)),
     "row_blocks": host(lambda s, k, x, y: blocks(s, k)),
     "shard_matrix": traced(lambda s, k, x, y: fc.shard_matrix(s, k, mesh())),
     "shard_bcoo": traced(lambda s, k, x, y: fc.shard_bcoo(s, k, mesh())),
@@ -145,7 +147,12 @@ TABLE = {
     "neurons.input_position": host(lambda s, k, x, y: neurons.input_position(s, 3)),
     "neurons.position": host(lambda s, k, x, y: neurons.position(s, 3)),
     "neurons.projective_field": host(lambda s, k, x, y: neurons.projective_field(s, 3).mask),
-    "neurons.receptive_field": host(lambda s, k, x, y: neurons.receptive_field(s, 3).mask),
+    "neurons.receptive_field": host(
+        lambda s, k, x, y: (
+            neurons.receptive_field(s, 3).mask,
+            neurons.receptive_field(layer(s, k), x, 3).mask,
+        )
+    ),
     "neurons.row": host(lambda s, k, x, y: neurons.row(s, (1, 2))),
     # assertions
     "testing.assert_matches_lax": host(lambda s, k, x, y: testing.assert_matches_lax(s, k, x)),

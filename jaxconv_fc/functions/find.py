@@ -32,7 +32,7 @@ from jaxconv_fc.functions.jaxprs import (
 from jaxconv_fc.functions.moves import Value, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
 from jaxconv_fc.functions.padding import Made, bias_of, without_padding
-from jaxconv_fc.functions.sites import ConvSite, ConvSites
+from jaxconv_fc.functions.sites import ConvSite, ConvSites, Origin
 from jaxconv_fc.geometry.spec import ConvSpec, conv_spec
 from jaxconv_fc.products.product import batch_sizes
 
@@ -99,7 +99,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
     with_bias = replace(finder, sites=[], raw=True, evaluable=False, biases=True)
     with_bias.visit(traced.jaxpr, arguments)
     for i, (site, same) in enumerate(zip(sites, with_bias.sites, strict=True)):
-        sites[i] = replace(site, bias=same.bias)
+        sites[i] = replace(site, bias=same.bias, origin=Origin(traced.jaxpr, i, len(sites)))
     unlike = [f"{site.name} ({site.in_front})" for site in sites if site.in_front]
     if unlike:
         warnings.warn(

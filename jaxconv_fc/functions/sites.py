@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,14 @@ from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.show.html import table
 
 _WORDS = 1, 2, 3, 11  # columns of the table that hold words, aligned to the left; the others hold numbers
+
+
+class Origin(NamedTuple):
+    """What :func:`find_convs` has traced, and which of the convolutions in it a site is."""
+
+    jaxpr: Any
+    number: int
+    among: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +48,8 @@ class ConvSite:
       lax_fault: what is known to happen where lax performs this convolution on this platform: ``"wrong
         values"``, ``"ends the process"`` or ``"refused"`` (docs/where-jax-is-wrong.md). Empty if nothing is
         known, and for a product of this library.
+      origin: where it stands in what :func:`find_convs` has traced. :func:`neurons.receptive_field` takes a
+        list of sites as a chain, and finds by it what stands between them.
 
     >>> import jax, jax.numpy as jnp, jaxconv_fc as fc
     >>> layer = lambda x: jax.lax.conv(x, jnp.ones((4, 3, 3, 3)), (1, 1), "VALID")
@@ -59,6 +69,7 @@ class ConvSite:
     in_front: str = ""
     examples: Any = 1
     lax_fault: str = ""
+    origin: Origin | None = None
 
     @property
     def multiply_adds(self) -> Any:

@@ -42,7 +42,7 @@ def grid(dims: Sequence[int], dtype: Any, xp: Any = jnp) -> list[Any]:
     """One index array per dimension, of size 1 along all others. Inside a trace they are no constants."""
     shapes = [tuple(n if a == i else 1 for a, n in enumerate(dims)) for i in range(len(dims))]
     if xp is np:
-        return [np.arange(max(shape, default=0), dtype=dtype).reshape(shape) for shape in shapes]
+        return [np.arange(math.prod(shape), dtype=dtype).reshape(shape) for shape in shapes]
     return [lax.broadcasted_iota(dtype, shape, i) for i, shape in enumerate(shapes)]
 
 

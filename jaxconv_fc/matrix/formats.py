@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,27 @@ from jax import lax
 from jaxconv_fc.entries import (
     Listed,
     Reads,
+    entries,
     entry_dtype,
     group_column,
     listed,
-    pairs,
     row_pointers,
     sorted_reads,
 )
-from jaxconv_fc.geometry.arguments import Array, as_array, check_same_dtype, native
-from jaxconv_fc.geometry.layout import column_of, grid, kernel_parts, part_count, row_of, spread, tap_in_part
+from jaxconv_fc.geometry.arguments import Array, as_array, brief, check_same_dtype, native
+from jaxconv_fc.geometry.layout import (
+    column_of,
+    grid,
+    kernel_parts,
+    part_count,
+    row_of,
+    split_row,
+    spread,
+    tap_in_part,
+)
+from jaxconv_fc.geometry.layout import taps as kernel_taps
 from jaxconv_fc.geometry.memory import check_stored
-from jaxconv_fc.geometry.spec import ConvSpec, as_operand, spec_first
+from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec, spec_first
 from jaxconv_fc.matrix.dense import check_bias, of_every_output
 from jaxconv_fc.matrix.host import fresh_arrays, host_plan
 from jaxconv_fc.sharding import is_traced, program
@@ -32,6 +43,8 @@ from jaxconv_fc.sharding import is_traced, program
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
     from jax.experimental.sparse import BCOO, BCSR
     from scipy.sparse import csr_array
+
+_TOGETHER = 2**20  # entries whose diagonals are found at once
 
 
 @spec_first
@@ -257,27 +270,34 @@ def _parts(spec: ConvSpec) -> jax.Array:
 # -- diagonals ---------------------------------------------------------------------------------
 
 
-def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
-    """The generalized diagonals of M: ``diagonals[k][i] = M[i, (i + k) % in_size]``.
+def diagonals(spec: ConvSpec, kernel: Array, *, rows: Sequence[int] | None = None) -> dict[int, jax.Array]:
+    """The generalized diagonals of M: ``diagonals[k][i] = M[rows[i], (i + k) % in_size]``.
 
     A dict ``{offset: diagonal}`` of those that are not structurally zero, with ``0 <= offset < in_size``
     ascending and diagonals of length ``out_size`` (docs/maths.md, section 9). So::
 
-        (M @ x)[i] = sum over k of diagonals[k][i] * x[(i + k) % in_size]
+        (M @ x)[rows[i]] = sum over k of diagonals[k][i] * x[(i + k) % in_size]
 
     Homomorphic encryption packs a matrix so (Halevi and Shoup 2014): a product with a vector is one rotation
-    of the vector and one elementwise product per diagonal. A convolution has few diagonals. Their offsets
-    are sums of one offset per axis. Linear in the kernel, differentiable.
+    of the vector and one elementwise product per diagonal. :func:`diagonal_offsets` says how many there are,
+    without M. Few, if ``column - i`` is the same at every position: with stride 1, channels first and as many
+    outputs as inputs along each axis, ``in channels * prod(taps)`` at most. With a larger stride they are
+    nearly all, up to ``in_size``, unless the rows are ordered as :func:`interleaved_rows` orders them.
+    Linear in the kernel, differentiable.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``.
+      rows: an order of the rows of M, static integers: a permutation of ``range(out_size)``. By default the
+        order that they have.
 
     Returns:
       A dict from offset to an array of shape ``(out_size,)``.
 
     Raises:
-      TypeError, ValueError: as :func:`as_bcoo`.
+      TypeError: the kernel is not an array, or ``rows`` is traced or not made of integers.
+      ValueError: the kernel has another shape, ``rows`` is not a permutation, or the arrays are beyond the
+        memory limit.
 
     >>> import jax.numpy as jnp, jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (1,), [(1, 0)])
@@ -287,35 +307,149 @@ def diagonals(spec: ConvSpec, kernel: Array) -> dict[int, jax.Array]:
     3 [0 1 1 1]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
+    order = _row_order("diagonals", spec, rows)
     check_stored("diagonals", spec.nse, spec.nbytes(kernel.dtype).bcoo)  # the entries are made first
-    offsets = _offsets(spec)
+    places = _inverse(order)
+    offsets = _offsets(spec, places)
     nbytes = len(offsets) * spec.out_size * kernel.dtype.itemsize
     check_stored("diagonals", spec.nse, nbytes)
-    return dict(zip(offsets.tolist(), _diagonals(spec, kernel), strict=True))  # one row each
+    if not len(offsets):
+        return {}
+    stacked = _diagonals(
+        spec, kernel, *(None if v is None else v.astype(entry_dtype(spec)) for v in (offsets, places))
+    )
+    return dict(zip(offsets.tolist(), stacked, strict=True))  # one row each
 
 
-def _offsets(spec: ConvSpec) -> np.ndarray:
-    """Every ``(column - row) % in_size`` of an entry: all sums of one term per axis."""
+def diagonal_offsets(spec: ConvSpec, *, rows: Sequence[int] | None = None) -> np.ndarray:
+    """The offsets of :func:`diagonals`: every ``(column - i) % in_size`` of a stored ``M[rows[i], column]``.
+
+    ``len(diagonal_offsets(spec))`` is the number of diagonals. These are the rotations for which homomorphic
+    encryption needs a key. M is not made: it takes one step per output and tap.
+
+    Args:
+      spec: the geometry.
+      rows: an order of the rows, as :func:`diagonals` takes it.
+
+    Returns:
+      A NumPy array of integers, ascending.
+
+    Raises:
+      TypeError: ``spec`` is not a ConvSpec, or ``rows`` is traced or not made of integers.
+      ValueError: ``rows`` is not a permutation of ``range(out_size)``.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 16, 32, 32), (32, 16, 3, 3), (2, 2), "SAME")
+    >>> len(fc.diagonal_offsets(spec)), len(fc.diagonal_offsets(spec, rows=fc.interleaved_rows(spec)))
+    (16384, 256)
+    """
+    check_spec(spec)
+    return _offsets(spec, _inverse(_row_order("diagonal_offsets", spec, rows)))
+
+
+def interleaved_rows(spec: ConvSpec) -> np.ndarray:
+    """The rows of M in the order of a pixel shuffle: ``y.ravel()[rows] == pixel_shuffle(y).ravel()``.
+
+    A strided layer has few :func:`diagonals` in this order.
+
+    With ``s = window_strides``, ``prod(s)`` out channels are put side by side, as the phases of one channel
+    with ``out_size * s`` positions along each axis. Along two axes, channel ``d`` at ``(y, x)`` goes to
+    channel ``d // (s0*s1)`` at ``(y*s0 + d//s1 % s0, x*s1 + d % s1)``. That is PyTorch's ``PixelShuffle``.
+    The rows are listed in this order, with the dimensions ordered as in ``in_shape``.
+
+    So output and input positions run alike, and the diagonals depend on the taps alone: without dilations,
+    ``in channels * prod(taps + s - 1)`` of them at most. This holds with channels first, one group, zeros in
+    the padding, out channels that ``prod(s)`` divides, and ``output size * s == input size`` along each axis.
+    Any other layer has an order too, with more diagonals: :func:`diagonal_offsets` counts them.
+
+    Args:
+      spec: the geometry.
+
+    Returns:
+      A permutation of ``range(out_size)``, a NumPy array.
+
+    Raises:
+      TypeError: ``spec`` is not a ConvSpec.
+
+    >>> import jaxconv_fc as fc
+    >>> spec = fc.conv_spec((1, 1, 6), (2, 1, 2), (2,), "VALID")  # two channels of three outputs
+    >>> print(fc.interleaved_rows(spec))
+    [0 3 1 4 2 5]
+    >>> print(fc.diagonal_offsets(spec), fc.diagonal_offsets(spec, rows=fc.interleaved_rows(spec)))
+    [0 1 2 3 4 5] [0 1 5]
+    """
+    check_spec(spec)
+    steps = [axis.stride for axis in spec.axes]
+    dims = (*(axis.out_size for axis in spec.axes), spec.out_channels)
+    *positions, d = grid(dims, np.int64, np)
+    fine, phase = [], d
+    for o, step in zip(reversed(positions), reversed(steps), strict=True):
+        fine.append(o * step + phase % step)
+        phase = phase // step
+    channels = max(1, spec.in_channels)
+    block, channel = phase // channels, phase % channels
+    values = [*reversed(fine), channel]
+    sizes = [*(n * step for n, step in zip(dims, steps, strict=False)), channels]
+    place = block
+    for a in sorted(range(len(values)), key=[*spec.in_order[: len(steps)], spec.in_order[-1]].__getitem__):
+        place = place * sizes[a] + values[a]
+    row = np.broadcast_to(row_of(spec, positions, d), dims)
+    return row.ravel()[np.argsort(np.broadcast_to(place, dims).ravel(), kind="stable")]
+
+
+def _row_order(name: str, spec: ConvSpec, rows: Any) -> np.ndarray | None:
+    """The order of the rows as an array, None for the order that they have."""
+    if rows is None:
+        return None
+    if is_traced(rows) or any(map(is_traced, jax.tree.leaves(rows))):
+        raise TypeError(f"{name}: rows must be static integers, got a traced {rows}. Use a NumPy array.")
+    order = np.asarray(rows)
+    order = order.astype(int) if not order.size else order
+    if order.dtype.kind not in "iu":
+        raise TypeError(f"{name}: rows must be integers, got {brief(rows)}. Write interleaved_rows(spec).")
+    if order.shape != (spec.out_size,) or not np.array_equal(np.sort(order), np.arange(spec.out_size)):
+        raise ValueError(
+            f"{name}: rows must be a permutation of range({spec.out_size}), each row of M once, got "
+            f"{brief(rows)} of shape {order.shape}. Write interleaved_rows(spec), or leave it out."
+        )
+    return order.astype(np.int64)
+
+
+def _inverse(order: np.ndarray | None) -> np.ndarray | None:
+    """At which place each row stands."""
+    if order is None:
+        return None
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def _offsets(spec: ConvSpec, places: np.ndarray | None) -> np.ndarray:
+    """Every ``(column - place of the row) % in_size`` of an entry."""
     if not spec.nse:
         return np.empty(0, np.int64)
-    zeros = [0] * len(spec.axes)
-    d, i = np.arange(spec.out_channels)[:, None], np.arange(spec.group_channels)
-    sums = np.unique(column_of(spec, zeros, i) + group_column(spec, d) - row_of(spec, zeros, d))
-    for a, axis in enumerate(spec.axes):
-        o, _, reads = pairs(axis, np.arange(axis.out_size))
-        of_axis = [*zeros[:a], 1, *zeros[a + 1 :]]
-        terms = np.unique(reads.t * column_of(spec, of_axis, 0) - o * row_of(spec, of_axis, 0))
-        sums = np.unique((sums[:, None] + terms) % spec.in_size)
-    return np.unique(sums % spec.in_size)
+    first, size = np.zeros(spec.in_size, bool), kernel_taps(spec)  # of the first channel of every group
+    step = max(1, _TOGETHER // math.prod(size))
+    for start in range(0, spec.out_size, step):
+        row = np.arange(start, min(start + step, spec.out_size))
+        dims = (len(row), *size)
+        _, *taps = grid(dims, np.int64, np)
+        positions, d = split_row(spec, spread(row, dims, 0))
+        at = entries(spec, dims, positions, d, 0, taps)
+        place = spread(row if places is None else places[row], dims, 0)
+        offset, read = np.broadcast_arrays((at.column - place) % spec.in_size, at.valid)
+        first[offset[read]] = True
+    found, offsets = np.zeros_like(first), np.flatnonzero(first)
+    for channel in column_of(spec, [0] * len(spec.axes), np.arange(spec.group_channels)):
+        found[(offsets + channel) % spec.in_size] = True
+    return np.flatnonzero(found)
 
 
 @program
-def _diagonals(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    offsets = _offsets(spec)
+def _diagonals(spec: ConvSpec, kernel: jax.Array, offsets: jax.Array, places: jax.Array | None) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
-    if not len(offsets):
-        return stacked
     part = _part(spec, _tables(spec))
     data, row, column = _data(spec, kernel, part), _rows(spec, part), _columns(spec, part)
-    which = jnp.searchsorted(jnp.asarray(offsets, row.dtype), (column - row) % spec.in_size)
-    return stacked.at[which, row].set(data, unique_indices=True)
+    place = row if places is None else places[row]
+    which = jnp.searchsorted(offsets, (column - place) % spec.in_size)
+    return stacked.at[which, place].set(data, unique_indices=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxconv_fc import neurons
+from jaxconv_fc.functions.sites import ConvSite
 from jaxconv_fc.geometry.arguments import Array
 from jaxconv_fc.geometry.axis import Axis, dilated
 from jaxconv_fc.geometry.layout import column_of, in_channel, out_first, split_row, tap_of
@@ -18,6 +19,7 @@ from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.show.canvas import (
     BORDER,
     cell_pixels,
+    density_colours,
     entry_colours,
     entry_norm,
     new_axes,
@@ -41,6 +43,7 @@ _GAP = 1.6  # cells between two panels
 _TITLE = 20  # pixels that the title of a panel takes up
 _MOST_COLOURS = 256  # that can be told apart
 _MOST_FRAMES = 100
+_MOST_STAGES, _BETWEEN = 8, 0.35  # images of a chain; the room between two, in heights
 _HIGHLIGHT = "#d55e00"  # vermilion, told apart from the other colours by everybody
 
 
@@ -68,7 +71,11 @@ def _line(axis: Axis, o: int) -> _Line:
 
 
 def receptive_field(
-    spec: ConvSpec, out_index: neurons.Index, ax: Axes | None = None, *, kernel: Array | None = None
+    spec: neurons.Chain | neurons.Sites,
+    out_index: neurons.Index,
+    ax: Axes | None = None,
+    *,
+    kernel: Array | None = None,
 ) -> Axes:
     """A picture of the inputs that an output reads, with ``M[row, column]`` written at each of them.
 
@@ -81,11 +88,16 @@ def receptive_field(
     panels per slice that the window covers. Of many channels or slices the first are drawn, of a large image
     the part around the window.
 
+    Of a chain of layers, an image per layer shows what the output reads of its input: from the input of the
+    first layer on the left to the output on the right. The darker, the larger the part of the channels (and
+    slices) that is read.
+
     Args:
-      spec: the geometry.
-      out_index: an index in ``spec.out_shape``, or a row number. Negative numbers count from the end.
+      spec: the geometry, or a chain: what :func:`neurons.receptive_field` takes.
+      out_index: an index in ``spec.out_shape`` (of the last spec), or a row number. Negative numbers count
+        from the end.
       ax: matplotlib axes to draw on. By default a new figure is made.
-      kernel: array of shape ``spec.rhs_shape``, to write values in place of names.
+      kernel: array of shape ``spec.rhs_shape``, to write values in place of names. Not of a chain.
 
     Returns:
       The axes.
@@ -93,7 +105,7 @@ def receptive_field(
     Raises:
       ImportError: matplotlib is missing (``pip install 'jaxconv_fc[examples]'``).
       TypeError, ValueError, IndexError: as :func:`neurons.receptive_field`.
-      TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``.
+      TypeError, ValueError: the kernel is not an array of shape ``spec.rhs_shape``, or there is a chain.
 
     >>> import jaxconv_fc as fc
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME", padding_mode="circular")
@@ -101,6 +113,8 @@ def receptive_field(
     >>> [text.get_text() for text in ax.texts]
     ['a\\n= 3', 'b', 'c', 'a']
     """
+    if isinstance(spec, Sequence | ConvSite):
+        return _draw_chain(spec, out_index, ax, kernel)
     check_spec(spec)
     values = None if kernel is None else np.asarray(as_operand("kernel", kernel, spec, "rhs_shape"))
     scene = _scene(spec, neurons.row(spec, out_index))
@@ -279,6 +293,62 @@ def _ticks(line: _Line, starts: Sequence[float], room: float) -> tuple[list[floa
     every = max(1, math.ceil(room / step))
     kept = [(u - line.shown.start, str(t)) for u, t in line.inputs.items() if t % every == 0]
     return [start + x for start in starts for x, _ in kept], [t for _ in starts for _, t in kept]
+
+
+# -- a chain ----------------------------------------------------------------------------------------
+
+
+def _draw_chain(
+    chain: neurons.Chain | neurons.Sites, out_index: neurons.Index, ax: Axes | None, kernel: Any
+) -> Axes:
+    """Images of one height, side by side."""
+    if kernel is not None:
+        raise TypeError(
+            "kernel belongs to one spec, and spec is a chain: leave kernel out, or draw one layer."
+        )
+    layers = [chain] if isinstance(chain, ConvSpec | ConvSite) else list(chain)
+    fields = neurons.fields(chain, out_index)
+    specs = [layer.spec if isinstance(layer, ConvSite) else layer for layer in layers]
+    names = [layer.name if isinstance(layer, ConvSite) else f"layer {i}" for i, layer in enumerate(layers)]
+    stages = [
+        (f"input of {name}", field, spec.in_order[: len(spec.axes)])
+        for name, field, spec in zip(names, fields, specs, strict=False)
+    ]
+    stages.append(("output", fields[-1], specs[-1].out_order[: len(specs[-1].axes)]))
+    if len(stages) > _MOST_STAGES:
+        stages = [stages[round(i)] for i in np.linspace(0, len(stages) - 1, _MOST_STAGES)]
+    images = [_image(field, spatial) for _, field, spatial in stages]
+    widths = [min(4.0, max(0.25, image.shape[1] / max(1, image.shape[0]))) for image in images]
+    across = sum(widths) + _BETWEEN * (len(stages) - 1)
+    if ax is None:
+        ax = new_axes("show.receptive_field", 2.2 * across + 0.4, 3.0)
+    ax.set(frame_on=False, xticks=[], yticks=[])
+    left = 0.0
+    for (name, field, _), image, width in zip(stages, images, widths, strict=True):
+        extent = left, left + width, 1.0, 0.0
+        ax.imshow(
+            np.where(image > 0, image, np.nan),
+            density_colours(),
+            vmin=0,
+            vmax=1,
+            extent=extent,
+            aspect="auto",
+        )
+        ax.plot([left, left + width, left + width, left, left], [0, 0, 1, 1, 0], color=BORDER, linewidth=1)
+        said = f"{name}\n{field.size:,} of {'x'.join(map(str, field.shape))}"
+        ax.text(left + width / 2, -0.05, said, ha="center", va="bottom", fontsize="x-small")
+        left += width + _BETWEEN
+    ax.set(xlim=(-0.05, across + 0.05), ylim=(1.05, -0.35), aspect="equal")
+    ax.set_title(f"output {tuple(int(v[0]) for v in fields[-1].indices)}", fontsize="medium")
+    return ax
+
+
+def _image(field: neurons.Field, spatial: Sequence[int]) -> np.ndarray:
+    """The part that is read at each position of the last two spatial axes."""
+    mask = field.mask
+    image = mask.mean(axis=tuple(i for i in range(mask.ndim) if i not in spatial[-2:]))
+    image = image if list(spatial[-2:]) == sorted(spatial[-2:]) else image.T
+    return image.reshape((1,) * (2 - image.ndim) + image.shape)
 
 
 # -- the window slides ------------------------------------------------------------------------------

@@ -334,6 +334,10 @@ def test_random_affine_programs_are_their_matrices(run_seed):
                 size = 1 + np.max(abs(A) @ abs(x) + abs(b), initial=0)
                 off = np.max(abs(A @ x + b - value.ravel()), initial=0)
                 assert off <= accuracy * size, (off, size, replay)
+        if matrix.size:
+            row = int(rng.integers(len(matrix)))
+            field = fc.neurons.receptive_field(fn, points[0], row)
+            assert field.mask.ravel()[matrix[row] != 0].all(), replay
         if i % 4 == 0:  # outside of jit
             for got, known in zip(fc.matrix_of(fn, points[0]), (matrix, offset), strict=True):
                 scale = 0 if whole else accuracy * (1 + np.max(abs(known), initial=0))

@@ -12,6 +12,7 @@ import oracle
 import pytest
 from environment import count
 from geometries import CASES, MODES, Geometry, arrays, every_case, random_geometry
+from jax import lax
 from PIL import Image
 
 import jaxconv_fc as fc
@@ -386,6 +387,28 @@ def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert not plt.get_fignums()
+
+
+def test_a_chain_has_an_image_per_layer():
+    def two(x):
+        x = lax.conv(x, np.ones((3, 2, 3, 3), np.float32), (1, 1), "SAME")
+        return lax.conv(x[:, :, ::2], np.ones((1, 3, 1, 1), np.float32), (1, 1), "VALID")
+
+    sites = fc.find_convs(two, np.ones((1, 2, 6, 5), np.float32))
+    ax = fc.show.receptive_field(sites, (0, 1, 0))
+    first, second, output = (image.get_array().filled(0) for image in ax.images)
+    assert (first.shape, second.shape, output.shape) == ((6, 5), (3, 5), (3, 5))
+    assert np.argwhere(first).tolist() == [[t, u] for t in (1, 2, 3) for u in (0, 1)]
+    assert np.argwhere(second).tolist() == np.argwhere(output).tolist() == [[1, 0]]
+    said = [text.get_text().split("\n") for text in ax.texts]
+    assert [line[1] for line in said] == ["12 of 2x6x5", "3 of 3x3x5", "1 of 1x3x5"]
+    assert ax.get_title() == "output (0, 1, 0)"
+    line = fc.conv_spec((1, 4, 1), (2, 1, 1), (1,), "SAME", dimension_numbers=("NWC", "WOI", "NWC"))
+    image = fc.show.receptive_field([line] * 9, -1).images
+    assert len(image) == 8
+    assert image[0].get_array().shape == (1, 4)
+    with pytest.raises(TypeError, match="kernel belongs to one spec, and spec is a chain"):
+        fc.show.receptive_field(sites, 0, kernel=np.ones((3, 2, 3, 3)))
 
 
 @pytest.mark.parametrize(

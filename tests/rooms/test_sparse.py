@@ -84,6 +84,7 @@ def test_every_entry_in_its_place(geometry, rng):
     (values, rows, columns), (moved, *_) = expected(geometry, kernel), expected(geometry, tangent)
     weights, cotangent = np.zeros(spec.shape), integers(rng, rows.shape, np.float64)
     weights[rows, columns] = cotangent
+    order = [None, rng.permutation(spec.out_size).tolist(), fc.interleaved_rows(spec)][rng.integers(3)]
 
     def derivatives(build, kernel, tangent, cotangent):
         data = lambda kernel: build(spec, kernel).data  # noqa: E731
@@ -93,12 +94,12 @@ def test_every_entry_in_its_place(geometry, rng):
     def made(kernel, *given):
         builders = fc.as_bcoo, fc.as_bcsr
         derived = [derivatives(build, kernel, *given) for build in builders]
-        return [build(spec, kernel) for build in builders], fc.diagonals(spec, kernel), derived
+        return [build(spec, kernel) for build in builders], fc.diagonals(spec, kernel, rows=order), derived
 
     formats, diagonals, of_both = made(kernel, tangent, cotangent)
     check_host(geometry, kernel)
     check_formats(geometry, kernel, *formats)
-    check_diagonals(geometry, kernel, diagonals)
+    check_diagonals(geometry, kernel, order, diagonals)
     for got in of_both:
         want = values, moved, oracle.matrix_gradient(weights, geometry)
         for a, b in zip(got, want, strict=True):
@@ -356,14 +357,16 @@ def test_scipy_under_a_trace():
 # diagonals -------------------------------------------------------------------------------------------
 
 
-def check_diagonals(geometry, kernel, found):
+def check_diagonals(geometry, kernel, rows, found):
     spec = geometry.spec()
     matrix, pattern = oracle.matrix(kernel, geometry), oracle.pattern(geometry)
-    rows = np.arange(spec.out_size)
-    wanted = {k for k in range(spec.in_size) if pattern[rows, (rows + k) % spec.in_size].any()}
-    assert list(found) == sorted(wanted)
+    order = np.arange(spec.out_size) if rows is None else np.array(rows, int)
+    places = np.arange(spec.out_size)
+    assert sorted(order) == places.tolist()
+    offsets = [k for k in range(spec.in_size) if pattern[order, (places + k) % spec.in_size].any()]
+    assert list(found) == offsets == fc.diagonal_offsets(spec, rows=rows).tolist()
     for k, diagonal in found.items():
-        np.testing.assert_array_equal(diagonal, matrix[rows, (rows + k) % spec.in_size])
+        np.testing.assert_array_equal(diagonal, matrix[order, (places + k) % spec.in_size])
 
 
 def test_diagonals_are_few_and_differentiable(rng):
@@ -378,6 +381,50 @@ def test_diagonals_are_few_and_differentiable(rng):
         return of_diagonals(kernel), jax.grad(lambda k: (fc.as_matrix(spec, k) ** 2).sum())(kernel)
 
     np.testing.assert_array_equal(*gradients(kernel))
+
+
+# in_shape, rhs_shape, strides, padding, groups; diagonals in the order of M, and interleaved
+STRIDED = [
+    ((16, 32, 32), (32, 16, 3, 3), (2, 2), "SAME", 1, 16384, 256),
+    ((64, 16, 16), (128, 64, 1, 1), (2, 2), "VALID", 1, 16384, 256),
+    ((3, 32, 32), (16, 3, 7, 7), (2, 2), [(3, 3), (3, 3)], 1, 3072, 192),
+    ((3, 16, 16), (48, 3, 4, 4), (4, 4), "VALID", 1, 768, 147),
+    ((32, 16, 16), (32, 1, 3, 3), (2, 2), [(1, 1), (1, 1)], 32, 5921, 260),
+]
+
+
+@pytest.mark.parametrize(("in_shape", "kernel", "strides", "padding", "groups", "before", "after"), STRIDED)
+def test_diagonals_of_strided_layers(in_shape, kernel, strides, padding, groups, before, after, rng):
+    spec = fc.conv_spec((1, *in_shape), kernel, strides, padding, feature_group_count=groups)
+    rows = fc.interleaved_rows(spec)
+    assert len(fc.diagonal_offsets(spec)) == before
+    assert len(fc.diagonal_offsets(spec, rows=rows)) == after
+    if groups == 1:
+        assert after == in_shape[0] * np.prod(np.add(kernel[2:], strides) - 1)
+    d, h, w = spec.out_shape
+    s, t = strides
+    numbers = np.arange(spec.out_size).reshape(d // (s * t), s, t, h, w)
+    np.testing.assert_array_equal(rows, numbers.transpose(0, 3, 1, 4, 2).ravel())  # PixelShuffle
+    kernel, x = integers(rng, spec.rhs_shape), integers(rng, (spec.in_size,))
+    y, places = np.zeros(spec.out_size, x.dtype), np.arange(spec.out_size)
+    for offset, diagonal in fc.diagonals(spec, kernel, rows=rows).items():
+        y[rows] += np.asarray(diagonal) * x[(places + offset) % spec.in_size]
+    np.testing.assert_array_equal(y, fc.as_scipy(spec, kernel) @ x)
+
+
+def test_orders_of_rows_that_are_none():
+    spec = CASES["plain"].spec()
+    kernel, n = np.ones(spec.rhs_shape), spec.out_size
+    for rows in (range(n - 1), [0] * n, np.arange(1, n + 1), np.arange(n)[None]):
+        with pytest.raises(ValueError, match=rf"rows must be a permutation of range\({n}\)"):
+            fc.diagonals(spec, kernel, rows=rows)
+    with pytest.raises(TypeError, match=r"diagonal_offsets: rows must be integers.*Write interleaved_rows"):
+        fc.diagonal_offsets(spec, rows=np.arange(n) / 2)
+    with pytest.raises(TypeError, match="rows must be static integers, got a traced"):
+        jax.jit(lambda rows: fc.diagonals(spec, kernel, rows=rows))(np.arange(n))
+    for call in (fc.diagonal_offsets, fc.interleaved_rows):
+        with pytest.raises(TypeError, match="spec must be a ConvSpec"):
+            call((1, 2))
 
 
 # row blocks ------------------------------------------------------------------------------------------
