@@ -56,10 +56,10 @@ def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return homogeneous(partial(_unit_values, spec), (1,), kernel)
+    return homogeneous(partial(unit_values, spec), (1,), kernel)
 
 
-def _unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """The singular values of a kernel at unit scale."""
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
@@ -116,7 +116,7 @@ def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
 @program
 def _condition_number(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     def ratio(kernel: jax.Array) -> jax.Array:
-        values = _unit_values(spec, kernel)
+        values = unit_values(spec, kernel)
         most, least = values[0], values[-1]
         return jnp.where(least == 0, jnp.inf, most / jnp.where(least == 0, jnp.ones_like(least), least))
 
@@ -150,7 +150,7 @@ def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None) -> jax.Arr
 
 @partial(program, static_argnums=2)
 def _rank(spec: ConvSpec, kernel: jax.Array, rtol: float | None) -> jax.Array:
-    values = _unit_values(spec, unit_scale(kernel)[0])
+    values = unit_values(spec, unit_scale(kernel)[0])
     cutoff = jnp.asarray(relative_cutoff(spec, values.dtype, rtol), values.dtype) * values.max(initial=0)
     return jnp.where(jnp.isfinite(values).all(), jnp.sum(values > cutoff), -1)
 
