@@ -193,7 +193,7 @@ class Blocks:
         return jnp.concatenate(parts, axis=1)
 
     def order(self, kernel: jax.Array) -> list[np.ndarray]:
-        """The frequencies, by axis, of the blocks of :meth:`map`: of a real kernel ``w`` twice, for ``-w`` too."""
+        """The frequencies, by axis, of the blocks of :meth:`map`: of a real kernel ``w`` for ``-w`` too."""
         if jnp.iscomplexobj(kernel):
             return self.frequencies
         alone, paired = self.opposites

@@ -37,8 +37,8 @@ def spectral_norm(
     """``||M||_2``: the largest singular value of the true M, paddings as they are; the Lipschitz constant.
 
     It is the largest norm of the blocks of M (docs/maths.md, section 11), exact up to rounding, where M wraps
-    around or is small. Else it is searched: Golub-Kahan bidiagonalisation from a random start, restarted until
-    the residual ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum
+    around or is small. Else it is searched: Golub-Kahan bidiagonalisation from a random start, restarted
+    until the residual ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum
     over the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a singular value
     lies within the residual of it (in fact the error of a simple value is of the order of its square).
     That a random start misses a larger one is improbable, not impossible: :func:`spectral_norm_bounds` has a
@@ -137,10 +137,10 @@ def top_singular_values(
 ) -> jax.Array:
     """The ``k`` largest singular values of M, ``sigma_1 >= ... >= sigma_k``, each as often as it occurs.
 
-    They are among those of the blocks of M where M wraps around or is small, as in :func:`spectral_norm`. Else
-    they are searched. A Krylov space of one vector holds one copy of each value. So vectors that have converged
-    are deflated and the search begins anew from a random vector, until the rest of M has no value above the
-    k-th. Equal values are found one per round. That a random start misses a value is improbable.
+    They are values of the blocks of M where M wraps around or is small, as in :func:`spectral_norm`. Else
+    they are searched. A Krylov space of one vector holds one copy of each value. So vectors that have
+    converged are deflated and the search begins anew from a random vector, until the rest of M has no value
+    above the k-th. Equal values are found one per round. That a random start misses a value is improbable.
 
     Args:
       spec, kernel: as in :func:`spectral_norm`.
@@ -149,8 +149,8 @@ def top_singular_values(
       max_restarts: of a search, the largest number of rounds.
 
     Returns:
-      Real array of shape ``(k,)``. Of a search, values up to ``tolerance`` times the largest may come out as 0,
-      and NaN everywhere where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
+      Real array of shape ``(k,)``. Of a search, values up to ``tolerance`` times the largest may come out as
+      0, and all are NaN where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
 
     Raises:
       ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
