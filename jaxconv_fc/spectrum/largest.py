@@ -38,9 +38,9 @@ def spectral_norm(
 
     It is the largest norm of the blocks of M (docs/maths.md, section 11), exact up to rounding, where M wraps
     around or is small. Else it is searched: Golub-Kahan bidiagonalisation from a random start, restarted
-    until the residual ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum
-    over the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a singular value
-    lies within the residual of it (in fact the error of a simple value is of the order of its square).
+    until the residual ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the
+    maximum over the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a
+    singular value lies within the residual of it (the error of a simple value is of the order of its square).
     That a random start misses a larger one is improbable, not impossible: :func:`spectral_norm_bounds` has a
     bound from above. :func:`singular_triplet` gives the residual.
 
