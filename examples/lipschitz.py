@@ -11,8 +11,8 @@ a direction which is not in the block grows slowly. The largest error of an esti
 
 The product of the norms, with a sum at a skip, bounds how much the scores change per change of the image. So
 an image whose margin is larger than sqrt(2) times bound times eps keeps its class whatever is added to it
-within eps in the 2-norm: that is the certified accuracy. The attained slope is the largest norm of a Jacobian at an image. Between
-accuracy under attack and certified accuracy lies the truth.
+within eps in the 2-norm: that is the certified accuracy. The attained slope is the largest norm of a Jacobian
+at an image. Between accuracy under attack and certified accuracy lies the truth.
 
     python examples/lipschitz.py [lipschitz.png]
 """
