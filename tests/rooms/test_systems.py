@@ -83,7 +83,7 @@ def test_damped_least_squares(dtype):
     for slope, want in zip(slopes, wanted, strict=True):
         np.testing.assert_allclose(slope, want, rtol=1e-7, atol=1e-7)
     with pytest.raises(TypeError, match="damping must be a real number"):
-        spectrum.lstsq(spec, kernel, y, damping=1j * jnp.ones(()))
+        spectrum.lstsq(spec, kernel, y, damping=jnp.asarray(1j))
 
 
 def test_a_blur_in_double_precision_is_undone_with_damping():
