@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from geometries import normals
-from jax.test_util import check_grads
+from handwritten import difference, reverse
 from spectra import drawn, every_number, layer, svd
 
 import jaxconv_fc as fc
