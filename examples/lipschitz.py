@@ -1,18 +1,18 @@
 """Train a classifier whose layers cannot amplify: the spectral norm of every layer held at a bound.
 
 Two small networks on scikit-learn's handwritten digits, one written in flax.nnx, one in equinox. Each is
-trained twice with optax: as usual, and with `fc.spectrum.power_step` after every update. The second keeps
-some vectors per layer from step to step, which estimate the norm of its matrix, and scales the kernel down
-where that exceeds the bound.
+trained twice with optax: as usual, and with one `fc.spectrum.power_step` after every update. The second keeps
+a block of vectors per layer from step to step, which estimate the norm of its matrix, and scales the kernel
+down where that exceeds the bound.
 
 One vector is not enough: where the two largest singular values of a layer change places, it follows the old
-one for a while. A block of orthogonal vectors has the new one in it. The learning rate is warmed up, so that
+one for a while. A block has the new one in it. The learning rate is warmed up, so that
 a direction which is not in the block grows slowly. The largest error of an estimate is printed.
 
-The product of the norms bounds how much the scores change per change of the image. So an image whose margin
-is larger than sqrt(2) times bound times eps keeps its class whatever is added to it within eps in the 2-norm:
-that is the certified accuracy. The attained slope is the largest norm of a Jacobian at an image. Between
-accuracy under attack and certified accuracy lies the truth.
+The product of the norms, with a sum at a skip, bounds how much the scores change per change of the image. So
+an image whose margin is larger than sqrt(2) times bound times eps keeps its class whatever is added to it
+within eps in the 2-norm: that is the certified accuracy. The attained slope is the largest norm of a Jacobian
+at an image. Between accuracy under attack and certified accuracy lies the truth.
 
     python examples/lipschitz.py [lipschitz.png]
 """
@@ -48,8 +48,24 @@ WARM_UP = 200  # steps in which the learning rate grows
 CHECKED = slice(0, 200, 4)  # steps whose estimates are checked
 BLOCK = 16  # vectors per layer
 EPSILONS = np.linspace(0, 1, 11)
-SHAPES = [(16, 1, 3, 3), (16, 16, 3, 3), (10, 16, 4, 4)]  # out channels, in channels, height, width
-STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
+SHAPES = [(16, 1, 3, 3), (16, 16, 3, 3), (16, 16, 3, 3), (10, 16, 4, 4)]  # out, in, height, width
+STRIDES, PADDINGS = [1, 2, 1, 1], ["SAME", "SAME", "SAME", "VALID"]
+
+
+def network(layers, x):
+    """Scores by four layers, the third of which has a skip around it: the mean of both ways goes on."""
+    for layer in layers[:2]:
+        x = jax.nn.relu(layer(x))
+    return layers[3](0.5 * x + 0.5 * jax.nn.relu(layers[2](x)))
+
+
+def network_bound(norms):
+    """How much the scores of :func:`network` change per change of the image, at most.
+
+    Maps that follow each other multiply their norms, and maps that are added add them. The norm of relu is 1.
+    """
+    first, second, around, last = norms
+    return first * second * (0.5 + 0.5 * around) * last
 
 
 # The two libraries: a model, its scores for a batch of images (n, 8, 8), its kernels -----------------------
@@ -57,16 +73,15 @@ STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
 
 class NnxNetwork(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([
-            nnx.Conv(i, o, (h, w), s, padding=p, rngs=rngs)
-            for (o, i, h, w), s, p in zip(SHAPES, STRIDES, PADDINGS, strict=True)
-        ])
+        self.layers = nnx.List(
+            [
+                nnx.Conv(i, o, (h, w), s, padding=p, rngs=rngs)
+                for (o, i, h, w), s, p in zip(SHAPES, STRIDES, PADDINGS, strict=True)
+            ]
+        )
 
     def __call__(self, images):
-        x = images[..., None]
-        for layer in self.layers[:-1]:
-            x = jax.nn.relu(layer(x))
-        return self.layers[-1](x).reshape(len(images), -1)
+        return network(self.layers, images[..., None]).reshape(len(images), -1)
 
 
 class EquinoxNetwork(eqx.Module):
@@ -75,17 +90,13 @@ class EquinoxNetwork(eqx.Module):
     def __init__(self, key):
         self.layers = [
             eqx.nn.Conv2d(i, o, (h, w), s, p, key=k)
-            for (o, i, h, w), s, p, k in zip(SHAPES, STRIDES, PADDINGS, jax.random.split(key, 3), strict=True)
+            for (o, i, h, w), s, p, k in zip(
+                SHAPES, STRIDES, PADDINGS, jax.random.split(key, len(SHAPES)), strict=True
+            )
         ]
 
     def __call__(self, images):
-        def scores(image):
-            x = image[None]
-            for layer in self.layers[:-1]:
-                x = jax.nn.relu(layer(x))
-            return self.layers[-1](x).ravel()
-
-        return jax.vmap(scores)(images)
+        return jax.vmap(lambda image: network(self.layers, image[None]).ravel())(images)
 
 
 def nnx_model():
@@ -120,35 +131,21 @@ def equinox_model():
 # Training --------------------------------------------------------------------------------------------------
 
 
-def follow(spec, kernel, block):
-    """The norm of M, estimated by a power step of every vector of a block, and the block for the next step.
-
-    The vectors are turned within the space that they span until they are orthogonal, as Rayleigh and Ritz do.
-    So each follows a singular vector of its own. Their lengths do not matter.
-    """
-    sigmas, vectors = jax.vmap(partial(spectrum.power_step, spec, kernel))(block)
-    images = sigmas[:, None] ** 2 * vectors.reshape(len(block), -1)  # M^T M v, if v is a singular vector
-    _, turns = jnp.linalg.eigh(images @ images.T)
-    return sigmas.max(), (turns.T @ images).reshape(block.shape)
-
-
-def random_block(spec):
-    keys = jax.random.split(jax.random.key(1), min(BLOCK, *spec.shape))  # M has no more singular values
-    return jnp.stack([spectrum.start_vector(spec, jnp.float32, key) for key in keys])
-
-
 def hold(specs, kernels, blocks):
     """Kernels whose matrix has a norm of BOUND at most, the blocks for the next step, and the estimates."""
-    sigmas, blocks = zip(*map(follow, specs, kernels, blocks), strict=True)
-    scaled = [k * jnp.minimum(1, BOUND / sigma) for k, sigma in zip(kernels, sigmas, strict=True)]
-    return scaled, blocks, jnp.stack(sigmas)
+    values, blocks = zip(*map(spectrum.power_step, specs, kernels, blocks), strict=True)
+    sigmas = jnp.stack([of_layer[0] for of_layer in values])
+    return [k * jnp.minimum(1, BOUND / s) for k, s in zip(kernels, sigmas, strict=True)], blocks, sigmas
 
 
 def train(model, images, labels, held):
     """(trained parameters, seconds per step, specs, largest relative error of an estimate)."""
     params, scores, kernels, with_kernels = model
     specs = [site.spec for site in fc.find_convs(scores, params, images[:1])]
-    blocks = tuple(map(random_block, specs))
+    keys = jax.random.split(jax.random.key(1), len(specs))
+    blocks = tuple(
+        spectrum.start_vector(s, jnp.float32, k, k=BLOCK) for s, k in zip(specs, keys, strict=True)
+    )
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, 2e-3, WARM_UP, STEPS))
     state = optimizer.init(params)
 
@@ -226,7 +223,7 @@ def evaluate(model, params, specs, images, labels):
     slope = float(jnp.linalg.norm(jacobians.reshape(len(images), 10, -1), 2, axis=(1, 2)).max())
     top = jax.lax.top_k(scores(params, images), 2)[0]
     margin = jnp.where(scores(params, images).argmax(1) == labels, top[:, 0] - top[:, 1], 0)
-    certified = [float((margin > np.sqrt(2) * np.prod(norms) * e).mean()) for e in EPSILONS]
+    certified = [float((margin > np.sqrt(2) * network_bound(norms) * e).mean()) for e in EPSILONS]
     kept = [float(attacked(scores, params, images, labels, e).mean()) for e in EPSILONS]
     return norms, slope, certified, kept
 
@@ -240,21 +237,21 @@ def main(picture_path="lipschitz.png"):
     fig, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     fine = True
     for ax, library, make in zip(axes, ("flax.nnx", "equinox"), (nnx_model, equinox_model), strict=True):
-        print(f"{library}: 3 convolutions, {STEPS} steps, each layer held at a spectral norm of {BOUND}")
-        print(f"{'':9} {'step':>8} {'accuracy':>8} {'norms of the layers':>20} {'product':>8} attained")
+        print(f"{library}: {len(SHAPES)} layers, {STEPS} steps, each held at a spectral norm of {BOUND}")
+        print(f"{'':9} {'step':>8} {'accuracy':>8} {'norms of the layers':>26} {'bound':>8} attained")
         for held, colour in ((False, "tab:red"), (True, "tab:blue")):
             model = make()
             params, seconds, specs, error = train(model, images, labels, held)
             norms, slope, certified, kept = evaluate(model, params, specs, *test)
             name = "held" if held else "as usual"
             listed = "  ".join(f"{n:.2f}" for n in norms)
-            product = np.prod(norms)
-            figures = f"{1e3 * seconds:5.1f} ms {kept[0]:8.1%} {listed:>20} {product:8.1f} {slope:8.2f}"
+            bound = network_bound(norms)
+            figures = f"{1e3 * seconds:5.1f} ms {kept[0]:8.1%} {listed:>26} {bound:8.1f} {slope:8.2f}"
             print(f"{name:9} {figures}", flush=True)
-            fine &= slope <= product and all(c <= k for c, k in zip(certified, kept, strict=True))
+            fine &= slope <= bound and all(c <= k for c, k in zip(certified, kept, strict=True))
             if held:
                 print(f"{'':9} largest error of an estimate in the first {CHECKED.stop} steps: {error:.1%}")
-                fine &= error <= 0.02 and max(norms) <= 1.02 * BOUND
+                fine &= error <= 0.01 and max(norms) <= 1.02 * BOUND
             ax.plot(EPSILONS, kept, color=colour, label=f"{name}: under attack")
             ax.plot(EPSILONS, certified, color=colour, ls="--", label=f"{name}: certified")
             ax.fill_between(EPSILONS, certified, kept, color=colour, alpha=0.1)
@@ -263,7 +260,7 @@ def main(picture_path="lipschitz.png"):
     axes[0].set_ylabel("accuracy on held-out images")
     axes[0].legend(loc="upper right")
     fig.savefig(picture_path, dpi=110)
-    print(f"\nslope below product, certified below attacked, norms at the bound: {'yes' if fine else 'NO'}")
+    print(f"\nslope below bound, certified below attacked, norms at the bound: {'yes' if fine else 'NO'}")
     print(f"wrote {picture_path} ({time.perf_counter() - start:.0f} s in all)")
     return 0 if fine else 1
 

@@ -15,7 +15,7 @@ from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, s
 from jaxconv_fc.geometry.arguments import Array
 from jaxconv_fc.geometry.axis import Ints
 from jaxconv_fc.geometry.layout import split_row
-from jaxconv_fc.geometry.memory import check_stored
+from jaxconv_fc.geometry.memory import check_array, check_stored
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand
 from jaxconv_fc.matrix.dense import matrix_rows
 from jaxconv_fc.sharding import is_traced
@@ -60,6 +60,10 @@ def shard_matrix(spec: ConvSpec, kernel: Array, mesh: Mesh, axis_name: str | Non
      [0 0 0 1]]
     """
     kernel, mesh, axis_name = _on_mesh(spec, kernel, mesh, axis_name)
+    share = -(-spec.out_size // mesh.shape[axis_name]), spec.in_size
+    check_array(
+        "shard_matrix, per device", share, kernel.dtype, "more devices, shard_bcoo or apply", spec.nse
+    )
     return _dense_shards(spec, kernel, mesh=mesh, axis_name=axis_name)
 
 

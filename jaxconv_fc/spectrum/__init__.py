@@ -2,9 +2,9 @@
 
 from jaxconv_fc.spectrum.bounds import spectral_norm_bounds as spectral_norm_bounds
 from jaxconv_fc.spectrum.golub_kahan import SingularTriplet as SingularTriplet
-from jaxconv_fc.spectrum.krylov import singular_triplet as singular_triplet
-from jaxconv_fc.spectrum.krylov import spectral_norm as spectral_norm
-from jaxconv_fc.spectrum.krylov import top_singular_values as top_singular_values
+from jaxconv_fc.spectrum.largest import singular_triplet as singular_triplet
+from jaxconv_fc.spectrum.largest import spectral_norm as spectral_norm
+from jaxconv_fc.spectrum.largest import top_singular_values as top_singular_values
 from jaxconv_fc.spectrum.norms import column_norms as column_norms
 from jaxconv_fc.spectrum.norms import frobenius_norm as frobenius_norm
 from jaxconv_fc.spectrum.norms import inf_norm as inf_norm

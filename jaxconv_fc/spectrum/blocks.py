@@ -28,7 +28,7 @@ from jax import lax
 
 from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.layout import by_group
-from jaxconv_fc.geometry.memory import check_array
+from jaxconv_fc.geometry.memory import check_array, fits_in_memory
 from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.spectrum.operands import as_image
 
@@ -121,8 +121,18 @@ class Blocks:
 
     def check_memory(self, name: str, dtype: Any, instead: str) -> None:
         """ValueError if the blocks of a kernel of this dtype are beyond the memory limit."""
-        dtype = np.result_type(dtype, np.complex64) if any(a.wraps for a in self.axes) else dtype
-        check_array(name, (self.spec.groups * self.count, *self.shape), dtype, instead, self.spec.nse)
+        check_array(name, self._all, self._dtype(dtype), instead, self.spec.nse)
+
+    def fits_in_memory(self, dtype: Any) -> bool:
+        """Whether they are within the limit."""
+        return fits_in_memory(math.prod(self._all) * self._dtype(dtype).itemsize)
+
+    @property
+    def _all(self) -> tuple[int, int, int]:
+        return (self.spec.groups * self.count, *self.shape)
+
+    def _dtype(self, dtype: Any) -> np.dtype:
+        return np.result_type(dtype, np.complex64) if any(a.wraps for a in self.axes) else np.dtype(dtype)
 
     # -- frequencies ---------------------------------------------------------------------------
 
@@ -167,7 +177,7 @@ class Blocks:
         return value.reshape(*value.shape[:2], *self.shape)
 
     def map(self, of: OfBlocks, kernel: jax.Array) -> jax.Array:
-        """``of`` every block, ``[group, block, ...]``: blocks are in no particular order.
+        """``of`` every block, ``[group, block, ...]``, in the order of :meth:`order`.
 
         ``of`` must not depend on the order of rows or columns, nor on conjugation: of a real kernel the block
         at ``-w`` is the conjugate of that at ``w``, up to these orders, so only one of the two is made. Where
@@ -181,6 +191,13 @@ class Blocks:
         if paired and paired[0].size:
             parts += 2 * [self._map_at(of, kernel, paired)]
         return jnp.concatenate(parts, axis=1)
+
+    def order(self, kernel: jax.Array) -> list[np.ndarray]:
+        """The frequencies, by axis, of the blocks of :meth:`map`: of a real kernel ``w`` for ``-w`` too."""
+        if jnp.iscomplexobj(kernel):
+            return self.frequencies
+        alone, paired = self.opposites
+        return [np.concatenate([a, p, p]) for a, p in zip(alone, paired, strict=True)]
 
     def _map_at(self, of: OfBlocks, kernel: jax.Array, frequencies: Sequence[np.ndarray]) -> jax.Array:
         """``of`` the blocks at these frequencies, in their order.

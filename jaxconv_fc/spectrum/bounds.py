@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxconv_fc.numerics import homogeneous, largest, least, root, squares, time
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spectrum.blocks import BlockAxis, Blocks
 from jaxconv_fc.spectrum.golub_kahan import one_group
-from jaxconv_fc.spectrum.krylov import Search, largest_triplet
+from jaxconv_fc.spectrum.krylov import Search
+from jaxconv_fc.spectrum.largest import has_small_blocks, largest_triplet
 from jaxconv_fc.spectrum.norms import inf_norm, one_norm
 from jaxconv_fc.spectrum.operands import as_inexact, widened
 
@@ -50,7 +52,6 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.
       Two real scalars.
 
     Raises:
-      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array of numbers.
       ValueError: it has another shape.
 
@@ -67,11 +68,12 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.
     >>> print(lower.round(2), upper.round(2), bool(lower <= 2 + 3**0.5) and bool(2 + 3**0.5 <= upper))
     3.73 3.73 True
     """
-    return _bounds(spec, as_inexact(spec, kernel))
+    kernel = as_inexact(spec, kernel)
+    return _bounds(spec, kernel, has_small_blocks(spec, kernel.dtype))
 
 
-@program
-def _bounds(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+@partial(program, static_argnums=2)
+def _bounds(spec: ConvSpec, kernel: jax.Array, direct: bool) -> tuple[jax.Array, jax.Array]:
     result = kernel.real.dtype
     if not min(spec.shape):
         return jnp.zeros((), result), jnp.zeros((), result)
@@ -81,7 +83,7 @@ def _bounds(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (_upper(spec, widened(kernel)) * (1 + outward)).astype(result)
 
     unit, exponent = unit_scale(lax.stop_gradient(kernel))
-    lower = (_lower(spec, widened(unit)) * (1 - outward)).astype(result)
+    lower = (_lower(spec, widened(unit), direct) * (1 - outward)).astype(result)
     # Beyond the largest number and below the smallest normal one the certificate is rounded outward too.
     info = jnp.finfo(result)
     low, high = times_power_of_two(lower, exponent), homogeneous(upper, (1,), kernel)
@@ -89,10 +91,10 @@ def _bounds(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return low, jnp.where((high < info.tiny) & (unit != 0).any(), info.tiny.astype(result), high)
 
 
-def _lower(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def _lower(spec: ConvSpec, kernel: jax.Array, direct: bool) -> jax.Array:
     """The norm of ``M v`` for a unit ``v``, less what rounding may have added."""
     unit = float(jnp.finfo(kernel.dtype).eps) / 2
-    value = largest_triplet(Search(spec, 1e-4, 20), kernel).value
+    value = largest_triplet(Search(spec, 1e-4, 20), direct, kernel).value
     lengths = sum(one_group(spec).out_shape) + sum(one_group(spec).in_shape) + 16
     product = 2 * (math.prod(a.taps for a in spec.axes) * spec.group_channels + 2)
     # Of absolute values, for taps that meet may cancel and their rounding does not.

@@ -13,164 +13,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from jaxconv_fc.geometry.arguments import Array
 from jaxconv_fc.geometry.layout import by_group
-from jaxconv_fc.geometry.spec import ConvSpec, as_operand
-from jaxconv_fc.matrix.dense import as_matrix
+from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
-from jaxconv_fc.sharding import program
-from jaxconv_fc.spectrum import svd
-from jaxconv_fc.spectrum.golub_kahan import GroupMatrix, SingularTriplet, narrowed, normalised, one_group
-from jaxconv_fc.spectrum.operands import as_image, as_inexact, from_image, widened
+from jaxconv_fc.spectrum.golub_kahan import (
+    GroupMatrix,
+    SingularTriplet,
+    narrowed,
+    normalised,
+    one_group,
+    without,
+)
+from jaxconv_fc.spectrum.operands import as_image, from_image, widened
 
-_BASIS = 24  # Krylov vectors of the first run, enough for a tolerance of 1e-4
+_BASIS = 24  # Krylov vectors of the first run
 _WARM = 4  # of the first run from a given start
-_LATER = 120  # and of each further run: convergence per step grows with the length of a run
+_LATER = 120  # the most of a further run
 _BASIS_ENTRIES = 2**26  # of all Krylov vectors together, where images are large
-
-
-def spectral_norm(
-    spec: ConvSpec,
-    kernel: Array,
-    *,
-    tolerance: float | None = None,
-    max_restarts: int = 100,
-    start: Array | None = None,
-) -> jax.Array:
-    """``||M||_2``: the largest singular value of the true M, paddings as they are; the Lipschitz constant.
-
-    Golub-Kahan bidiagonalisation from a random start, restarted until the residual
-    ``||M^H u - sigma v||`` is at most ``tolerance * sigma``; of grouped convolutions the maximum over
-    the groups. Guaranteed, up to rounding: the value is a lower bound of the norm, and a singular value
-    lies within the residual of it (in fact the error of a simple value is of the order of its square).
-    That a random start misses a larger one is improbable, not impossible: :func:`spectral_norm_bounds` has a
-    bound from above. :func:`singular_triplet` gives the residual.
-
-    The gradient is ``u v^H`` pulled back to the kernel (implicit, not through the iterations): exact where
-    the largest value is simple, a subgradient elsewhere. First derivatives only.
-
-    Args:
-      spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
-      tolerance: largest relative residual; None for 1e-10 in float64, 1e-5 in float32.
-      max_restarts: the largest number of runs (the first of 24 steps, the others of 120).
-      start: array of shape ``spec.in_shape`` to begin with in place of a random one, without derivative: the
-        right vector of a kernel near this one, from :func:`singular_triplet` or :func:`power_step`. Then the
-        first run has 4 steps, and few are needed. Components that it lacks are not found.
-
-    Returns:
-      A real scalar; NaN, and so its gradient, where the tolerance was not reached.
-      :func:`singular_triplet` then still gives the best value found, with its residual.
-
-    Raises:
-      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: the kernel is not an array of numbers.
-      ValueError: it has another shape.
-
-    Source: Golub & Kahan (1965), by matfree (Kraemer et al., 2024). Cost: two products per step, 24 to
-    some hundred steps, and the memory of 120 images of input and output (fewer where they are large).
-
-    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
-    >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")  # 2 - 2 cos(k pi / 6)
-    >>> print(fc.spectrum.spectral_norm(spec, jnp.array([[[-1., 2., -1.]]])).round(4))
-    3.7321
-    """
-    return _spectral_norm(*_searched(spec, kernel, tolerance, max_restarts, start))
-
-
-def singular_triplet(
-    spec: ConvSpec,
-    kernel: Array,
-    *,
-    tolerance: float | None = None,
-    max_restarts: int = 100,
-    start: Array | None = None,
-) -> SingularTriplet:
-    """The largest singular value with its vectors, as images: ``M right = value * left``.
-
-    ``apply(spec, kernel, right) == value * left`` exactly (up to rounding), and
-    ``residual = ||M^H left - value * right||``. The image ``right`` is the input of norm 1 that the
-    convolution amplifies most. Cost as for :func:`spectral_norm`. Not differentiable (the value of
-    :func:`spectral_norm` is).
-
-    Args:
-      spec: the geometry.
-      kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
-      tolerance, max_restarts, start: as in :func:`spectral_norm`.
-
-    Returns:
-      ``(value, left, right, residual)``: scalars, and arrays of norm 1, of ``spec.out_shape`` and
-      ``spec.in_shape``.
-
-    Raises:
-      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: the kernel is not an array of numbers.
-      ValueError: it has another shape.
-
-    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
-    >>> spec = fc.conv_spec((1, 1, 1), (1, 1, 1), (1,), "VALID")
-    >>> value, left, right, residual = fc.spectrum.singular_triplet(spec, jnp.array([[[-3.]]]))
-    >>> print(value, left.shape, right.shape, residual)
-    3.0 (1, 1) (1, 1) 0.0
-    """
-    return largest_triplet(*_searched(spec, kernel, tolerance, max_restarts, start))
-
-
-def _searched(
-    spec: ConvSpec, kernel: Array, tolerance: float | None, max_restarts: int, start: Array | None
-) -> tuple[Search, jax.Array, jax.Array | None]:
-    """What the search for the largest value takes."""
-    kernel = as_inexact(spec, kernel)
-    if start is not None:
-        start = lax.stop_gradient(as_operand("start", start, spec, "in_shape"))
-        if start.dtype != kernel.dtype:
-            raise TypeError(
-                f"start is {start.dtype}, and the kernel counts as {kernel.dtype}: cast it, "
-                f"start.astype({kernel.dtype.name!r})."
-            )
-    return Search(spec, tolerance, max_restarts), kernel, start
-
-
-def top_singular_values(
-    spec: ConvSpec, kernel: Array, k: int, *, tolerance: float | None = None, max_restarts: int = 100
-) -> jax.Array:
-    """The ``k`` largest singular values of M, ``sigma_1 >= ... >= sigma_k``, each as often as it occurs.
-
-    A Krylov space of one vector holds one copy of each value. So vectors that have converged are deflated and
-    the search begins anew from a random vector, until the rest of M has no value above the k-th. Equal values
-    (of circular geometries, say) are found one per round. That a random start misses a value is improbable.
-
-    Args:
-      spec, kernel: as in :func:`spectral_norm`.
-      k: how many, at most ``min(spec.shape)``.
-      tolerance: largest residual relative to the largest value; as in :func:`spectral_norm`.
-      max_restarts: the largest number of rounds.
-
-    Returns:
-      Real array of shape ``(k,)``; values up to ``tolerance`` times the largest may come out as 0. NaN
-      everywhere where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
-
-    Raises:
-      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: the kernel is not an array of numbers.
-      ValueError: it has another shape, or k is out of range.
-
-    Cost: a Krylov space of ``3k + 48`` vectors per round, fully orthogonalised; the SVD of a dense M that
-    is no larger than that.
-
-    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
-    >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 3), (1,), "SAME", padding_mode="circular")
-    >>> print(fc.spectrum.top_singular_values(spec, jnp.array([[[-1., 2., -1.]]]), 3).round(3))
-    [4. 2. 2.]
-    """
-    if isinstance(k, bool) or not isinstance(k, int | np.integer):
-        raise TypeError(f"k must be a static int, got {k!r}.")
-    if not 0 < k <= min(spec.shape):
-        raise ValueError(f"k must be between 1 and min(M.shape) = {min(spec.shape)}, got {k}.")
-    return _top_singular_values(Search(spec, tolerance, max_restarts), as_inexact(spec, kernel), int(k))
 
 
 # -- what is searched, and how -------------------------------------------------------------------
@@ -209,19 +70,14 @@ def _each_group(
     return jax.vmap(of)(kernels, starts)
 
 
-@program
-def _spectral_norm(search: Search, kernel: jax.Array, start: jax.Array | None) -> jax.Array:
-    if not min(search.spec.shape):
-        return jnp.zeros((), kernel.real.dtype)
+def norm(search: Search, kernel: jax.Array, start: jax.Array | None) -> jax.Array:
+    """The largest singular value of M."""
     return largest(_each_group(search, kernel, start, partial(_values_of_group, search, 1)))
 
 
-@program
-def largest_triplet(search: Search, kernel: jax.Array, start: jax.Array | None = None) -> SingularTriplet:
+def triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
+    """The largest singular value of M with its vectors."""
     spec = search.spec
-    if not min(spec.shape):
-        zero, left, right = (jnp.zeros(shape, kernel.dtype) for shape in ((), spec.out_shape, spec.in_shape))
-        return SingularTriplet(zero.real, left, right, zero.real)
     found: SingularTriplet = _each_group(search, kernel, start, partial(_scaled_triplet, search))
     best = jnp.argmax(found.value)
 
@@ -234,8 +90,8 @@ def largest_triplet(search: Search, kernel: jax.Array, start: jax.Array | None =
     return SingularTriplet(found.value[best], left, right, found.residual[best])
 
 
-@partial(program, static_argnums=2)
-def _top_singular_values(search: Search, kernel: jax.Array, k: int) -> jax.Array:
+def top_values(search: Search, k: int, kernel: jax.Array) -> jax.Array:
+    """The ``k`` largest singular values of M."""
     of_group = min(k, *search.group.shape)
     values = _each_group(search, kernel, None, partial(_values_of_group, search, of_group)).ravel()
     top = lax.top_k(values, k)[0]
@@ -264,20 +120,16 @@ def _values_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[ja
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _triplets_of_group(
-    search: Search, k: int, kernel: jax.Array, start: jax.Array | None
-) -> SingularTriplet:
+def _triplets_of_group(search: Search, k: int, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
     """The ``k`` largest triplets of one group, stacked; NaN everywhere if the search has not converged."""
     kernel, exponent = unit_scale(kernel)
-    if k > 1 and min(search.group.shape) <= _steps(k):
-        found, converged = _dense(search.group, k, kernel), True
-    elif k > 1:
+    if k > 1:
         found, converged = _deflated(search, k, kernel)
     else:
         found = jax.tree.map(lambda v: v[None], _triplet(search, kernel, start))
         converged = found.residual[0] <= search.tolerance_in(kernel.dtype) * found.value[0]
     found = jax.tree.map(lambda v: jnp.where(converged, v, jnp.full_like(v, jnp.nan)), found)
-    return _times_power_of_two(found, exponent)
+    return times_two_to(found, exponent)
 
 
 @_triplets_of_group.defjvp
@@ -291,48 +143,55 @@ def _triplets_jvp(search: Search, k: int, primals: Any, tangents: Any) -> Any:
 
 
 class _Restarts(NamedTuple):
-    found: SingularTriplet  # by the last run
+    found: SingularTriplet  # that of the start of the last run
+    start: jax.Array  # in_shape: where the next run begins
     runs: jax.Array  # int32 scalar: how many there have been
 
 
 def _scaled_triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
     """:func:`_triplet` of a kernel at any scale."""
     unit, exponent = unit_scale(kernel)
-    return nan_unless_finite(_times_power_of_two(_triplet(search, unit, start), exponent), kernel)
+    return nan_unless_finite(times_two_to(_triplet(search, unit, start), exponent), kernel)
 
 
-def _times_power_of_two(found: SingularTriplet, exponent: jax.Array) -> SingularTriplet:
+def times_two_to(found: SingularTriplet, exponent: jax.Array) -> SingularTriplet:
     """The triplet of ``2**exponent M``: the vectors are the same."""
     value, residual = (times_power_of_two(v, exponent) for v in (found.value, found.residual))
     return found._replace(value=value, residual=residual)
 
 
 def _triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
-    """The largest triplet of one group, at unit scale. Each run begins with the best vector so far."""
+    """The largest triplet of one group, at unit scale. Each run begins with the best vector so far.
+
+    The first step of a run checks its start, by one more product with M and one with M^H. So the last run
+    has one step: its start was found, or the runs are used up.
+    """
     matrix = GroupMatrix(search.group, widened(kernel))
     affordable = max(4, _BASIS_ENTRIES // max(matrix.spec.shape))
+    most = min(_LATER, affordable, min(matrix.spec.shape) + 1)
+    runs = max(1, search.max_restarts)
     tolerance = search.tolerance_in(kernel.dtype)
+    first, vector = _BASIS, matrix.start(jax.random.key(0))
+    if start is not None:
+        given, length = normalised(widened(unit_scale(start)[0]))
+        first, vector = _WARM, jnp.where(length > 0, given, vector)  # the start may lack a group
 
-    def run(start: jax.Array, most: int) -> SingularTriplet:
-        _, (right,) = matrix.ritz(matrix.times, start, min(most, affordable), "none", 1)
-        return matrix.triplet(right)
-
-    def again(state: _Restarts) -> _Restarts:
-        return _Restarts(run(state.found.right, _LATER), state.runs + 1)
-
-    random = matrix.start(jax.random.key(0))
-    if start is None:
-        found = run(random, _BASIS)
-    else:
-        start, length = normalised(widened(unit_scale(start)[0]))
-        found = run(jnp.where(length > 0, start, random), _WARM)  # the start may lack a group
+    def run(state: _Restarts) -> _Restarts:
+        # 24, 48, 96, 120, 120, ... steps: convergence per step grows with the length of a run.
+        steps = jnp.where(state.runs == 0, first, _BASIS << jnp.minimum(state.runs, 5))
+        steps = jnp.where(state.runs < runs, jnp.minimum(steps, most), 1)
+        made = matrix.bidiagonal(state.start, steps, most, None, tolerance)
+        return _Restarts(made.first, made.ritz(1)[1][0], state.runs + 1)
 
     def unfinished(state: _Restarts) -> jax.Array:
-        too_far = state.found.residual > tolerance * state.found.value
-        return too_far & (state.runs < search.max_restarts)
+        return (state.found.residual > tolerance * state.found.value) & (state.runs <= runs)
 
-    first = _Restarts(found, jnp.ones((), jnp.int32))
-    return narrowed(lax.while_loop(unfinished, again, first).found, kernel.dtype)
+    real = jnp.zeros((), jnp.finfo(matrix.kernel.dtype).dtype)
+    none = SingularTriplet(
+        real, jnp.zeros(matrix.spec.out_shape, matrix.kernel.dtype), vector, real + jnp.inf
+    )
+    found = lax.while_loop(unfinished, run, _Restarts(none, vector, jnp.zeros((), jnp.int32))).found
+    return narrowed(found, kernel.dtype)
 
 
 # -- the k largest values: deflation ---------------------------------------------------------------
@@ -349,16 +208,9 @@ class _Deflation(NamedTuple):
     done: jax.Array  # bool scalar: the rest of M holds nothing above the smallest value kept, or nothing
 
 
-def _steps(k: int) -> int:
+def steps(k: int) -> int:
     """Krylov vectors in which ``k`` values are looked for at once."""
     return 3 * k + 2 * _BASIS
-
-
-def _dense(spec: ConvSpec, k: int, kernel: jax.Array) -> SingularTriplet:
-    """The ``k`` largest triplets, by the SVD of an M that is no larger than the Krylov basis would be."""
-    lefts, values, rights = svd.decomposed(as_matrix(spec, kernel))
-    lefts, rights = lefts.T[:k].reshape(k, *spec.out_shape), rights[:k].conj().reshape(k, *spec.in_shape)
-    return SingularTriplet(values[:k], lefts, rights, jnp.zeros_like(values[:k]))
 
 
 def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriplet, jax.Array]:
@@ -408,29 +260,19 @@ class _Round(NamedTuple):
 
 
 def _round(matrix: GroupMatrix, state: _Deflation) -> _Round:
-    def deflated(v: jax.Array) -> jax.Array:
-        return matrix.times(_without(state.rights, v))
-
-    start, k = _without(state.rights, state.start), len(state.rights)
-    (rest, *_), vectors = matrix.ritz(deflated, start, _steps(k), "full", k)
+    within, k = partial(without, state.rights), len(state.rights)
+    most = min(steps(k), min(matrix.spec.shape) + 1, matrix.spec.in_size)
+    (rest, *_), vectors = matrix.bidiagonal(within(state.start), most, most, within, -1.0).ritz(k)
     vectors, lengths = _orthonormal(state.rights, vectors)
     return _Round(rest, jax.vmap(matrix.triplet)(vectors), lengths > 0.5)
 
 
-def _without(rights: jax.Array, v: jax.Array) -> jax.Array:
-    """``v - V V^H v``, with the locked vectors as the columns of V. Done twice, for rounding."""
-    for _ in range(2):
-        inner = jnp.tensordot(rights.conj(), v, v.ndim, precision="highest")
-        v = v - jnp.tensordot(inner, rights, 1, precision="highest")
-    return v
-
-
 def _orthonormal(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unit vectors, each without its part in the locked ones and in those before it, and the length that was
-    left of each. (A complex kernel is searched in real numbers, where v and i*v are both found.)"""
+    left of each."""
 
     def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        unit, length = normalised(_without(taken, _without(rights, vectors[place])))
+        unit, length = normalised(without(taken, without(rights, vectors[place])))
         kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
         return taken.at[place].set(kept), (unit, length)
 

@@ -8,23 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.arguments import Array, as_array
 from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import homogeneous, nan_unless_finite
 from jaxconv_fc.products.linear_operator import as_linear_operator, import_lineax
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
+from jaxconv_fc.spectrum.causal import Causal, masked
 from jaxconv_fc.spectrum.operands import as_inexact, as_system, check_square, widened
 from jaxconv_fc.spectrum.values import relative_cutoff
 
 _matmul = partial(jnp.matmul, precision="highest")
 
 
-def solve(spec: ConvSpec, kernel: Array, y: Array) -> jax.Array:
+def solve(spec: ConvSpec, kernel: Array, y: Array, *, mask: Any = None) -> jax.Array:
     """``x`` with ``M x = y``, for a square and invertible M: one small system per frequency.
 
-    Linear in ``y`` and differentiable in both (docs/maths.md, sections 5 and 11). Where M is singular the
+    Of a causal layer, as of :func:`log_abs_det`, positions are substituted one after the other, those of
+    the slowest axis in one step of a scan each: ``x[o] = D^-1 (y[o] - sum over p of K[p] x[o + s(p)])``.
+
+    Linear in ``y`` and differentiable in both (docs/maths.md, sections 5, 11 and 15). Where M is singular the
     result is not finite or has no digit right: use :func:`pseudo_inverse`, or :func:`lstsq` for large
     geometries that do not wrap around.
 
@@ -32,6 +36,8 @@ def solve(spec: ConvSpec, kernel: Array, y: Array) -> jax.Array:
       spec: a geometry with ``out_size == in_size``; cost as in :func:`log_abs_det`, and two FFTs.
       kernel: array of shape ``spec.rhs_shape``.
       y: array of shape ``spec.out_shape`` and the kernel's dtype.
+      mask: NumPy array of bool, of the taps' or the kernel's shape: entries of the kernel that count, the
+        others are 0. None for all.
 
     Returns:
       Array of shape ``spec.in_shape``.
@@ -45,10 +51,19 @@ def solve(spec: ConvSpec, kernel: Array, y: Array) -> jax.Array:
     [[ 1.  3.  6. 10.]]
     """
     kernel, y = as_system(spec, kernel, y)
-    kernel = as_inexact(spec, kernel)
+    kernel, causal = masked(spec, as_inexact(spec, kernel), mask)
     check_square("solve", spec, "pseudo_inverse or lstsq")
+    if causal:
+        return _substituted(causal, kernel, y.astype(kernel.dtype))
     Blocks.of(spec).check_memory("solve", kernel.dtype, "lstsq")
     return _solution(spec, kernel, y.astype(kernel.dtype), None)
+
+
+@program
+def _substituted(causal: Causal, kernel: jax.Array, y: jax.Array) -> jax.Array:
+    if not causal.spec.in_size:
+        return jnp.zeros(causal.spec.in_shape, y.dtype)
+    return nan_unless_finite(homogeneous(causal.solution, (-1, 1), kernel, y), kernel, y)
 
 
 def pseudo_inverse(spec: ConvSpec, kernel: Array, y: Array, *, rtol: float | None = None) -> jax.Array:
@@ -130,31 +145,41 @@ def _adjoint(blocks: jax.Array) -> jax.Array:
 
 
 def lstsq(
-    spec: ConvSpec, kernel: Array, y: Array, *, rtol: float | None = None, max_steps: int | None = None
+    spec: ConvSpec,
+    kernel: Array,
+    y: Array,
+    *,
+    damping: Array | float | None = None,
+    rtol: float | None = None,
+    max_steps: int | None = None,
 ) -> jax.Array:
     """``x`` of least norm among those that minimise ``||M x - y||_2``, matrix-free: deconvolution.
 
+    With ``damping = t`` it is Tikhonov's ``x``, which minimises ``||M x - y||**2 + t**2 ||x||**2``: the
+    least-squares solution of ``[M; t I] x = [y; 0]``, whose condition number is about ``sigma_1 / t``.
+
     LSMR of lineax on :func:`as_linear_operator`, for any geometry and a singular or non-square M. Each step
     takes two products; the number of steps grows with the condition number (of M without what is singular).
-    Where M wraps around, :func:`solve` and :func:`pseudo_inverse` are direct. Differentiable in ``kernel``
-    and ``y`` (implicitly, by lineax).
+    Where M wraps around, :func:`solve` and :func:`pseudo_inverse` are direct. Differentiable in ``kernel``,
+    ``y`` and ``damping`` (implicitly, by lineax).
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; integers and halves are taken as floats of 32 bits or more.
       y: array of shape ``spec.out_shape`` and the kernel's dtype.
+      damping: a real number, traced or not, in units of the singular values of M; None for no damping.
       rtol: stop once ``||M^H r||`` is at most ``rtol ||M|| ||r||``, or r small likewise; None for
         ``10 eps``.
       max_steps: stop after this many steps and return what they give: few steps regularise the solution.
-        None for ``10 * min(M.shape)`` steps that have to converge.
+        None for ``10 * min(M.shape)`` steps that have to converge, ten times as many with damping.
 
     Returns:
       Array of shape ``spec.in_shape``; NaN where ``max_steps`` is None and these did not converge (a large
-      condition number, as of a blur).
+      condition number, as of a blur: give it a damping).
 
     Raises:
       ImportError: lineax is missing (``pip install 'jaxconv_fc[spectrum]'``).
-      TypeError: an argument is not an array, or dtypes differ.
+      TypeError: an argument is not an array, or dtypes differ; damping is not a real number.
       ValueError: an array has another shape.
 
     Source: Fong & Saunders, LSMR (2011).
@@ -163,16 +188,29 @@ def lstsq(
     >>> spec = fc.conv_spec((1, 1, 4), (1, 1, 2), (2,), "VALID")  # means of two
     >>> print(fc.spectrum.lstsq(spec, jnp.array([[[.5, .5]]]), jnp.array([[3., 5.]])).round(4))
     [[3. 3. 5. 5.]]
+    >>> y = jnp.array([[3., 5.]])  # M M^T = 1/2: damped, M^T (1/2 + 1/2)^-1 y
+    >>> print(fc.spectrum.lstsq(spec, jnp.array([[[.5, .5]]]), y, damping=0.5**0.5).round(4))
+    [[1.5 1.5 2.5 2.5]]
     """
     kernel, y = as_system(spec, kernel, y)
     import_lineax("lstsq")
     kernel = as_inexact(spec, kernel)  # a tolerance of some narrow eps would stop at a solution far off
-    return _lstsq(spec, kernel, y.astype(kernel.dtype), rtol, max_steps)
+    if damping is not None:
+        array = jnp.asarray(damping) if isinstance(damping, int | float) else as_array("damping", damping)
+        if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):
+            raise TypeError(f"damping must be a real number, got {array.dtype}{list(array.shape)}.")
+        damping = array.astype(kernel.real.dtype)
+    return _lstsq(spec, kernel, y.astype(kernel.dtype), damping, rtol, max_steps)
 
 
-@partial(program, static_argnums=(3, 4))
+@partial(program, static_argnums=(4, 5))
 def _lstsq(
-    spec: ConvSpec, kernel: jax.Array, y: jax.Array, rtol: float | None, max_steps: int | None
+    spec: ConvSpec,
+    kernel: jax.Array,
+    y: jax.Array,
+    damping: jax.Array | None,
+    rtol: float | None,
+    max_steps: int | None,
 ) -> jax.Array:
     if not min(spec.shape):
         return jnp.zeros(spec.in_shape, y.dtype)
@@ -180,15 +218,29 @@ def _lstsq(
     rtol = 10 * float(jnp.finfo(kernel.dtype).eps) if rtol is None else rtol
     # At unit scale the absolute tolerance atol means the same as rtol. Iterates have no part in singular
     # directions, so no condition number may stop them: conlim is inf.
-    solver = lineax.LSMR(rtol=rtol, atol=rtol, max_steps=max_steps, conlim=float("inf"))
+    steps = 100 * min(spec.shape) if max_steps is None and damping is not None else max_steps
+    solver = lineax.LSMR(rtol=rtol, atol=rtol, max_steps=steps, conlim=float("inf"))
 
-    def at_unit_scale(kernel: jax.Array, y: jax.Array) -> jax.Array:
-        operator = as_linear_operator(spec, widened(kernel))
-        solution = lineax.linear_solve(operator, widened(y), solver, throw=False)
+    def at_unit_scale(matrix: jax.Array, y: jax.Array) -> jax.Array:
+        operator = as_linear_operator(spec, widened(matrix[: kernel.size].reshape(kernel.shape)))
+        right = widened(y)
+        if damping is not None:
+            operator = _damped(operator, widened(matrix[-1]))
+            right = right, jnp.zeros(spec.in_shape, right.dtype)
+        solution = lineax.linear_solve(operator, right, solver, throw=False)
         value = solution.value.astype(kernel.dtype)
         if max_steps is not None:
             return value
         converged = solution.result == lineax.RESULTS.successful
         return jnp.where(converged, value, jnp.full_like(value, jnp.nan))
 
-    return nan_unless_finite(homogeneous(at_unit_scale, (-1, 1), kernel, y), kernel, y)
+    # Kernel and damping are of one scale: x is of degree -1 in both together.
+    entries = [kernel.ravel()] if damping is None else [kernel.ravel(), damping.astype(kernel.dtype)[None]]
+    matrix = jnp.concatenate(entries)
+    return nan_unless_finite(homogeneous(at_unit_scale, (-1, 1), matrix, y), matrix, y)
+
+
+def _damped(operator: Any, damping: jax.Array) -> Any:
+    """``x -> (M x, t x)``."""
+    lineax = import_lineax("lstsq")
+    return lineax.FunctionLinearOperator(lambda x: (operator.mv(x), damping * x), operator.in_structure())

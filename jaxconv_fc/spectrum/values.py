@@ -16,6 +16,7 @@ from jaxconv_fc.numerics import homogeneous, nan_unless_finite, unit_scale
 from jaxconv_fc.sharding import program
 from jaxconv_fc.spectrum import svd
 from jaxconv_fc.spectrum.blocks import Blocks
+from jaxconv_fc.spectrum.causal import Causal, masked
 from jaxconv_fc.spectrum.operands import as_inexact, check_square
 
 
@@ -56,10 +57,10 @@ def singular_values(spec: ConvSpec, kernel: Array) -> jax.Array:
 
 @program
 def _singular_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    return homogeneous(partial(_unit_values, spec), (1,), kernel)
+    return homogeneous(partial(unit_values, spec), (1,), kernel)
 
 
-def _unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
     """The singular values of a kernel at unit scale."""
     if not min(spec.shape):
         return jnp.zeros(0, kernel.real.dtype)
@@ -84,14 +85,17 @@ def _descending_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     return values[order], change[order]
 
 
-def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
+def condition_number(spec: ConvSpec, kernel: Array, *, mask: Any = None) -> jax.Array:
     """``sigma_max / sigma_min`` of the ``min(M.shape)`` singular values; inf where the least is 0.
 
-    The zero matrix has condition number inf. Cost and exactness as for :func:`singular_values`.
+    The zero matrix has condition number inf, and so has a causal layer (:func:`log_abs_det`) whose block on
+    the diagonal is singular up to rounding. Cost and exactness as for :func:`singular_values`.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
+      mask: NumPy array of bool, of the taps' or the kernel's shape: entries of the kernel that count, the
+        others are 0. None for all.
 
     Returns:
       A real scalar.
@@ -105,33 +109,38 @@ def condition_number(spec: ConvSpec, kernel: Array) -> jax.Array:
     >>> print(fc.spectrum.condition_number(spec, jnp.array([[[3.], [0.]], [[0.], [6.]]])).round(5))
     2.0
     """
-    kernel = _kernel_of_blocks("condition_number", spec, kernel)
+    kernel, causal = masked(spec, _kernel_of_blocks("condition_number", spec, kernel), mask)
     if not min(spec.shape):
         raise ValueError(
             f"condition_number: M is {spec.out_size} x {spec.in_size}; give the spec an input and output."
         )
-    return _condition_number(spec, kernel)
+    return _condition_number(spec, kernel, causal)
 
 
-@program
-def _condition_number(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+@partial(program, static_argnums=2)
+def _condition_number(spec: ConvSpec, kernel: jax.Array, causal: Causal | None) -> jax.Array:
     def ratio(kernel: jax.Array) -> jax.Array:
-        values = _unit_values(spec, kernel)
+        values = unit_values(spec, kernel)
         most, least = values[0], values[-1]
+        if causal:
+            least = jnp.where(causal.nullity(kernel) > 0, jnp.zeros_like(least), least)
         return jnp.where(least == 0, jnp.inf, most / jnp.where(least == 0, jnp.ones_like(least), least))
 
     return homogeneous(ratio, (0,), kernel)
 
 
-def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None) -> jax.Array:
+def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None, mask: Any = None) -> jax.Array:
     """The number of singular values ``sigma_i > rtol * sigma_1``.
 
-    Cost as for :func:`singular_values`.
+    Of a causal layer (:func:`log_abs_det`) it is at most the size less the singular values of the block on
+    the diagonal that are 0 up to rounding. Cost as for :func:`singular_values`.
 
     Args:
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
       rtol: None stands for ``max(M.shape) * eps``, as in ``numpy.linalg.matrix_rank``.
+      mask: NumPy array of bool, of the taps' or the kernel's shape: entries of the kernel that count, the
+        others are 0. None for all.
 
     Returns:
       An integer scalar; -1, which is the rank of no matrix, where M holds NaN or Inf.
@@ -145,14 +154,18 @@ def rank(spec: ConvSpec, kernel: Array, *, rtol: float | None = None) -> jax.Arr
     >>> print(fc.spectrum.rank(spec, jnp.array([[[-1., 2., -1.]]])))  # M maps constants to 0
     7
     """
-    return _rank(spec, _kernel_of_blocks("rank", spec, kernel), rtol)
+    return _rank(spec, *masked(spec, _kernel_of_blocks("rank", spec, kernel), mask), rtol)
 
 
-@partial(program, static_argnums=2)
-def _rank(spec: ConvSpec, kernel: jax.Array, rtol: float | None) -> jax.Array:
-    values = _unit_values(spec, unit_scale(kernel)[0])
+@partial(program, static_argnums=(2, 3))
+def _rank(spec: ConvSpec, kernel: jax.Array, causal: Causal | None, rtol: float | None) -> jax.Array:
+    kernel = unit_scale(kernel)[0]
+    values = unit_values(spec, kernel)
     cutoff = jnp.asarray(relative_cutoff(spec, values.dtype, rtol), values.dtype) * values.max(initial=0)
-    return jnp.where(jnp.isfinite(values).all(), jnp.sum(values > cutoff), -1)
+    count = jnp.sum(values > cutoff)
+    if causal and values.size:
+        count = jnp.minimum(count, values.size - causal.nullity(kernel))
+    return jnp.where(jnp.isfinite(values).all(), count, -1)
 
 
 def relative_cutoff(spec: ConvSpec, dtype: Any, rtol: float | None) -> float:
@@ -160,44 +173,61 @@ def relative_cutoff(spec: ConvSpec, dtype: Any, rtol: float | None) -> float:
     return max(spec.shape) * float(jnp.finfo(dtype).eps) if rtol is None else float(rtol)
 
 
-def log_abs_det(spec: ConvSpec, kernel: Array) -> jax.Array:
+def log_abs_det(spec: ConvSpec, kernel: Array, *, mask: Any = None) -> jax.Array:
     """``log |det M|`` of a square M: ``sum over f of log |det H(f)|`` where M wraps around.
 
     What a normalising flow adds for an invertible convolution; -inf where M is singular. Differentiable,
     with gradient ``M^-H`` pulled back to the kernel.
 
+    A *causal* layer has stride 1, as many inputs as outputs, and padding ``(taps - 1) * dilation`` on one
+    side of every axis. Its M is block triangular, with the block D of one tap all along the diagonal: it is
+    ``positions * log |det D|``, at any size of the image. A mask makes other layers causal: those of which
+    all taps in use are before their output, or at it, in an order of the axes, slowest first, and of the
+    positions of each. That is found from geometry and mask alone.
+
     Args:
-      spec: a geometry with ``out_size == in_size``. In circular mode the cost is that of one LU
-        decomposition per frequency, otherwise of M densely, per group.
+      spec: a geometry with ``out_size == in_size``. A causal layer costs one LU decomposition of D, one that
+        wraps around a decomposition per frequency, and any other one of M densely, per group.
       kernel: array of shape ``spec.rhs_shape``.
+      mask: NumPy array of bool, of the taps' or the kernel's shape: entries of the kernel that count, the
+        others are 0. None for all.
 
     Returns:
       A real scalar.
 
     Raises:
-      TypeError, ValueError: as :func:`singular_values`; M is not square.
+      TypeError, ValueError: as :func:`singular_values`; M is not square; the mask is traced, or has another
+        dtype or shape.
 
-    Source: Hoogeboom, van den Berg & Welling, Emerging convolutions for generative normalizing flows (2019).
+    Source: Hoogeboom, van den Berg & Welling, Emerging convolutions for generative normalizing flows (2019);
+    docs/maths.md, sections 5 and 15.
 
-    >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
+    >>> import numpy as np, jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.spectrum
     >>> spec = fc.conv_spec((1, 1, 5), (1, 1, 3), (1,), "SAME")  # tridiagonal: det = n + 1
     >>> print(jnp.exp(fc.spectrum.log_abs_det(spec, jnp.array([[[-1., 2., -1.]]]))).round(4))
     6.0
+    >>> mask = np.array([True, True, False])  # bidiagonal: 2 on the diagonal
+    >>> print(jnp.exp(fc.spectrum.log_abs_det(spec, jnp.array([[[-1., 2., -1.]]]), mask=mask)).round(4))
+    32.0
     """
-    kernel = as_inexact(spec, kernel)
+    kernel, causal = masked(spec, as_inexact(spec, kernel), mask)
     check_square("log_abs_det", spec, "sum log of singular_values")
-    Blocks.of(spec).check_memory("log_abs_det", kernel.dtype, "a circular geometry")
-    return _log_abs_det(spec, kernel)
+    if not causal:
+        Blocks.of(spec).check_memory("log_abs_det", kernel.dtype, "a circular or causal geometry")
+    return _log_abs_det(spec, kernel, causal)
 
 
-@program
-def _log_abs_det(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+@partial(program, static_argnums=2)
+def _log_abs_det(spec: ConvSpec, kernel: jax.Array, causal: Causal | None) -> jax.Array:
     if not spec.in_size:
         return jnp.zeros((), kernel.real.dtype)
     # det(2**e M) == 2**(n e) det(M)
     kernel, exponent = unit_scale(kernel)
-    logarithms = Blocks.of(spec).map(lambda blocks: jnp.linalg.slogdet(blocks)[1], kernel)
-    value = logarithms.sum() + exponent.astype(logarithms.dtype) * (spec.in_size * math.log(2))
+    if causal:
+        value = causal.log_abs_det(kernel)
+    else:
+        value = Blocks.of(spec).map(lambda blocks: jnp.linalg.slogdet(blocks)[1], kernel).sum()
+    value = value + exponent.astype(value.dtype) * (spec.in_size * math.log(2))
     return nan_unless_finite(value, kernel)
 
 

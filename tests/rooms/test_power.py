@@ -89,6 +89,57 @@ def test_many_vectors_and_kernels_by_vmap():
             np.testing.assert_allclose(a[i], b, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_a_block_is_turned_into_singular_vectors(dtype):
+    """sigma: the singular values of M^H P, for an orthonormal basis P of all M v. No vector does better."""
+    rng = np.random.default_rng(4)
+    spec = fc.conv_spec((1, 2, 5, 4), (3, 2, 3, 3), (1, 1), "SAME")
+    kernel, change = (jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype)) for _ in range(2))
+    matrix, moved = (np.asarray(fc.as_matrix(spec, k)) for k in (kernel, change))
+    start = np.asarray(spectrum.start_vector(spec, dtype, jax.random.key(0), k=4))
+    block = jnp.asarray(start * np.logspace(-200, 99, 4).reshape(4, 1, 1, 1))
+    step = jax.jit(partial(spectrum.power_step, spec))
+    (sigma, after), (slope, none) = jax.jvp(lambda k: step(k, block), (kernel,), (change,))
+    basis = np.linalg.qr(matrix @ np.reshape(start, (4, -1)).T)[0]
+    left, want, _ = np.linalg.svd(basis.conj().T @ matrix, full_matrices=False)
+    np.testing.assert_allclose(sigma, want, rtol=1e-12)
+    right = np.asarray(after).reshape(4, -1).T
+    np.testing.assert_allclose(right.conj().T @ right, np.eye(4), atol=1e-13)
+    left = basis @ left
+    phases = np.sum(left.conj() * (matrix @ right), 0)
+    left *= phases / abs(phases)
+    np.testing.assert_allclose(matrix.conj().T @ left, want * right, atol=1e-11)
+    np.testing.assert_allclose(slope, np.sum(left.conj() * (moved @ right), 0).real, rtol=1e-9)
+    assert not none.any()
+    assert sigma[0] >= max(spectrum.power_step(spec, kernel, v).sigma for v in block) * (1 - 1e-12)
+    for _ in range(100):
+        sigma, after = step(kernel, after)
+    np.testing.assert_allclose(sigma[:2], np.linalg.svd(matrix, compute_uv=False)[:2], rtol=1e-9)
+    zero, kept = step(jnp.zeros_like(kernel), after)
+    assert not zero.any()
+    np.testing.assert_array_equal(kept, after)
+    for k, message in ((0, "a block of 0"), (41, "M has 40 singular values")):
+        with pytest.raises(ValueError, match=message):
+            spectrum.power_step(spec, kernel, jnp.ones((k, *spec.in_shape), dtype))
+    assert spectrum.start_vector(spec, dtype, jax.random.key(0), k=99).shape == (40, 2, 5, 4)
+
+
+def test_a_block_follows_the_norm_where_singular_values_change_places():
+    """From one kernel to another in 120 steps: one vector lags by more than 5 percent, 16 by less than 1."""
+    spec = fc.conv_spec((1, 4, 6, 6), (6, 4, 3, 3), (1, 1), "SAME")
+    ends = np.random.default_rng(0).standard_normal((2, *spec.rhs_shape))
+    block, worst = spectrum.start_vector(spec, ends.dtype, jax.random.key(0), k=16), np.zeros(2)
+    one, step = block[0], jax.jit(partial(spectrum.power_step, spec))
+    for number in range(140):  # the first 20 stand still
+        t = max(0, number - 20) / 120
+        kernel = (1 - t) * ends[0] + t * ends[1]
+        (many, block), (alone, one) = step(kernel, block), step(kernel, one)
+        if number % 5 == 0 and number >= 20:
+            norm = np.linalg.norm(fc.as_matrix(spec, kernel), 2)
+            worst = np.maximum(worst, 1 - np.array([many[0], alone]) / norm)
+    assert worst[0] < 0.01 < 0.05 < worst[1], worst
+
+
 def test_the_length_of_v_does_not_matter_and_halves_are_widened():
     spec, kernel = layer()
     v = spectrum.start_vector(spec, kernel.dtype, jax.random.key(0))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from geometries import normals
 from handwritten import difference, reverse
 from spectra import drawn, every_number, layer, svd
 
@@ -57,6 +58,46 @@ def test_least_squares(run_seed):
         want = np.linalg.lstsq(np.asarray(fc.as_matrix(spec, kernel)), y.ravel(), rcond=None)[0]
         got = np.ravel(spectrum.lstsq(spec, kernel, y))
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", [float, complex])
+def test_damped_least_squares(dtype):
+    """``(M^H M + t^2 I) x = M^H y``, and its gradients in kernel, y and t."""
+    rng = np.random.default_rng(5)
+    spec = fc.conv_spec((1, 2, 5), (3, 2, 3), (1,), "SAME")
+    kernel, y = (jnp.asarray(normals(rng, shape, dtype)) for shape in (spec.rhs_shape, spec.out_shape))
+
+    def exactly(kernel, y, t):
+        matrix = fc.as_matrix(spec, kernel)
+        gram = matrix.conj().T @ matrix + jnp.asarray(t**2, dtype) * jnp.eye(spec.in_size, dtype=dtype)
+        return jnp.linalg.solve(gram, matrix.conj().T @ y.ravel()).reshape(spec.in_shape)
+
+    def size(solution, *args):
+        return jnp.sum(jnp.abs(solution(*args)) ** 2)
+
+    damped = jax.jit(lambda kernel, y, t: spectrum.lstsq(spec, kernel, y, damping=t))
+    for t, scale in ((0.3, 1), (0.3, 1e-200), (40.0, 1e100)):
+        got, want = damped(scale * kernel, y, scale * t), exactly(kernel, y, t) / scale
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+    slopes, wanted = (jax.grad(partial(size, f), (0, 1, 2))(kernel, y, 0.3) for f in (damped, exactly))
+    for slope, want in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(slope, want, rtol=1e-7, atol=1e-7)
+    with pytest.raises(TypeError, match="damping must be a real number"):
+        spectrum.lstsq(spec, kernel, y, damping=jnp.asarray(1j))
+
+
+def test_a_blur_in_double_precision_is_undone_with_damping():
+    spec = fc.conv_spec((1, 1, 24, 24), (1, 1, 5, 5), (1, 1), "SAME", padding_mode="symmetric")
+    line = np.array([1, 4, 6, 4, 1]) / 16
+    blur, rng = jnp.asarray(np.outer(line, line)[None, None]), np.random.default_rng(0)
+    y = fc.apply(spec, blur, jnp.asarray(rng.random(spec.in_shape))) + 0.01 * rng.standard_normal(
+        spec.out_shape
+    )
+    assert np.isnan(spectrum.lstsq(spec, blur, y)).all()
+    matrix = np.asarray(fc.as_matrix(spec, blur))
+    want = np.linalg.solve(matrix.T @ matrix + 1e-4 * np.eye(spec.in_size), matrix.T @ np.ravel(y))
+    got = spectrum.lstsq(spec, blur, y, damping=1e-2)
+    np.testing.assert_allclose(np.ravel(got), want, rtol=1e-8, atol=1e-8)
 
 
 def test_least_squares_that_do_not_converge_are_nan():
