@@ -20,10 +20,11 @@ import jaxconv_fc as fc
 import jaxconv_fc.spectrum as spectrum
 
 try:
+    import matfree  # noqa: F401 (the largest singular values need it)
     import matplotlib.pyplot as plt
     from sklearn.datasets import load_digits
 except ModuleNotFoundError as missing:
-    sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples]'")
+    sys.exit(f"{missing.name} is not installed: pip install 'jaxconv_fc[examples,spectrum]'")
 
 from digits import all_specs, train
 

@@ -52,6 +52,7 @@ def spectral_norm_bounds(spec: ConvSpec, kernel: Array) -> tuple[jax.Array, jax.
       Two real scalars.
 
     Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array of numbers.
       ValueError: it has another shape.
 

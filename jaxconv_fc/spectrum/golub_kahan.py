@@ -67,8 +67,9 @@ class GroupMatrix(NamedTuple):
         return apply_transpose(self.spec, self.kernel.conj(), left, precision="highest")
 
     def start(self, key: jax.Array) -> jax.Array:
-        """A random unit vector."""
-        return normalised(jax.random.normal(key, self.spec.in_shape, self.kernel.dtype))[0]
+        """A random unit vector in the range of M^H: its Krylov space ends within ``min(M.shape)`` steps."""
+        random = jax.random.normal(key, self.spec.out_shape, self.kernel.dtype)
+        return normalised(self.adjoint_times(random))[0]
 
     def triplet(self, right: jax.Array) -> SingularTriplet:
         """``sigma = ||M v||, u = M v / sigma, residual = ||M^H u - sigma v||``; v is normalised first."""
@@ -77,91 +78,51 @@ class GroupMatrix(NamedTuple):
         residual = _norm(self.adjoint_times(left) - value.astype(right.dtype) * right)
         return SingularTriplet(value, left, right, residual)
 
-    def bidiagonal(
-        self, start: jax.Array, steps: Any, most: int, within: Callable[..., jax.Array] | None, enough: float
-    ) -> Bidiagonal:
-        """``steps`` steps of Golub-Kahan from ``start``, at most ``most``; fewer if the start is enough.
+    def ritz(
+        self, product: Callable[..., jax.Array], start: jax.Array, steps: int, reortho: str, count: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Approximate singular values of A, descending, and the right vectors of the first ``count``.
 
-        ``A v_j = a_j u_j + b_(j-1) u_(j-1)`` and ``A^H u_j = a_j v_j + b_j v_(j+1)``, with unit vectors. The
-        first step gives the triplet of the start itself: a_0, with the residual b_0. If that is at most
-        ``enough * a_0``, the first step is the last. With ``within``, a projection P of right vectors, A is
-        ``A P``, and vectors are made orthogonal to all before.
+        ``product(v)`` is ``A v``. Golub-Kahan from ``start``: ``A V = U B`` with orthonormal U and V and a
+        bidiagonal ``B = X S W^H``. The values are S, the right vectors V W. For a complex A, the real and
+        imaginary parts of v are stacked: A becomes a real map with every value twice, for v and i*v.
         """
-        real = jnp.finfo(self.kernel.dtype).dtype
+        pairs = jnp.iscomplexobj(self.kernel)
 
-        def step(state: Bidiagonal) -> Bidiagonal:
-            j = state.steps
-            rights = state.rights.at[j].set(state.right)
-            moved = self.times(state.right) - state.left * state.above[j - 1].astype(state.left.dtype)
-            if within:
-                moved = without(state.lefts, moved)
-            left, a = normalised(moved)
-            back = self.adjoint_times(left) - a.astype(left.dtype) * state.right
-            if within:
-                back = without(rights, within(back))
-            right, b = normalised(back)
-            lefts = state.lefts.at[j].set(left) if within else jnp.where(j == 0, left[None], state.lefts)
-            diagonal, above = state.diagonal.at[j].set(a), state.above.at[j].set(b)
-            return Bidiagonal(diagonal, above, lefts, rights, left, right, j + 1)
+        def join(v: jax.Array) -> jax.Array:
+            return lax.complex(v[0], v[1]) if pairs else v
 
-        def unfinished(state: Bidiagonal) -> jax.Array:
-            settled = (state.steps == 1) & (state.above[0] <= enough * state.diagonal[0])
-            return (state.steps < steps) & ~settled
+        def split(v: jax.Array) -> jax.Array:
+            return jnp.stack([v.real, v.imag]) if pairs else v
 
-        return lax.while_loop(
-            unfinished,
-            step,
-            Bidiagonal(
-                jnp.zeros(most, real),
-                jnp.zeros(most, real),
-                jnp.zeros((most if within else 1, *self.spec.out_shape), self.kernel.dtype),
-                jnp.zeros((most, *self.spec.in_shape), self.kernel.dtype),
-                jnp.zeros(self.spec.out_shape, self.kernel.dtype),
-                normalised(start)[0],
-                jnp.zeros((), jnp.int32),
-            ),
-        )
+        steps = min(steps, *((2 if pairs else 1) * n for n in self.spec.shape))
+        found = _bidiagonalisation(steps, reortho)(lambda v: split(product(join(v))), split(start))
+        values, weights = _svd(found.J_small)  # S: [value], W^H: [value, step]
+        basis = found.Q_tall[1]  # V^T: [step, vector...]
+        basis = jnp.where(jnp.isfinite(basis), basis, jnp.zeros_like(basis))
+        # (V W)^T = W^T V^T, all real:  [value, step] [step, vector...] -> [value, vector...]
+        vectors = jnp.tensordot(weights[:count], basis, 1, precision="highest")
+        return values, jax.vmap(join)(vectors)
 
 
-class Bidiagonal(NamedTuple):
-    """State of Golub-Kahan. What has not been reached is 0."""
+def _bidiagonalisation(steps: int, reortho: str) -> Any:
+    try:
+        from matfree import decomp
+    except ImportError as error:
+        raise ImportError("spectral norms need matfree: pip install 'jaxconv_fc[spectrum]'.") from error
+    bidiagonal = decomp.bidiag(steps, reortho=reortho)
 
-    diagonal: jax.Array  # [step]: a_j
-    above: jax.Array  # [step]: b_j
-    lefts: jax.Array  # [step, *out_shape]; without reorthogonalisation the first alone
-    rights: jax.Array  # [step, *in_shape]
-    left: jax.Array  # out_shape: the last left vector
-    right: jax.Array  # in_shape: the next right vector
-    steps: jax.Array  # int32 scalar: how many there have been
+    def exactly(*args: Any) -> Any:  # matfree orthogonalises by products, which GPU and TPU round
+        with jax.default_matmul_precision("highest"):
+            return bidiagonal(*args)
 
-    @property
-    def first(self) -> SingularTriplet:
-        """The triplet of the start."""
-        return SingularTriplet(self.diagonal[0], self.lefts[0], self.rights[0], self.above[0])
-
-    def ritz(self, count: int) -> tuple[jax.Array, jax.Array]:
-        """Approximate singular values, descending, and the right vectors of the first ``count``.
-
-        ``A V = U B`` with a bidiagonal ``B = X S W^H``. The values are S, the right vectors V W.
-        """
-        values, weights = _svd(jnp.diag(self.diagonal) + jnp.diag(self.above[:-1], 1))
-        # (V W)^T = W^T V^T:  [value, step] [step, vector...] -> [value, vector...]
-        weights = weights[:count].astype(self.rights.dtype)
-        return values, jnp.tensordot(weights, self.rights, 1, precision="highest")
-
-
-def without(basis: jax.Array, v: jax.Array) -> jax.Array:
-    """``v - V V^H v``, with orthonormal columns or zeros in V. Done twice, for rounding."""
-    for _ in range(2):
-        inner = jnp.tensordot(basis.conj(), v, v.ndim, precision="highest")
-        v = v - jnp.tensordot(inner, basis, 1, precision="highest")
-    return v
+    return exactly
 
 
 def _svd(b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(S, W^H)`` of a bidiagonal ``B = X S W^H``, cut off where the Krylov space ends.
 
-    The basis vectors past its end are rounding noise. Their rows and columns of B are set to 0.
+    The basis vectors past its end are rounding noise, or 0/0. Their rows and columns of B are set to 0.
     """
     diagonal, above = jnp.diagonal(b), jnp.diagonal(b, 1)
     sizes = jnp.where(jnp.isfinite(b), jnp.abs(b), jnp.zeros_like(b))

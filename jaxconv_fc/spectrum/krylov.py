@@ -18,19 +18,12 @@ from jax import lax
 from jaxconv_fc.geometry.layout import by_group
 from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import largest, nan_unless_finite, times_power_of_two, unit_scale
-from jaxconv_fc.spectrum.golub_kahan import (
-    GroupMatrix,
-    SingularTriplet,
-    narrowed,
-    normalised,
-    one_group,
-    without,
-)
+from jaxconv_fc.spectrum.golub_kahan import GroupMatrix, SingularTriplet, narrowed, normalised, one_group
 from jaxconv_fc.spectrum.operands import as_image, from_image, widened
 
-_BASIS = 24  # Krylov vectors of the first run
+_BASIS = 24  # Krylov vectors of the first run, enough for a tolerance of 1e-4
 _WARM = 4  # of the first run from a given start
-_LATER = 120  # the most of a further run
+_LATER = 120  # and of each further run: convergence per step grows with the length of a run
 _BASIS_ENTRIES = 2**26  # of all Krylov vectors together, where images are large
 
 
@@ -143,8 +136,7 @@ def _triplets_jvp(search: Search, k: int, primals: Any, tangents: Any) -> Any:
 
 
 class _Restarts(NamedTuple):
-    found: SingularTriplet  # that of the start of the last run
-    start: jax.Array  # in_shape: where the next run begins
+    found: SingularTriplet  # by the last run
     runs: jax.Array  # int32 scalar: how many there have been
 
 
@@ -161,37 +153,31 @@ def times_two_to(found: SingularTriplet, exponent: jax.Array) -> SingularTriplet
 
 
 def _triplet(search: Search, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
-    """The largest triplet of one group, at unit scale. Each run begins with the best vector so far.
-
-    The first step of a run checks its start, by one more product with M and one with M^H. So the last run
-    has one step: its start was found, or the runs are used up.
-    """
+    """The largest triplet of one group, at unit scale. Each run begins with the best vector so far."""
     matrix = GroupMatrix(search.group, widened(kernel))
     affordable = max(4, _BASIS_ENTRIES // max(matrix.spec.shape))
-    most = min(_LATER, affordable, min(matrix.spec.shape) + 1)
-    runs = max(1, search.max_restarts)
     tolerance = search.tolerance_in(kernel.dtype)
-    first, vector = _BASIS, matrix.start(jax.random.key(0))
-    if start is not None:
-        given, length = normalised(widened(unit_scale(start)[0]))
-        first, vector = _WARM, jnp.where(length > 0, given, vector)  # the start may lack a group
 
-    def run(state: _Restarts) -> _Restarts:
-        # 24, 48, 96, 120, 120, ... steps: convergence per step grows with the length of a run.
-        steps = jnp.where(state.runs == 0, first, _BASIS << jnp.minimum(state.runs, 5))
-        steps = jnp.where(state.runs < runs, jnp.minimum(steps, most), 1)
-        made = matrix.bidiagonal(state.start, steps, most, None, tolerance)
-        return _Restarts(made.first, made.ritz(1)[1][0], state.runs + 1)
+    def run(start: jax.Array, most: int) -> SingularTriplet:
+        _, (right,) = matrix.ritz(matrix.times, start, min(most, affordable), "none", 1)
+        return matrix.triplet(right)
+
+    def again(state: _Restarts) -> _Restarts:
+        return _Restarts(run(state.found.right, _LATER), state.runs + 1)
+
+    random = matrix.start(jax.random.key(0))
+    if start is None:
+        found = run(random, _BASIS)
+    else:
+        start, length = normalised(widened(unit_scale(start)[0]))
+        found = run(jnp.where(length > 0, start, random), _WARM)  # the start may lack a group
 
     def unfinished(state: _Restarts) -> jax.Array:
-        return (state.found.residual > tolerance * state.found.value) & (state.runs <= runs)
+        too_far = state.found.residual > tolerance * state.found.value
+        return too_far & (state.runs < search.max_restarts)
 
-    real = jnp.zeros((), jnp.finfo(matrix.kernel.dtype).dtype)
-    none = SingularTriplet(
-        real, jnp.zeros(matrix.spec.out_shape, matrix.kernel.dtype), vector, real + jnp.inf
-    )
-    found = lax.while_loop(unfinished, run, _Restarts(none, vector, jnp.zeros((), jnp.int32))).found
-    return narrowed(found, kernel.dtype)
+    first = _Restarts(found, jnp.ones((), jnp.int32))
+    return narrowed(lax.while_loop(unfinished, again, first).found, kernel.dtype)
 
 
 # -- the k largest values: deflation ---------------------------------------------------------------
@@ -260,19 +246,29 @@ class _Round(NamedTuple):
 
 
 def _round(matrix: GroupMatrix, state: _Deflation) -> _Round:
-    within, k = partial(without, state.rights), len(state.rights)
-    most = min(steps(k), min(matrix.spec.shape) + 1, matrix.spec.in_size)
-    (rest, *_), vectors = matrix.bidiagonal(within(state.start), most, most, within, -1.0).ritz(k)
+    def deflated(v: jax.Array) -> jax.Array:
+        return matrix.times(_without(state.rights, v))
+
+    start, k = _without(state.rights, state.start), len(state.rights)
+    (rest, *_), vectors = matrix.ritz(deflated, start, steps(k), "full", k)
     vectors, lengths = _orthonormal(state.rights, vectors)
     return _Round(rest, jax.vmap(matrix.triplet)(vectors), lengths > 0.5)
 
 
+def _without(rights: jax.Array, v: jax.Array) -> jax.Array:
+    """``v - V V^H v``, with the locked vectors as the columns of V. Done twice, for rounding."""
+    for _ in range(2):
+        inner = jnp.tensordot(rights.conj(), v, v.ndim, precision="highest")
+        v = v - jnp.tensordot(inner, rights, 1, precision="highest")
+    return v
+
+
 def _orthonormal(rights: jax.Array, vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Unit vectors, each without its part in the locked ones and in those before it, and the length that was
-    left of each."""
+    left of each. (A complex kernel is searched in real numbers, where v and i*v are both found.)"""
 
     def one(taken: jax.Array, place: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        unit, length = normalised(without(taken, without(rights, vectors[place])))
+        unit, length = normalised(_without(taken, _without(rights, vectors[place])))
         kept = jnp.where(length > 0.5, unit, jnp.zeros_like(unit))
         return taken.at[place].set(kept), (unit, length)
 

@@ -51,7 +51,7 @@ def spectral_norm(
       spec: the geometry.
       kernel: array of shape ``spec.rhs_shape``; integers are taken as floats.
       tolerance: of a search, the largest relative residual; None for 1e-10 in float64, 1e-5 in float32.
-      max_restarts: of a search, the largest number of runs, of 24, 48, 96 and then 120 steps.
+      max_restarts: of a search, the largest number of runs (the first of 24 steps, the others of 120).
       start: array of shape ``spec.in_shape`` to search from in place of a random one, without derivative: the
         right vector of a kernel near this one, from :func:`singular_triplet` or :func:`power_step`. Then the
         first run has 4 steps, and few are needed. Components that it lacks are not found.
@@ -61,10 +61,11 @@ def spectral_norm(
       :func:`singular_triplet` then still gives the best value found, with its residual.
 
     Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array of numbers.
       ValueError: it has another shape.
 
-    Source: Golub & Kahan (1965). Cost: one SVD of every block, if
+    Source: Golub & Kahan (1965), by matfree (Kraemer et al., 2024). Cost: one SVD of every block, if
     that is below ``2**24`` operations or 64 per entry of M (up to some 500 channels of a circular layer, an M
     of 256 rows and columns), within the memory limit, and without a ``start``. Else two products per step, 24
     to some hundred steps, and the memory of 120 images of input and output (fewer where they are large).
@@ -102,6 +103,7 @@ def singular_triplet(
       ``spec.in_shape``.
 
     Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array of numbers.
       ValueError: it has another shape.
 
@@ -151,6 +153,7 @@ def top_singular_values(
       0, and all are NaN where the tolerance was not reached. Derivatives as for :func:`spectral_norm`.
 
     Raises:
+      ImportError: matfree is missing (``pip install 'jaxconv_fc[spectrum]'``).
       TypeError: the kernel is not an array of numbers.
       ValueError: it has another shape, or k is out of range.
 

@@ -49,7 +49,7 @@ def without_unread_taps(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def widened(array: jax.Array) -> jax.Array:
-    """The array in the default floating dtype, in which searches and lineax's LSMR compute."""
+    """The array in the default floating dtype, the only one that matfree and lineax's LSMR compute in."""
     default = jnp.result_type(float)
     return array.astype(np.result_type(default, np.complex64) if jnp.iscomplexobj(array) else default)
 

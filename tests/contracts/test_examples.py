@@ -14,7 +14,7 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
     [
         ("digits.py", "sklearn.datasets", "examples"),
         ("digits.py", "matplotlib", "examples"),
-        ("spectrum.py", "matplotlib.pyplot", "examples"),
+        ("spectrum.py", "matfree", "examples,spectrum"),
         ("lipschitz.py", "optax", "examples,networks"),
         ("deblur.py", "lineax", "examples,spectrum"),
     ],
