@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc import neurons, show, spectrum, testing
+from jaxconv_fc import curvature, neurons, show, spectrum, testing
 
-MODULES = {"": fc, "spectrum.": spectrum, "neurons.": neurons, "show.": show, "testing.": testing}
+MODULES = {"": fc, "curvature.": curvature, "spectrum.": spectrum, "neurons.": neurons, "show.": show}
+MODULES |= {"testing.": testing}
 PUBLIC = {prefix + name for prefix, module in MODULES.items() for name in module.__all__}
 CLASSES = {"ConvSpec", "ConvSite", "spectrum.PowerStep", "spectrum.SingularTriplet", "neurons.Field"}
 
@@ -127,6 +128,13 @@ TABLE = {
     "detect_conv": host(lambda s, k, x, y: fc.detect_conv(fc.as_matrix(s, k), s.in_shape, s.out_shape)),
     "nearest_conv": host(lambda s, k, x, y: fc.nearest_conv(fc.as_matrix(s, k), s.in_shape, s.out_shape)),
     "compose": smooth(lambda s, k, x, y: fc.compose((POINTWISE, k[..., :1]), (s, k))[1]),
+    # gradients of a batch
+    "curvature.patch_moment": smooth(lambda s, k, x, y: curvature.patch_moment(s, x[None])),
+    "curvature.kfac_factors": smooth(
+        lambda s, k, x, y: curvature.kfac_factors(s, x[None], y[None], bias=True)
+    ),
+    "curvature.gradient_norms": smooth(lambda s, k, x, y: curvature.gradient_norms(s, x[None], y[None])),
+    "curvature.gradient_gram": smooth(lambda s, k, x, y: curvature.gradient_gram(s, x[None], y[None])),
     # any function of JAX
     "find_convs": host(lambda s, k, x, y: str([(c.spec, c.times) for c in fc.find_convs(layer(s, k), x)])),
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),

@@ -26,7 +26,8 @@ KINDS = {
     "int4": ["int4", "uint4"],
     "integers": [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)],
     "halves": ["float16", "bfloat16"],
-    "floats": ["float32", "float64", "complex64", "complex128"],
+    "floats": ["float32", "float64"],
+    "complex": ["complex64", "complex128"],
     "float8": [str(d) for d in sorted(DTYPES, key=str) if "float8" in str(d)],
 }
 MOST = count("NORMS", 6)  # random geometries whose norms are compared, in all dtypes in turn
