@@ -9,8 +9,8 @@ with 0 for an input that does not exist. The inputs of an axis fall into *cells*
 through the same taps. Then every ``S(p)`` is a union of cells, and the sum over one cell depends on p and q
 only through ``q - p``: it is the kernel gradient of a correlation of x with the cell, whose taps are the
 distances. With stride 1 the cells are the interior and the lines at the border, with stride s there are s
-interiors. A is symmetric, so one axis needs no negative distances. Where ``(q - p)*r/l`` is not a whole number
-one of the two taps reads a hole, and A is 0.
+interiors. A is symmetric, so one axis needs no negative distances. Where ``(q - p)*r/l`` is not a whole
+number, one of the two taps reads a hole, and A is 0.
 """
 
 from __future__ import annotations
