@@ -256,8 +256,9 @@ class _Model:
         """ValueError for a kernel whose layer is inside of an equation that is not opened."""
         for leaf, where in self.uses.hidden.items():
             raise ValueError(
-                f"{self.function}: cannot see the layer that uses {self.names[leaf]}: {where}. Write its "
-                "loop out, leave its custom derivative out, or let params be the others."
+                f"{self.function}: cannot see the layer that uses {self.names[leaf]}: {where}. A kernel must "
+                "be the parameter itself, moved and cast at most, and its layer outside of loops and custom "
+                "derivatives. Let params be the others."
             )
 
     def backward(
