@@ -77,7 +77,7 @@ def model_gradient_norms(loss: Loss, params: Any, batch: Any) -> jax.Array:
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.curvature
     >>> def loss(params, batch):
     ...     return ((batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2).sum() / 2
-    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros(1)}
+    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros((1, 1))}
     >>> batch = {"x": jnp.array([[1., 2.], [2., 0.]]), "y": jnp.array([[1.], [2.]])}
     >>> print(fc.curvature.model_gradient_norms(loss, params, batch).round(2))  # 2 * |(1, 2, 1)| and 0
     [4.9 0. ]
@@ -114,7 +114,7 @@ def model_gram(loss: Loss, params: Any, batch: Any) -> jax.Array:
     >>> import jax.numpy as jnp, jaxconv_fc as fc, jaxconv_fc.curvature
     >>> def outputs(params, x):
     ...     return (x @ params["w"] + params["b"]).sum()
-    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros(1)}
+    >>> params = {"w": jnp.ones((2, 1)), "b": jnp.zeros((1, 1))}
     >>> print(fc.curvature.model_gram(outputs, params, jnp.array([[1., 2.], [2., 0.]])))
     [[6. 3.]
      [3. 5.]]
@@ -131,7 +131,7 @@ def model_gram(loss: Loss, params: Any, batch: Any) -> jax.Array:
 def model_kfac(
     loss: Loss, params: Any, batch: Any, *, approx: str = "expand"
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """``{name: (A, G)}``: :func:`kfac_factors` of every kernel, of all layers in one backward pass.
+    """``factors[name] = (A, G)``: :func:`kfac_factors` of every kernel, of all layers in one backward pass.
 
     A kernel is a parameter of a convolution or dense layer, by its path in ``params``. The factors of several
     uses are added. Parameters that are not used so (biases, scales, embeddings) have none.
@@ -170,10 +170,9 @@ def model_kfac(
 
 
 def model_layers(loss: Loss, params: Any, batch: Any) -> list[ModelLayer]:
-    """``(name, spec, kernel, xs, y_bars)`` of every layer: geometry, inputs and output cotangents.
+    """Of every layer what makes its gradient, ``sum over n of kernel_vjp(spec, xs[n], y_bars[n])``.
 
-    All that a gradient of a layer is made of, in one backward pass: the sum over n of
-    ``kernel_vjp(spec, xs[n], y_bars[n])`` is the gradient of the kernel. A kernel that is used twice is
+    In one backward pass: name, geometry, kernel, inputs and output cotangents. A kernel that is used twice is
     listed twice. Dense layers are convolutions without spatial axes.
 
     Args:

@@ -37,6 +37,7 @@ NO_ARRAYS = {
     *(name for name in functions.TABLE if name.startswith(("neurons.", "testing.", "show."))),
     "conv_spec", "row_block", "format_matrix", "find_convs", "fully_connected", "with_products", "matrix_of",
     "local_affine", "spectrum.start_vector",
+    *(name for name in functions.TABLE if name.startswith("curvature.model_")),
 }  # fmt: skip
 
 
