@@ -21,6 +21,7 @@ from jaxconv_fc.functions.jaxprs import (
     JaxprEqn,
     evaluate,
     inner_jaxprs,
+    is_array,
     open_jaxpr,
     operand_avals,
     result_avals,
@@ -52,7 +53,7 @@ LINEAR = frozenset({
 SUMS = frozenset({"reduce_sum", "dot_general"})  # the ways to add examples up
 # Parameters that name the dimensions along which a primitive works.
 ALONG = "axis", "axes", "dimension", "dimensions"
-ELSEWHERE = frozenset({"squeeze", "broadcast_in_dim", "iota", "concatenate"})  # these dimensions only move
+ELSEWHERE = frozenset({"squeeze", "broadcast_in_dim", "expand_dims"})  # whose dimensions only move
 LAST_TWO = frozenset({
     "cholesky", "eig", "eigh", "fft", "geqrf", "householder_product", "lu", "qr", "schur", "svd", "top_k",
     "triangular_solve", "tridiagonal_solve",
@@ -68,7 +69,7 @@ RANDOM = ("random_", "threefry", "rng_")
 def check_independent(function: str, loss: Callable[..., Any], params: Any, batch: Any) -> None:
     """ValueError if ``loss(params, batch)`` is not a sum, or an average, of terms of one example each."""
     first, second = (_traced(function, loss, params, batch, size) for size in SIZES)
-    leaves = [leaf for leaf in jax.tree.leaves(params) if hasattr(leaf, "dtype")]
+    leaves = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
     facts = [Fact.FIXED] * len(leaves)
     facts += [Fact.EACH] * (len(open_jaxpr(first)[0].invars) - len(leaves))
     (result,) = _Check(function).visit(first, second, facts)
@@ -184,13 +185,12 @@ class _Check:
             self.refuse(eqn, "computes with the number of an example in the batch")
         if Fact.NUMBER in facts and name == "concatenate":
             return Fact.PLACE
-        along = self.works_along(eqn, other, facts, dims)
-        lost = not out
-        if name in SUMS and lost:
+        if name in SUMS and not out:
             return Fact.SUM
-        if along or lost or len(out) > 1:
-            what = "works along the examples" if along or lost else "pairs every example with every other"
-            self.refuse(eqn, what)
+        if not out or _works_along(eqn, other, facts, dims):
+            self.refuse(eqn, "works along the examples")
+        if len(out) > 1:
+            self.refuse(eqn, "pairs every example with every other")
         return most if most == Fact.PLACE else Fact.EACH
 
     def without_examples(
@@ -199,45 +199,58 @@ class _Check:
         name, most = eqn.primitive.name, max(facts, default=Fact.FIXED)
         if name == "iota":
             return Fact.NUMBER if eqn.params["dimension"] in out else Fact.FIXED
-        if most == Fact.FIXED and out:
-            joined = name in ("concatenate", "pad") and any(d in out for d in _along(eqn))
-            if name.startswith(RANDOM) or joined or (not any(dims) and name != "broadcast_in_dim"):
+        if most == Fact.FIXED and out and name != "broadcast_in_dim":
+            made = not any(dims)  # from nothing that counts examples
+            if made or name.startswith(RANDOM) or _works_along(eqn, other, facts, dims):
                 return Fact.DRAWN
         return most
 
-    def works_along(self, eqn: JaxprEqn, other: JaxprEqn, facts: Sequence[Fact], dims: Any) -> bool:
-        """Whether an equation mixes the entries along a dimension of examples of one of its operands."""
-        name, params = eqn.primitive.name, eqn.params
-        each = [d for d, fact in zip(dims, facts, strict=True) if fact in (Fact.EACH, Fact.PLACE)]
-        avals = operand_avals(eqn)
-        if name == "conv_general_dilated":
-            _, feature, *spatial = params["dimension_numbers"].lhs_spec
-            groups = [p["feature_group_count"] for p in (params, other.params)]
-            by_group = groups[0] * SIZES[1] == groups[1] * SIZES[0]
-            return any(d in spatial or (d == feature and not by_group) for d in dims[0])
-        if name == "gather":
-            numbers = params["dimension_numbers"]
-            moved = set(dims[0]) - set(numbers.operand_batching_dims)
-            indexed = {d for d in moved if d in numbers.start_index_map}
-            if facts[0] == Fact.EACH and indexed and facts[1] not in (Fact.NUMBER, Fact.PLACE):
-                return any(params["slice_sizes"][d] != avals[0].shape[d] for d in indexed)
-            return False
-        if name.startswith("scatter"):
-            numbers = params["dimension_numbers"]
-            scattered = set(numbers.scatter_dims_to_operand_dims) & set(dims[0])
-            return bool(scattered) and facts[1] not in (Fact.NUMBER, Fact.PLACE)
-        if name == "reshape":
-            (before,), after = each, _example_dims(result_avals(eqn)[0], result_avals(other)[0])
-            shapes = avals[0].shape, result_avals(eqn)[0].shape
-            return [math.prod(shapes[0][:d]) for d in before] != [math.prod(shapes[1][:d]) for d in after]
-        if "window_dimensions" in params:
-            return any(params["window_dimensions"][d] != 1 for found in each for d in found)
-        if name in LAST_TWO:
-            ranks = [len(v.shape) for v in avals]
-            return any(d >= rank - 2 for found, rank in zip(dims, ranks, strict=True) for d in found)
-        if name in ELSEWHERE or name in SUMS:
-            return False
-        return any(d in _along(eqn) for found in each for d in found)
+
+def _works_along(eqn: JaxprEqn, other: JaxprEqn, facts: Sequence[Fact], dims: Any) -> bool:
+    """Whether an equation mixes, or moves, the entries along a dimension of examples of an operand.
+
+    Where several dimensions are merged, that of the examples is the slowest.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    shapes, found = [v.shape for v in operand_avals(eqn)], {d for each in dims for d in each}
+    results = [(a.shape, b.shape) for a, b in zip(result_avals(eqn), result_avals(other), strict=True)]
+    if any(a * SIZES[1] != b * SIZES[0] for pair in results for a, b in zip(*pair, strict=True) if a != b):
+        return True  # such as all examples but one
+    if name == "conv_general_dilated":
+        _, feature, *spatial = params["dimension_numbers"].lhs_spec
+        counts = "feature_group_count", "batch_group_count"
+        by_group = [params[count] * SIZES[1] == other.params[count] * SIZES[0] for count in counts]
+        kernel = params["dimension_numbers"].rhs_spec[0]
+        return (
+            any(d in spatial or (d == feature and not by_group[0]) for d in dims[0])
+            or any(d != kernel for d in dims[1])
+            or (params["batch_group_count"] > 1 and not by_group[1])
+        )
+    if name == "gather":
+        numbers = params["dimension_numbers"]
+        indexed = set(dims[0]) & set(numbers.start_index_map)
+        whole = all(params["slice_sizes"][d] == shapes[0][d] for d in indexed)
+        return bool(indexed) and not whole and facts[1] not in (Fact.NUMBER, Fact.PLACE)
+    if name.startswith("scatter"):
+        scattered = set(params["dimension_numbers"].scatter_dims_to_operand_dims) & set(dims[0])
+        return bool(scattered) and facts[1] not in (Fact.NUMBER, Fact.PLACE)
+    if name == "reshape":
+        before, after = (
+            math.prod(s[: d[0]]) for s, d in ((shapes[0], dims[0]), (results[0][0], _grown(*results[0])))
+        )
+        return before != after
+    if name == "pad":
+        return any(params["padding_config"][d] != (0, 0, 0) for d in dims[0])
+    if name in ("slice", "dynamic_slice", "dynamic_update_slice"):
+        part = shapes[1] if name == "dynamic_update_slice" else results[0][0]
+        return any(part[d] != shapes[0][d] for d in dims[0])
+    if "window_dimensions" in params:
+        return any(params["window_dimensions"][d] != 1 for d in found)
+    if name in LAST_TWO:
+        return any(d >= len(shape) - 2 for each, shape in zip(dims, shapes, strict=True) for d in each)
+    if name in ELSEWHERE or name in SUMS:
+        return False
+    return any(d in _along(eqn) for d in found)
 
 
 def _joined(facts: Sequence[Fact]) -> Fact:
@@ -257,5 +270,8 @@ def _along(eqn: JaxprEqn) -> set[int]:
 
 def _example_dims(first: Any, second: Any) -> tuple[int, ...]:
     """The dimensions that grow with the batch."""
-    shapes = getattr(first, "shape", ()), getattr(second, "shape", ())
-    return tuple(d for d, (a, b) in enumerate(zip(*shapes, strict=True)) if a != b)
+    return _grown(getattr(first, "shape", ()), getattr(second, "shape", ()))
+
+
+def _grown(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    return tuple(d for d, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)

@@ -46,8 +46,8 @@ def as_stacks(spec: ConvSpec, xs: Array, y_bars: Array, names: tuple[str, str] =
 def check_real(function: str, name: str, stack: jax.Array) -> None:
     if jnp.iscomplexobj(stack):
         raise TypeError(
-            f"{function}: {name} must be real, got dtype {stack.dtype}: X^T X and X^H X differ there. Use the "
-            "real and imaginary parts, or kernel_matrix of every example."
+            f"{function}: {name} must be real, got dtype {stack.dtype}: X^T X and X^H X differ there. Use "
+            "the real and imaginary parts, or kernel_matrix of every example."
         )
 
 
