@@ -57,12 +57,10 @@ STRIDES, PADDINGS = [1, 2, 1], ["SAME", "SAME", "VALID"]
 
 class NnxNetwork(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List(
-            [
-                nnx.Conv(i, o, (h, w), s, padding=p, rngs=rngs)
-                for (o, i, h, w), s, p in zip(SHAPES, STRIDES, PADDINGS, strict=True)
-            ]
-        )
+        self.layers = nnx.List([
+            nnx.Conv(i, o, (h, w), s, padding=p, rngs=rngs)
+            for (o, i, h, w), s, p in zip(SHAPES, STRIDES, PADDINGS, strict=True)
+        ])
 
     def __call__(self, images):
         x = images[..., None]

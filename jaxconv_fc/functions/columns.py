@@ -242,7 +242,9 @@ def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 
-def _first_layer(spec: ConvSpec, kernel: Any, selection: Selection, examples: int, transposed: bool) -> Any:
+def _first_layer(
+    spec: ConvSpec, kernel: Any, selection: Selection, examples: int, transposed: bool
+) -> Any:
     """``[examples, outputs, size]``: M, its columns moved to the entries of x that they read."""
     if examples == 1 and selection.labels is None and selection.weights is None:
         matrix = as_matrix(spec, kernel)

@@ -264,7 +264,9 @@ def _values_jvp(search: Search, k: int, primals: Any, tangents: Any) -> tuple[ja
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _triplets_of_group(search: Search, k: int, kernel: jax.Array, start: jax.Array | None) -> SingularTriplet:
+def _triplets_of_group(
+    search: Search, k: int, kernel: jax.Array, start: jax.Array | None
+) -> SingularTriplet:
     """The ``k`` largest triplets of one group, stacked; NaN everywhere if the search has not converged."""
     kernel, exponent = unit_scale(kernel)
     if k > 1 and min(search.group.shape) <= _steps(k):
