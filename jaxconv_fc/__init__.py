@@ -16,6 +16,7 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     a function's matrix     matrix_of, sparse_matrix_of, local_affine
     its affine layers       affine_layers, AffineLayers, AffineLayer
     in the place of lax's   conv_general_dilated
+    gradients of a batch    curvature.gradient_norms, curvature.kfac_factors, ... (help(jaxconv_fc.curvature))
     norms and spectrum      spectrum.spectral_norm, spectrum.singular_values, ... (help(jaxconv_fc.spectrum))
     neurons                 neurons.receptive_field, neurons.projective_field, ... (help(jaxconv_fc.neurons))
     to look at              format_matrix, show.spy, show.receptive_field, show.animate
@@ -76,7 +77,7 @@ from jaxconv_fc.show.text import format_matrix as format_matrix
 __version__ = "0.1.0"
 
 # Public modules whose names are general words, loaded when first touched.
-_MODULES = ("neurons", "show", "spectrum", "testing")
+_MODULES = ("curvature", "neurons", "show", "spectrum", "testing")
 
 
 def __getattr__(name: str) -> _Any:

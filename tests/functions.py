@@ -14,11 +14,19 @@ import numpy as np
 from jax import lax
 
 import jaxconv_fc as fc
-from jaxconv_fc import neurons, show, spectrum, testing
+from jaxconv_fc import curvature, neurons, show, spectrum, testing
 
-MODULES = {"": fc, "spectrum.": spectrum, "neurons.": neurons, "show.": show, "testing.": testing}
+MODULES = {"": fc, "curvature.": curvature, "spectrum.": spectrum, "neurons.": neurons, "show.": show}
+MODULES |= {"testing.": testing}
 PUBLIC = {prefix + name for prefix, module in MODULES.items() for name in module.__all__}
-CLASSES = {"ConvSpec", "ConvSite", "spectrum.PowerStep", "spectrum.SingularTriplet", "neurons.Field"}
+CLASSES = {
+    "ConvSpec",
+    "ConvSite",
+    "curvature.ModelLayer",
+    "spectrum.PowerStep",
+    "spectrum.SingularTriplet",
+    "neurons.Field",
+}
 
 SPEC = fc.conv_spec((1, 2, 4), (2, 2, 3), (1,), "SAME")  # a square M
 POINTWISE = fc.conv_spec((1, 2, 4), (2, 2, 1), (1,), "VALID")
@@ -54,6 +62,11 @@ def layer(spec, kernel):
     """The convolution as lax has it, with an activation, of one example."""
     options = (spec.window_strides, spec.padding, spec.lhs_dilation, spec.rhs_dilation)
     return lambda x: lax.conv_general_dilated(jax.nn.relu(x)[None], kernel, *options)[0]
+
+
+def of_layer(kernel, xs):
+    """A loss that is a sum over examples."""
+    return (lax.conv(xs, kernel, (1,), "SAME") ** 2).sum()
 
 
 def linear(spec, kernel):
@@ -129,6 +142,19 @@ TABLE = {
     "detect_conv": host(lambda s, k, x, y: fc.detect_conv(fc.as_matrix(s, k), s.in_shape, s.out_shape)),
     "nearest_conv": host(lambda s, k, x, y: fc.nearest_conv(fc.as_matrix(s, k), s.in_shape, s.out_shape)),
     "compose": smooth(lambda s, k, x, y: fc.compose((POINTWISE, k[..., :1]), (s, k))[1]),
+    # gradients of a batch
+    "curvature.patch_moment": smooth(lambda s, k, x, y: curvature.patch_moment(s, x[None])),
+    "curvature.kfac_factors": smooth(
+        lambda s, k, x, y: curvature.kfac_factors(s, x[None], y[None], bias=True)
+    ),
+    "curvature.gradient_norms": smooth(lambda s, k, x, y: curvature.gradient_norms(s, x[None], y[None])),
+    "curvature.gradient_gram": smooth(lambda s, k, x, y: curvature.gradient_gram(s, x[None], y[None])),
+    "curvature.model_gradient_norms": smooth(
+        lambda s, k, x, y: curvature.model_gradient_norms(of_layer, k, x[None])
+    ),
+    "curvature.model_gram": smooth(lambda s, k, x, y: curvature.model_gram(of_layer, k, x[None])),
+    "curvature.model_kfac": smooth(lambda s, k, x, y: curvature.model_kfac(of_layer, k, x[None])),
+    "curvature.model_layers": host(lambda s, k, x, y: curvature.model_layers(of_layer, k, x[None])[0].y_bars),
     # any function of JAX
     "find_convs": host(lambda s, k, x, y: str([(c.spec, c.times) for c in fc.find_convs(layer(s, k), x)])),
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),

@@ -44,7 +44,7 @@ class Traced:
 def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Traced:
     """The jaxpr of ``fn(*args, **kwargs)``: arrays are traced, everything else stays what it is."""
     leaves, tree = jax.tree.flatten((tuple(args), kwargs))
-    where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
     result: Any = None
 
     def on_arrays(*arrays: Any) -> list[Any]:
@@ -54,7 +54,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
             filled[i] = array
         inner_args, inner_kwargs = tree.unflatten(filled)
         results, out_tree = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
-        traced = [_is_array(leaf) for leaf in results]
+        traced = [is_array(leaf) for leaf in results]
         result = out_tree, traced, [None if t else leaf for t, leaf in zip(traced, results, strict=True)]
         return [leaf for t, leaf in zip(traced, results, strict=True) if t]
 
@@ -70,7 +70,8 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -
     return Traced(jaxpr, arguments, others, rebuild)
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a pytree is traced, and not static."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 

@@ -146,6 +146,11 @@ def stacked_product(spec: ConvSpec, kernel: jax.Array, xs: jax.Array, precision:
     return _bind(kernel, xs, out="y", spec=spec, batches=("xy",), precision=precision, sharding=None)
 
 
+def summed_gradient(spec: ConvSpec, xs: jax.Array, y_bars: jax.Array, precision: Any) -> jax.Array:
+    """``sum_n X(x_n)^T y_bar_n`` over two stacks, as the gradient of :func:`stacked_product` computes it."""
+    return _bind(xs, y_bars, out="k", spec=spec, batches=("xy",), precision=precision, sharding=None)
+
+
 def _product(out: str, spec: ConvSpec, precision: Any, **operands: Array) -> jax.Array:
     """The product of two operands by name. The first letter of a name is its role, which has a shape."""
     (a_name, a), (b_name, b) = [
@@ -327,7 +332,7 @@ lower_by_platform(product_p, lambda platform: partial(_lowered, platform))
 
 def _to_outputs(forms: Forms, spec: ConvSpec, call: Call, kernel: jax.Array, x: jax.Array) -> jax.Array:
     axes = [a.on_padded for a in spec.axes]
-    x, kernel = _padded(spec, x), to_canonical(kernel, spec.kernel_order)
+    x, kernel = padded_inputs(spec, x), to_canonical(kernel, spec.kernel_order)
     y = forms.correlate(axes, x, kernel, call)  # [n, t, g*i] [p, i, g*e] -> [n, o, g*e]
     return from_canonical(y, spec.out_order)
 
@@ -345,7 +350,7 @@ def _to_inputs(forms: Forms, spec: ConvSpec, call: Call, kernel: jax.Array, y: j
 def _to_kernel(forms: Forms, spec: ConvSpec, call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     """Correlation of inputs with cotangents: its outputs are the taps (docs/maths.md, section 2)."""
     axes = [a.on_padded.with_taps_as_outputs() for a in spec.axes]
-    x, y = _padded(spec, x), to_canonical(y, spec.out_order)
+    x, y = padded_inputs(spec, x), to_canonical(y, spec.out_order)
     kernel = forms.kernel_gradient(axes, x, y, call)  # [n, t, g*i] [n, o, g*e] -> [p, i, g*e]
     return from_canonical(kernel, spec.kernel_order)
 
@@ -353,7 +358,7 @@ def _to_kernel(forms: Forms, spec: ConvSpec, call: Call, x: jax.Array, y: jax.Ar
 _PRODUCTS = {"y": _to_outputs, "x": _to_inputs, "k": _to_kernel}
 
 
-def _padded(spec: ConvSpec, x: jax.Array) -> jax.Array:
+def padded_inputs(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """The canonical input, padded by a boundary mode: position ``j`` is a copy of ``source(j)``."""
     x = to_canonical(x, spec.in_order)  # [n, t, i], or with batch groups [n, t, g, i]
     x = x.reshape(*x.shape[: 1 + len(spec.axes)], -1)  # [n, t, g*i]

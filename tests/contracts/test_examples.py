@@ -14,6 +14,7 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
     [
         ("digits.py", "sklearn.datasets", "examples"),
         ("digits.py", "matplotlib", "examples"),
+        ("private.py", "sklearn.datasets", "examples"),
         ("spectrum.py", "matfree", "examples,spectrum"),
         ("lipschitz.py", "optax", "examples,networks"),
         ("deblur.py", "lineax", "examples,spectrum"),

@@ -12,13 +12,13 @@ import jaxconv_fc as fc
 def test_dir_shows_the_public_names_and_modules_and_nothing_else():
     shown = set(dir(fc))
     assert {"as_matrix", "conv_spec", "ConvSpec", "__version__"} <= shown
-    assert {"neurons", "show", "spectrum", "testing"} <= shown
+    assert {"curvature", "neurons", "show", "spectrum", "testing"} <= shown
     assert not {"annotations", "axis", "entries", "products", "functions", "matrix"} & shown
     assert {name for name in shown if name.startswith("_")} == {"__version__"}
     assert all(hasattr(fc, name) for name in shown)
 
 
-@pytest.mark.parametrize("module", [fc.neurons, fc.show, fc.spectrum, fc.testing])
+@pytest.mark.parametrize("module", [fc.curvature, fc.neurons, fc.show, fc.spectrum, fc.testing])
 def test_public_modules_show_what_is_public(module):
     assert sorted(dir(module)) == sorted(module.__all__)
     text = pydoc.render_doc(module, renderer=pydoc.plaintext)

@@ -26,7 +26,8 @@ KINDS = {
     "int4": ["int4", "uint4"],
     "integers": [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)],
     "halves": ["float16", "bfloat16"],
-    "floats": ["float32", "float64", "complex64", "complex128"],
+    "floats": ["float32", "float64"],
+    "complex": ["complex64", "complex128"],
     "float8": [str(d) for d in sorted(DTYPES, key=str) if "float8" in str(d)],
 }
 MOST = count("NORMS", 6)  # random geometries whose norms are compared, in all dtypes in turn
@@ -36,6 +37,7 @@ NO_ARRAYS = {
     *(name for name in functions.TABLE if name.startswith(("neurons.", "testing.", "show."))),
     "conv_spec", "row_block", "format_matrix", "find_convs", "fully_connected", "with_products", "matrix_of",
     "local_affine", "spectrum.start_vector",
+    *(name for name in functions.TABLE if name.startswith("curvature.model_")),
 }  # fmt: skip
 
 

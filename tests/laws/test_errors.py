@@ -402,7 +402,7 @@ def test_every_row_of_the_table_has_a_test():
 def test_something_else_as_spec_is_named():
     """In every public function that takes one: most often kernel and spec have changed places."""
     names = set()
-    for module in (fc, fc.spectrum, fc.testing):
+    for module in (fc, fc.curvature, fc.spectrum, fc.testing):
         for name, function in inspect.getmembers(module, inspect.isfunction):
             parameters = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
             if name.startswith("_") or not parameters or parameters[0].name != "spec":

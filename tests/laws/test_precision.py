@@ -34,6 +34,11 @@ FUNCTIONS = {
     "orthogonality_residual": slope(spectrum.orthogonality_residual),
     "trace": slope(spectrum.trace),
     "compose": lambda spec, k, x: fc.compose((POINTWISE, k[..., :1, :1]), (PLAIN, k))[1],
+    "gradients of a batch": lambda spec, k, x: (
+        fc.curvature.gradient_norms(spec, x[None], x[None]),
+        fc.curvature.gradient_gram(spec, x[None], x[None]),
+        fc.curvature.kfac_factors(spec, x[None], x[None], bias=True),
+    ),
     "kernel_from_matrix": lambda spec, k, x: fc.kernel_from_matrix(spec, fc.as_matrix(spec, k)),
 }
 PRODUCT = re.compile(r"stablehlo\.(?:dot_general|convolution)\b.*->.*x(?:f32|complex<f32>)>")

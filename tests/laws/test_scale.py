@@ -71,7 +71,13 @@ def solutions(spec, kernel, y, matrix):
     return found
 
 
-LAWS = {norms: (1, 0), searches: (1, 0), ratios: (0, 0), solutions: (-1, 1)}
+def gradients(spec, kernel, y, matrix):
+    """Of degree 1 in the input, which is a row of the matrix, and 1 in y."""
+    x = matrix[:1].reshape(1, *spec.in_shape)
+    return {"gradient_norms": fc.curvature.gradient_norms(spec, x, y[None])}
+
+
+LAWS = {gradients: (1, 1), norms: (1, 0), searches: (1, 0), ratios: (0, 0), solutions: (-1, 1)}
 
 
 def assert_scaled(got, want, exponent, name):
