@@ -13,7 +13,7 @@ M @ x.ravel() == conv(x, kernel).ravel(), with M of shape (out_size, in_size) fo
     from M to a kernel      kernel_from_matrix, conv_distance, detect_conv, nearest_conv
     two convolutions        compose
     any JAX function        with_products, find_convs, fully_connected
-    a function's matrix     matrix_of, sparse_matrix_of, local_affine
+    a function's matrix     matrix_of, sparse_matrix_of, local_affine, as_conv
     its affine layers       affine_layers, AffineLayers, AffineLayer
     in the place of lax's   conv_general_dilated
     gradients of a batch    curvature.gradient_norms, curvature.kfac_factors, ... (help(jaxconv_fc.curvature))
@@ -31,6 +31,7 @@ from typing import Any as _Any
 
 from jaxconv_fc.functions.affine import local_affine as local_affine
 from jaxconv_fc.functions.affine import matrix_of as matrix_of
+from jaxconv_fc.functions.as_conv import as_conv as as_conv
 from jaxconv_fc.functions.connect import fully_connected as fully_connected
 from jaxconv_fc.functions.convolutions import conv_general_dilated as conv_general_dilated
 from jaxconv_fc.functions.convolutions import with_products as with_products
@@ -48,6 +49,8 @@ from jaxconv_fc.matrix.dense import as_matrix as as_matrix
 from jaxconv_fc.matrix.dense import matrix_columns as matrix_columns
 from jaxconv_fc.matrix.dense import matrix_rows as matrix_rows
 from jaxconv_fc.matrix.dense import update_matrix as update_matrix
+from jaxconv_fc.matrix.detect import detect_conv as detect_conv
+from jaxconv_fc.matrix.detect import nearest_conv as nearest_conv
 from jaxconv_fc.matrix.formats import as_bcoo as as_bcoo
 from jaxconv_fc.matrix.formats import as_bcsr as as_bcsr
 from jaxconv_fc.matrix.formats import as_scipy as as_scipy
@@ -56,9 +59,7 @@ from jaxconv_fc.matrix.formats import diagonal_offsets as diagonal_offsets
 from jaxconv_fc.matrix.formats import diagonals as diagonals
 from jaxconv_fc.matrix.formats import interleaved_rows as interleaved_rows
 from jaxconv_fc.matrix.projection import conv_distance as conv_distance
-from jaxconv_fc.matrix.projection import detect_conv as detect_conv
 from jaxconv_fc.matrix.projection import kernel_from_matrix as kernel_from_matrix
-from jaxconv_fc.matrix.projection import nearest_conv as nearest_conv
 from jaxconv_fc.matrix.rows import row_block as row_block
 from jaxconv_fc.matrix.rows import row_blocks as row_blocks
 from jaxconv_fc.matrix.shards import shard_bcoo as shard_bcoo

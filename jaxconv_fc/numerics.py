@@ -137,12 +137,16 @@ def nan_unless_finite(result: Any, *operands: jax.Array) -> Any:
     return jax.tree.map(lambda v: jnp.where(finite, v, jnp.full_like(v, jnp.nan)), result)
 
 
-def host_unit_scale(array: np.ndarray) -> np.ndarray:
-    """The ``unit`` of :func:`unit_scale`, for a NumPy array of finite numbers in double precision."""
-    parts = _parts(array)
-    _, exponent = np.frexp(max(float(np.abs(part).max(initial=0)) for part in parts))
-    units = [np.ldexp(part, 1 - int(exponent)) for part in parts]
-    return units[0] + 1j * units[1] if len(units) == 2 else units[0]
+def host_unit_scale(array: np.ndarray) -> tuple[np.ndarray, int]:
+    """``(unit, e)`` of :func:`unit_scale`, for a NumPy array of finite numbers in double precision."""
+    exponent = int(np.frexp(max(float(np.abs(part).max(initial=0)) for part in _parts(array)))[1]) - 1
+    return host_times_power_of_two(array, -exponent), exponent
+
+
+def host_times_power_of_two(array: np.ndarray, exponent: int) -> np.ndarray:
+    """``array * 2**exponent`` of a NumPy array, exactly where the result is a normal number."""
+    parts = [np.ldexp(part, exponent) for part in _parts(array)]
+    return parts[0] + 1j * parts[1] if len(parts) == 2 else parts[0]
 
 
 def _normal(part: jax.Array, exponent: jax.Array) -> jax.Array:

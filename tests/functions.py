@@ -160,6 +160,7 @@ TABLE = {
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),
     "with_products": smooth(lambda s, k, x, y: fc.with_products(layer(s, k))(x)),
     "matrix_of": smooth(lambda s, k, x, y: fc.matrix_of(linear(s, k), x)),
+    "as_conv": host(lambda s, k, x, y: fc.as_conv(linear(s, k), x)[1:]),
     "local_affine": smooth(lambda s, k, x, y: tuple(fc.local_affine(layer(s, k), x))),
     # to see
     "format_matrix": host(lambda s, k, x, y: str(fc.format_matrix(s, k))),

@@ -18,7 +18,7 @@ from jax import lax
 import jaxconv_fc as fc
 from jaxconv_fc.geometry.axis import Axis
 
-MODES = ("zeros", "circular", "reflect", "symmetric", "edge")
+MODES = ("zeros", "circular", "reflect", "edge", "symmetric")
 MIXED = ("zeros",) * len(MODES[1:]) + MODES[1:]  # half of all geometries pad with zeros
 MAX_ENTRIES = 40_000
 MAX_STEPS = 3_000

@@ -284,9 +284,31 @@ class Axis:
         return Axis(self.size, self.out_size, r, self.lo, 0, l, s).ending_at(self.taps)
 
     def ending_at(self, out_size: int) -> Axis:
-        """The same axis with the high padding that makes exactly ``out_size`` outputs, none unused."""
+        """The same axis with the high padding that makes exactly ``out_size`` outputs, none unused.
+
+        A boundary mode pads by whole positions and does not crop, so it may make more.
+        """
         span = (out_size - 1) * self.stride + self.dilated_taps if out_size else 0
-        return replace(self, hi=span - dilated(self.size, self.lhs_dilation) - self.lo)
+        if self.pads_with_zeros:
+            return replace(self, hi=span - dilated(self.size, self.lhs_dilation) - self.lo)
+        positions = -(-(span - 1) // self.lhs_dilation) + 1 if span else 0
+        return replace(self, hi=max(0, positions - self.size - self.lo))
+
+    def in_mode(self, mode: str) -> Axis | None:
+        """The axis of another mode that pads alike; None if that mode pads otherwise."""
+        m, n, copies = self.out_size, self.size, self.copied_positions - self.copied[0]
+        if mode == "zeros":
+            plain = replace(self, mode=mode, lo=self.shift).ending_at(m)
+            return None if len(copies) and not self.pads_with_zeros else plain
+        same = (MODES[self.mode].source(copies, n) == MODES[mode].source(copies, n)).all()
+        return replace(self, mode=mode) if same and not self.pads_with_zeros else None
+
+    @property
+    def plain(self) -> Axis:
+        """The axis that relates the same pairs through the same taps, with the least padding in its mode."""
+        period = MODES[self.mode].period(self.size)
+        lo = self.lo % period if period else self.lo
+        return replace(self, lo=lo).ending_at(self.out_size)
 
     def rows(self, start: int, stop: int) -> tuple[Axis, range]:
         """The axis that makes outputs ``start`` to ``stop`` alone, and the inputs that it reads

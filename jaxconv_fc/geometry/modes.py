@@ -16,6 +16,7 @@ class BoundaryMode(NamedTuple):
     """What an axis of ``n`` inputs is padded with."""
 
     source: Callable[[Ints, int], Ints]  # (i, n) -> the input that position i is a copy of
+    period: Callable[[int], int]  # of n: at this distance the copies repeat; 0 if they never do
     numpy_name: str  # the mode of numpy.pad
     aliases: tuple[str, ...] = ()  # other names that conv_spec takes
 
@@ -48,10 +49,11 @@ def _least(a: Ints, b: Ints) -> Ints:
     return (a + b - abs(a - b)) // 2
 
 
+# The plainest first: of modes that pad alike, detect_conv takes the first.
 MODES = {
-    "zeros": BoundaryMode(_itself, "constant", ("constant",)),
-    "circular": BoundaryMode(_circular, "wrap", ("wrap",)),
-    "reflect": BoundaryMode(_reflect, "reflect"),
-    "symmetric": BoundaryMode(_symmetric, "symmetric"),
-    "edge": BoundaryMode(_edge, "edge", ("replicate",)),
+    "zeros": BoundaryMode(_itself, lambda n: 0, "constant", ("constant",)),
+    "circular": BoundaryMode(_circular, lambda n: n, "wrap", ("wrap",)),
+    "reflect": BoundaryMode(_reflect, lambda n: max(1, 2 * n - 2), "reflect"),
+    "edge": BoundaryMode(_edge, lambda n: 0, "edge", ("replicate",)),
+    "symmetric": BoundaryMode(_symmetric, lambda n: 2 * n, "symmetric"),
 }

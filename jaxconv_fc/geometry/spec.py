@@ -27,6 +27,7 @@ from jaxconv_fc.geometry.arguments import (
 )
 from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.memory import index_dtype, readable
+from jaxconv_fc.geometry.modes import MODES
 
 
 class Nbytes(NamedTuple):
@@ -200,14 +201,17 @@ class ConvSpec:
 
     @cached_property
     def canonical(self) -> ConvSpec:
-        """The geometry that stands for all with the same M (zeros mode; docs/maths.md, section 2).
+        """The geometry that stands for others with the same M (docs/maths.md, section 2).
 
         Every window position of the padded input is used, and batch groups become feature groups where the
-        layout has the batch directly before the channels.
+        layout has the batch directly before the channels. A boundary mode pads as little as it can, and
+        gives way to a plainer one that pads alike: to zeros where nothing is padded.
         """
-        if not self.pads_with_zeros:
-            return self
-        spec = self.having([a.ending_at(a.out_size) for a in self.axes])
+        plain = [axis.plain for axis in self.axes]
+        modes = ([alike for axis in plain if (alike := axis.in_mode(mode))] for mode in MODES)
+        axes = next(alike for alike in modes if len(alike) == len(plain))
+        mode = axes[0].mode if axes else "zeros"
+        spec = replace(self.having([axis.plain for axis in axes]), padding_mode=mode)
         batch, feature, *_ = self.dimension_numbers.lhs_spec
         groups = self.batch_group_count
         if groups == 1 or feature != batch + 1:
