@@ -258,7 +258,7 @@ def _steady(view: View, s: int, l: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def sums_by(which: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     if values.dtype.kind == "c":
-        return sums_by(which, values.real, size) + 1j * sums_by(which, values.imag, size)
+        return sums_by(which, np.real(values), size) + 1j * sums_by(which, np.imag(values), size)
     return np.bincount(which, values, size)
 
 
