@@ -439,7 +439,7 @@ def _projected(given: Given, axes: Sequence[Axis], groups: int) -> Fit:
         given.numbers,
         groups,
         padding_mode=next((a.mode for a in axes), "zeros"),
-    )
+    ).canonical
     nearest, off = np.zeros(spec.rhs_shape, given.matrix.dtype), given.matrix
     for _ in range(2):  # the second time for what long sums have rounded away
         nearest = nearest + _nearest_kernel(given, off, spec)
