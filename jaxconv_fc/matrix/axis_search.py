@@ -258,7 +258,7 @@ def _steady(view: View, s: int, l: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def sums_by(which: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     if values.dtype.kind == "c":
-        return sums_by(which, values.real, size) + 1j * sums_by(which, values.imag, size)
+        return sums_by(which, np.real(values), size) + 1j * sums_by(which, np.imag(values), size)
     return np.bincount(which, values, size)
 
 
@@ -433,7 +433,7 @@ def _by_cover(view: View, mode: str, s: int, l: int, most_taps: int) -> Iterator
     most = min(most_taps, l * (period or len(low) + n))
     if len(low) * sample.sum() * most > _WORK:
         return
-    for r in range(1, n * l + 1 if view.small else _SMALL + 1):
+    for r in range(1, max(n, _SMALL) * l + 1 if view.small else _SMALL + 1):
         relation = Axis(n, most, s, 0, 0, l, r, mode)
         some = low[_cover(relation, o[sample], t[sample], low) <= most]
         for lo in some.tolist():

@@ -96,7 +96,7 @@ def on_host(matrix: Any, in_shape: Sequence[int], out_shape: Sequence[int], layo
             "matrix must be concrete: its values decide the geometry. Call outside of jit and vmap."
         )
     sizes = (math.prod(out_shape), math.prod(in_shape))
-    stored = matrix if issparse(matrix) else as_array("matrix", matrix)
+    stored: Any = matrix if issparse(matrix) else as_array("matrix", matrix)
     if stored.shape != sizes:
         raise ValueError(
             f"matrix must have the shape {sizes}, the sizes of out_shape and in_shape, got {stored.shape}."
