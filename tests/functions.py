@@ -22,6 +22,8 @@ PUBLIC = {prefix + name for prefix, module in MODULES.items() for name in module
 CLASSES = {
     "ConvSpec",
     "ConvSite",
+    "AffineLayer",
+    "AffineLayers",
     "curvature.ModelLayer",
     "spectrum.PowerStep",
     "spectrum.SingularTriplet",
@@ -160,6 +162,8 @@ TABLE = {
     "fully_connected": smooth(lambda s, k, x, y: fc.fully_connected(layer(s, k))(x)),
     "with_products": smooth(lambda s, k, x, y: fc.with_products(layer(s, k))(x)),
     "matrix_of": smooth(lambda s, k, x, y: fc.matrix_of(linear(s, k), x)),
+    "sparse_matrix_of": host(lambda s, k, x, y: fc.sparse_matrix_of(linear(s, k), x).matrix.toarray()),
+    "affine_layers": host(lambda s, k, x, y: fc.affine_layers(layer(s, k), x).evaluate(x)),
     "as_conv": host(lambda s, k, x, y: fc.as_conv(linear(s, k), x)[1:]),
     "local_affine": smooth(lambda s, k, x, y: tuple(fc.local_affine(layer(s, k), x))),
     # to see

@@ -137,7 +137,8 @@ def _offsets(spec: ConvSpec) -> tuple[np.ndarray, np.ndarray]:
     along = [np.arange(a.taps) * a.rhs_dilation - a.lo for a in spec.axes]
     grid = np.meshgrid(*along, indexing="ij") if along else []
     offsets = np.stack([g.ravel() for g in grid], 1) if grid else np.zeros((1, 0), np.int64)
-    return offsets, (abs(offsets) < np.array([a.size for a in spec.axes], np.int64)).all(1)
+    sizes = np.array([a.size for a in spec.axes], np.int64)
+    return offsets, np.asarray((abs(offsets) < sizes).all(1))
 
 
 def _divided(diagonal: jax.Array, value: jax.Array, blocks: jax.Array) -> tuple[jax.Array, jax.Array]:

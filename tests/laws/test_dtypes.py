@@ -36,7 +36,8 @@ EVERY = count("DTYPES", 0)  # dtypes of each kind, for every function; 0: one, f
 NO_ARRAYS = {
     *(name for name in functions.TABLE if name.startswith(("neurons.", "testing.", "show."))),
     "conv_spec", "row_block", "format_matrix", "find_convs", "fully_connected", "with_products", "matrix_of",
-    "local_affine", "spectrum.start_vector",
+    "local_affine", "sparse_matrix_of", "affine_layers", "as_conv", "diagonal_offsets", "interleaved_rows",
+    "spectrum.start_vector",
     *(name for name in functions.TABLE if name.startswith("curvature.model_")),
 }  # fmt: skip
 
