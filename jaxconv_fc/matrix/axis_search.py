@@ -438,8 +438,11 @@ def _by_cover(view: View, mode: str, s: int, l: int, most_taps: int) -> Iterator
         some = low[_cover(relation, o[sample], t[sample], low) <= most]
         for lo in some.tolist():
             (taps,) = _cover(relation, o, t, np.array([lo]))
-            if taps <= most:
-                yield from closed(replace(relation, taps=int(taps), lo=lo), m)
+            # A tap more where so few would make one output more: a boundary mode does not crop.
+            longer = (
+                replace(relation, taps=k, lo=lo) for k in range(int(taps), min(int(taps) + l, most + 1))
+            )
+            yield from itertools.islice((axis for near in longer for axis in closed(near, m)), 1)
 
 
 def _cover(axis: Axis, o: np.ndarray, t: np.ndarray, lo: np.ndarray) -> np.ndarray:
