@@ -281,7 +281,8 @@ def _scatter_add(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms
         size, dtype = math.prod(operand.shape), result_avals(eqn)[0].dtype
         low, middle, high = (_places(eqn, values[1], digit) for digit in _digits(size))
         places = sign * (low + _BASE * middle + _BASE**2 * high) - 1
-        made = from_triples((size, updates.size), np.full(1, sign, dtype), places, np.arange(updates.size))
+        columns = updates.numbers()
+        made = from_triples((size, updates.size), np.full(1, sign, dtype), places, columns)
         terms.append((2, made))
     return [terms]
 

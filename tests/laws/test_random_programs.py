@@ -297,6 +297,19 @@ def program(rng):
     return fn, list(map(jnp.asarray, points))
 
 
+def compare_sparse(fn, x, matrix, offset, accuracy, replay):
+    try:
+        sparse = fc.sparse_matrix_of(fn, x)
+    except TypeError as error:
+        if "SciPy cannot multiply" not in str(error):
+            raise AssertionError(replay) from error
+        return
+    for got, known in ((sparse.matrix.toarray(), matrix), (sparse.offset, offset)):
+        assert got.dtype == known.dtype, replay
+        scale = accuracy * (1 + np.max(abs(known), initial=0)) if accuracy else 0
+        np.testing.assert_allclose(got, known, rtol=0, atol=scale, err_msg=replay)
+
+
 def test_random_affine_programs_are_their_matrices(run_seed):
     """At three points, for integers the extreme ones. Only what may have wrapped is refused."""
     refused = 0
@@ -339,6 +352,7 @@ def test_random_affine_programs_are_their_matrices(run_seed):
             field = fc.neurons.receptive_field(fn, points[0], row)
             assert field.mask.ravel()[matrix[row] != 0].all(), replay
         if i % 4 == 0:  # outside of jit
+            compare_sparse(fn, points[0], matrix, offset, 0 if whole else accuracy, replay)
             for got, known in zip(fc.matrix_of(fn, points[0]), (matrix, offset), strict=True):
                 scale = 0 if whole else accuracy * (1 + np.max(abs(known), initial=0))
                 np.testing.assert_allclose(got, known, rtol=0, atol=scale, err_msg=replay)
