@@ -136,7 +136,7 @@ def nearest_conv(
     information criterion ``N log(RSS / N) + P log N`` keeps one: N entries, P kernel entries. It weighs
     groups and single taps in the same way.
 
-    Of 200 random layers of 1 and 2 axes (6 to 9 inputs, kernels of 1 to 5, strides, dilations, groups and pads
+    Of 200 random layers of 1 and 2 axes (6 to 9 inputs, kernels of 1 to 5, strides, dilations, groups, pads
     of all five modes) it found 194, 192 and 189 again as they were, with noise on every entry of 0.001, 0.01
     and 0.1 of the kernel's standard deviation.
 
