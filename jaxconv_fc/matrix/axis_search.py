@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxconv_fc.geometry.axis import Axis, Ints
 from jaxconv_fc.geometry.modes import MODES
-from jaxconv_fc.matrix.projection import gram_inverse
+from jaxconv_fc.matrix.projection import solve_gram_on_host
 
 _PAIRS = 2**10  # pairs (output, input) of an axis up to which all boundary geometries are compared
 _ROWS = 8
@@ -87,17 +87,17 @@ class View:
 
     def _nearest(self, axis: Axis) -> np.ndarray:
         """The nearest values that an axis can have."""
-        o, t, p = axis.reads(np.arange(axis.out_size))
-        nearest, taps = np.zeros_like(self.values), self._taps(axis)
-        np.add.at(nearest, (o, t), taps[p])
+        reads = axis.reads(np.arange(axis.out_size))
+        nearest, (o, t, p) = np.zeros_like(self.values), reads
+        np.add.at(nearest, (o, t), self._taps(axis, reads)[p])
         return nearest
 
-    def _taps(self, axis: Axis) -> np.ndarray:
-        """What then stands for each tap, by least squares: (taps, sums)."""
-        outputs = np.arange(axis.out_size)
-        table = axis.table(outputs)  # [o, p]
-        read = np.where((table >= 0)[:, :, None], self.values[outputs[:, None], table], 0)
-        return gram_inverse(axis) @ read.sum(0)
+    def _taps(self, axis: Axis, reads: tuple[np.ndarray, ...] | None = None) -> np.ndarray:
+        """What then stands for each tap, by least squares: (taps, sums). ``reads`` are those of all outputs."""
+        o, t, p = axis.reads(np.arange(axis.out_size)) if reads is None else reads
+        sums = np.zeros((axis.taps, self.values.shape[-1]), self.values.dtype)
+        np.add.at(sums, p, self.values[o, t])
+        return solve_gram_on_host(axis, sums, 0)
 
     def is_plausible(self, axis: Axis) -> bool:
         """Whether the axis is more than one on paper: outputs share taps, the end taps of a boundary mode are

@@ -35,7 +35,7 @@ from jaxconv_fc.matrix.axis_search import (
     zeros_axis,
 )
 from jaxconv_fc.matrix.formats import as_scipy
-from jaxconv_fc.matrix.projection import gram_inverse
+from jaxconv_fc.matrix.projection import solve_gram_on_host
 from jaxconv_fc.matrix.sketch import Given, axis_sums, on_host, sharper_sums, sum_of_squares, unbatched
 from jaxconv_fc.numerics import host_times_power_of_two
 
@@ -474,7 +474,7 @@ def _nearest_kernel(given: Given, matrix: Any, spec: ConvSpec) -> np.ndarray:
         sums += sums_by(taps, values, size)
     sums = sums.reshape(spec.rhs_shape)
     for i, axis in zip(spec.dimension_numbers.rhs_spec[2:], spec.axes, strict=True):
-        sums = np.moveaxis(np.tensordot(gram_inverse(axis), sums, axes=(1, i)), 0, i)
+        sums = solve_gram_on_host(axis, sums, i)
     return sums
 
 

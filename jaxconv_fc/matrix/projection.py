@@ -65,12 +65,17 @@ def _divided_by_gram(spec: ConvSpec, sums: jax.Array) -> jax.Array:
     return sums
 
 
-def gram_inverse(axis: Axis) -> np.ndarray:
+def _gram_inverse(axis: Axis) -> np.ndarray:
     """The pseudo-inverse of the Gram matrix of one axis."""
-    if not axis.collides:
-        counts = np.asarray(axis.tap_counts, float)
-        return np.diag(np.divide(1, counts, out=np.zeros_like(counts), where=counts > 0))
     return np.linalg.pinv(gram(axis).astype(float), rcond=1e-12, hermitian=True)
+
+
+def solve_gram_on_host(axis: Axis, sums: np.ndarray, i: int) -> np.ndarray:
+    """The pseudo-inverse of the Gram matrix of one axis, applied along axis ``i`` of a NumPy array."""
+    if axis.collides:
+        return np.moveaxis(np.tensordot(_gram_inverse(axis), sums, axes=(1, i)), 0, i)
+    counts = np.expand_dims(np.asarray(axis.tap_counts), [j for j in range(sums.ndim) if j != i])
+    return np.where(counts > 0, sums / np.maximum(counts, 1), 0)
 
 
 def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
@@ -79,7 +84,7 @@ def _solve_gram(axis: Axis, kernel: jax.Array, i: int) -> jax.Array:
         counts = jnp.asarray(axis.tap_counts, kernel.real.dtype)
         counts = jnp.expand_dims(counts, [j for j in range(kernel.ndim) if j != i])
         return jnp.where(counts > 0, kernel / jnp.maximum(counts, 1).astype(kernel.dtype), 0)
-    inverse = gram_inverse(axis)
+    inverse = _gram_inverse(axis)
     # [p, q] x [..., q, ...] -> [p, ...]
     product = jnp.tensordot(jnp.asarray(inverse, kernel.dtype), kernel, axes=(1, i), precision="highest")
     return jnp.moveaxis(product, 0, i)

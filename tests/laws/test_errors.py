@@ -408,7 +408,8 @@ def test_something_else_as_spec_is_named():
             if name.startswith("_") or not parameters or parameters[0].name != "spec":
                 continue
             names.add(name)
-            call = partial(function, KERNEL, PLAIN.spec(), *[1] * (len(parameters) - 2))
+            others = [PLAIN.spec(), *[1] * (len(parameters) - 2)][: len(parameters) - 1]
+            call = partial(function, KERNEL, *others)
             with pytest.raises(TypeError, match=r"spec must be a ConvSpec, got ndarray: make one"):
                 list(call()) if name == "row_blocks" else call()  # a generator checks when it begins
     assert names > {"as_matrix", "apply", "transpose", "row_blocks", "spectral_norm", "dot_test"}
