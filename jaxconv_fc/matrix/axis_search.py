@@ -93,7 +93,7 @@ class View:
         return nearest
 
     def _taps(self, axis: Axis, reads: tuple[np.ndarray, ...] | None = None) -> np.ndarray:
-        """What then stands for each tap, by least squares: (taps, sums). ``reads`` are those of all outputs."""
+        """What then stands for each tap, by least squares: (taps, sums). ``reads`` are of all outputs."""
         o, t, p = axis.reads(np.arange(axis.out_size)) if reads is None else reads
         sums = np.zeros((axis.taps, self.values.shape[-1]), self.values.dtype)
         np.add.at(sums, p, self.values[o, t])
