@@ -18,6 +18,7 @@ import jaxlib
 import jaxconv_fc as fc
 from benchmarks import (
     aims,
+    curvature,
     dense,
     first_call,
     functions,
@@ -32,7 +33,7 @@ from benchmarks import (
 
 TABLES = {
     table.name: table
-    for module in (dense, sparse, products, gradients, functions, spectrum, models)
+    for module in (dense, sparse, products, gradients, functions, spectrum, curvature, models)
     for table in module.TABLES
 }
 
