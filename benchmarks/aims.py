@@ -42,9 +42,13 @@ AIMS = (
     Aim("products: no other way faster by more than 5 %", PRODUCTS, 0.95),
     Aim("a solver's loop: at least 5 x faster", "loop", 5),
     Aim("`batched_apply`: no other way faster by more than 5 %", "batched random_layers", 0.95),
+    Aim("`sparse_matrix_of`: at least 10 x faster than any other sparse way", "sparse_matrix_of", 10),
+    Aim("`affine_layers`: at least 20 x faster than a gradient per output", "affine_layers", 20),
+    Aim("gradients of a batch: no other way faster by more than 5 %",
+        "gradient_norms patch_moment model_gradient_norms", 0.95),
     Aim("spectra: no other way faster by more than 5 %", "singular_values spectral_norm", 0.95),
 )  # fmt: skip
-NO_RIVALS = ("np.full", "(estimate)")  # another limit, and other results
+NO_RIVALS = ("np.full", "(estimate)", "(dense)")  # another limit, and other results
 MOST_IMPORT, MOST_FIRST = 80, 0.25  # ms over `import jax`; s beyond the run of a first call
 
 

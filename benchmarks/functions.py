@@ -117,12 +117,12 @@ def _sparse_row(name, network, shapes, channels, size):
     weights = [random(shape, np.float32, seed) for seed, shape in enumerate(shapes)]
     x = random((channels * size * size,), np.float32, seed=9)
     fn = partial(network, weights, size)
-    peers = {"asdex": partial(_asdex_sparse, fn, x), "dense": partial(_dense, fn, x)}
-    if len(weights) == 1:
-        spec = fc.conv_spec((1, channels, size, size), weights[0].shape, (1, 1), "SAME")
-        peers["as_scipy"] = lambda: partial(fc.as_scipy, spec, weights[0])
+    peers = {"asdex": partial(_asdex_sparse, fn, x), "matrix_of (dense)": partial(_dense, fn, x)}
+    specs = [fc.conv_spec((1, k.shape[1], size, size), k.shape, (1, 1), "SAME") for k in weights]
+    layers = lambda: [fc.as_scipy(spec, k) for spec, k in zip(specs, weights, strict=True)]  # noqa: E731
     ours = partial(fc.sparse_matrix_of, fn, x)
-    return Row(name, lambda: lambda: ours().matrix, peers, size=f"{x.size:,} inputs", value=_unsparse)
+    size = f"{x.size:,} inputs"
+    return Row(name, lambda: lambda: ours().matrix, peers, lambda: layers, size, _unsparse)
 
 
 def _asdex_sparse(fn, x):
@@ -197,6 +197,6 @@ def _value(result):
 TABLES = (
     Table("matrix_of", "The matrix of a linear network, jitted: `matrix_of`", "", partial(_rows, True)),
     Table("matrix_of_eager", "The same outside of jit, traced at every call", "", partial(_rows, False)),
-    Table("sparse_matrix_of", "The sparse matrix of a new linear network", "", _sparse_rows),
+    Table("sparse_matrix_of", "The sparse matrix of a new linear network", "`as_scipy` of it", _sparse_rows),
     Table("affine_layers", "The matrices of all layers of a new network", "", _layer_rows),
 )
