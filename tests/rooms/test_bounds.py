@@ -84,6 +84,7 @@ def test_a_cover_one_short_would_wrap_into_the_matrix():
     assert exact * (1 - 1e-14) <= upper < exact * 1.01
 
 
+@pytest.mark.long
 def test_bounds_on_an_image_beyond_the_dense_size():
     """The covering circulants and the grid of frequencies, against the true value."""
     rng = np.random.default_rng(4)

@@ -164,7 +164,7 @@ def test_errors():
         spectrum.spectral_norm(spec, kernel, start=v.astype(jnp.float32))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_warm_start_finds_the_norm_of_a_kernel_nearby(groups):
     """In one run of 4 steps. A group in which the start is 0 begins with a random vector, and takes more."""
     spec, kernel = layer(groups=groups)

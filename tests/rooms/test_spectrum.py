@@ -24,7 +24,9 @@ import jaxconv_fc.spectrum as spectrum
         (spectrum.orthogonality_residual, "edge", 1),
         (spectrum.log_abs_det, "circular", 1),
         (lambda s, k: spectrum.spectral_norm_bounds(s, k)[1], "zeros", 1),
-        (lambda s, k: spectrum.spectral_norm_bounds(s, k)[1], "circular", 1),
+        pytest.param(
+            lambda s, k: spectrum.spectral_norm_bounds(s, k)[1], "circular", 1, marks=pytest.mark.long
+        ),
         (lambda s, k: spectrum.top_singular_values(s, k, 2).sum(), "zeros", 1),
         (spectrum.one_norm, "edge", 1),
         (spectrum.row_norms, "zeros", 1),

@@ -60,7 +60,7 @@ def test_least_squares(run_seed):
         np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-7 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("dtype", [float, complex])
+@pytest.mark.parametrize("dtype", [float, pytest.param(complex, marks=pytest.mark.long)])
 def test_damped_least_squares(dtype):
     """``(M^H M + t^2 I) x = M^H y``, and its gradients in kernel, y and t."""
     rng = np.random.default_rng(5)
