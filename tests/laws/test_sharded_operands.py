@@ -414,7 +414,7 @@ def rarely(runs):
 
 
 def drawn():
-    """The products in every run. Of the other tables one, another one from run to run; `long` has the rest."""
+    """The products, and one of the other tables, another one from run to run. `long` has the rest."""
     first, *others = RUNS
     chosen = SEED % len(others)
     return [first, *(runs if i == chosen else rarely(runs) for i, runs in enumerate(others))]
