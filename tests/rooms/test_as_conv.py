@@ -190,7 +190,8 @@ def test_random_geometries_are_recovered(number, run_seed):
 def not_one(kind, rng):
     """A function that is affine and no convolution, and its argument."""
     rank = int(rng.integers(1, 3))
-    x = jnp.zeros((1, int(rng.integers(1, 4)), *(int(v) for v in rng.integers(5, 8, rank))), **WIDE)
+    # Two channels at least: a permutation of five entries may be a circular convolution.
+    x = jnp.zeros((1, int(rng.integers(2, 4)), *(int(v) for v in rng.integers(5, 8, rank))), **WIDE)
     kernel, size = normals(rng, (x.shape[1],) * 2 + (3,) * rank), x.size
     layer = lambda x: lax.conv_general_dilated(x, kernel, (1,) * rank, "SAME")  # noqa: E731
     some, dense, order = normals(rng, x.shape), normals(rng, (size, size)), rng.permutation(size)
