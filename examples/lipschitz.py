@@ -9,9 +9,10 @@ One vector is not enough: where the two largest singular values of a layer chang
 one for a while. A block has the new one in it. The learning rate is warmed up, so that
 a direction which is not in the block grows slowly. The largest error of an estimate is printed.
 
-The product of the norms bounds how much the scores change per change of the image. So an image whose margin is larger than sqrt(2) times bound times eps keeps its class whatever is added to it
-within eps in the 2-norm: that is the certified accuracy. The attained slope is the largest norm of a Jacobian
-at an image. Between accuracy under attack and certified accuracy lies the truth.
+The product of the norms bounds how much the scores change per change of the image. So an image whose
+margin is larger than sqrt(2) times bound times eps keeps its class whatever is added to it within eps in the
+2-norm: that is the certified accuracy. The attained slope is the largest norm of a Jacobian at an image.
+Between accuracy under attack and certified accuracy lies the truth.
 
     python examples/lipschitz.py [lipschitz.png]
 """
