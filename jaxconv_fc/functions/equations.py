@@ -429,7 +429,7 @@ def _columns(eqn: JaxprEqn, values: Sequence[Any], i: int, unit: complex, guard:
 
 _RULES: dict[str, Callable[..., list[Terms]]] = {
     **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(("device_put", "sharding_constraint", "layout_constraint", "reduce_precision"), _same),
+    **dict.fromkeys(("device_put", "sharding_constraint", "layout_constraint"), _same),
     **dict.fromkeys(("neg", "mul", "div", "shift_left"), _scaled),
     "convert_element_type": _converted,
     "real": _real,

@@ -36,7 +36,7 @@ from jaxconv_fc.functions.linearize import (
     Value,
     at_point,
     is_concrete,
-    linearized,
+    not_affine,
     tangent_of,
 )
 from jaxconv_fc.functions.names import place_of
@@ -44,7 +44,7 @@ from jaxconv_fc.functions.network import AffineLayer, AffineLayers
 from jaxconv_fc.functions.ravel import ravelled
 from jaxconv_fc.functions.rules import AFFINE
 from jaxconv_fc.functions.simplify import simplest
-from jaxconv_fc.functions.sparse import Graph, Node, check_host, joined_offsets
+from jaxconv_fc.functions.sparse import Graph, Node
 
 
 def affine_layers(fn: Callable[[Any], Any], x: Any) -> AffineLayers:
@@ -94,22 +94,13 @@ def affine_layers(fn: Callable[[Any], Any], x: Any) -> AffineLayers:
     >>> print(low.round(3), high.round(3))
     [-1.] [5.]
     """
-    name = "affine_layers"
-    with jax.default_matmul_precision("highest"):
-        traced = ravelled(name, fn, x)
-        check_host(name, "local_affine", (traced.xs, open_jaxpr(traced.jaxpr)[1]))
-        linear = linearized(name, _LAYERS, traced.jaxpr, traced.xs, None)
-        graph = _LayerGraph(name)
-        root, leaves = graph.split(traced.xs)
-        results = graph.run(linear, leaves)
-    tangents, offsets = results[: len(traced.outs)], results[len(traced.outs) :]
-    last = _Cut(graph.join(tangents, traced), joined_offsets(offsets, traced.dtype), None, {}, (), "")
-    layers = graph.layers([*graph.cuts, last], root)
-    last_layer = layers[-1]._replace(
-        shape=traced.outs[0].shape if len(traced.outs) == 1 else traced.shape[:1]
-    )
+    graph = _LayerGraph("affine_layers")
+    traced = ravelled(graph.name, fn, x)
+    root, result, offset = graph.of(traced, _LAYERS, instead="local_affine")
+    shape = traced.outs[0].shape if len(traced.outs) == 1 else traced.shape[:1]
+    last = _Cut(result, offset, None, {}, shape, "")
     return AffineLayers(
-        (*layers[:-1], last_layer),
+        tuple(graph.layers([*graph.cuts, last], root)),
         in_shapes=tuple((tuple(v.shape), np.dtype(v.dtype)) for v in traced.xs),
         out_shapes=tuple((tuple(v.shape), np.dtype(v.dtype)) for v in traced.outs),
         in_tree=traced.x_tree,
@@ -159,6 +150,18 @@ def _real(rule: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         return rule(linearizer, eqn, values)
 
     return of_real
+
+
+def _unless_affine(name: str, operands: tuple[int, ...], rule: Callable[..., list[Any]]) -> Any:
+    """The rule, where all of these operands depend on x and are floats; else that of affine functions."""
+
+    def chosen(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+        depend = all(isinstance(values[i], Value) for i in operands)
+        if depend and jnp.issubdtype(result_avals(eqn)[0].dtype, jnp.floating):
+            return rule(linearizer, eqn, values)
+        return AFFINE.rules[name](linearizer, eqn, values)
+
+    return chosen
 
 
 def _named(name: str, **parameters: Any) -> Callable[..., list[Any]]:
@@ -274,11 +277,7 @@ def _clamp(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 
 def _product(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    if not all(isinstance(v, Value) for v in values):
-        return AFFINE.rules["mul"](linearizer, eqn, values)
     out = result_avals(eqn)[0]
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        return AFFINE.rules["mul"](linearizer, eqn, values)
     if values[0].tangent is values[1].tangent and values[0].value is values[1].value:
         return [_activate(linearizer, eqn, "square", values[0], out.shape)]
     return [_activate(linearizer, eqn, "mul", _stacked(eqn, values, out.shape), out.shape)]
@@ -286,8 +285,6 @@ def _product(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> li
 
 def _quotient(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     out, avals = result_avals(eqn)[0], operand_avals(eqn)
-    if not isinstance(values[1], Value) or not jnp.issubdtype(out.dtype, jnp.floating):
-        return AFFINE.rules["div"](linearizer, eqn, values)
     inverse = _activate(linearizer, eqn, "power", values[1], avals[1].shape, exponent=-1.0)
     if isinstance(values[0], Value):
         return [_activate(linearizer, eqn, "mul", _stacked(eqn, [values[0], inverse], out.shape), out.shape)]
@@ -296,11 +293,7 @@ def _quotient(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> l
 
 def _dense(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     """``[b, f, g] = sum_c left[b, f, c] right[b, g, c]`` of two values: all products, then their sums."""
-    if not all(isinstance(v, Value) for v in values):
-        return AFFINE.rules["dot_general"](linearizer, eqn, values)
     out = result_avals(eqn)[0]
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        return AFFINE.rules["dot_general"](linearizer, eqn, values)
     contract, batch = eqn.params["dimension_numbers"]
     parts = []
     for i, (v, aval) in enumerate(zip(values, operand_avals(eqn), strict=True)):
@@ -335,14 +328,18 @@ def _comparison(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) ->
 
 def _select(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     which, *cases = values
+    broken = not_affine(values)
+    if broken is None:
+        return AFFINE.rules["select_n"](linearizer, eqn, values)
     condition = which.condition if isinstance(which, NotAffine) else None
-    broken = next((v for v in cases if isinstance(v, NotAffine)), None)
-    if condition is None or broken is not None or len(cases) != 2:
-        broken = broken or (which if isinstance(which, NotAffine) else None)
-        return AFFINE.rules["select_n"](linearizer, eqn, values) if broken is None else [broken]
     out, (_, *avals) = result_avals(eqn)[0], operand_avals(eqn)
-    if not jnp.issubdtype(out.dtype, jnp.floating) or condition.gap.tangent.shape != out.shape:
-        return [which]
+    if (
+        condition is None
+        or not_affine(cases) is not None
+        or not jnp.issubdtype(out.dtype, jnp.floating)
+        or condition.gap.tangent.shape != out.shape
+    ):
+        return [broken]
     no, yes = (
         (jnp.broadcast_to(tangent_of(v, a), out.shape), _known(v, a, out))
         for v, a in zip(cases, avals, strict=True)
@@ -413,9 +410,9 @@ _LAYERS = Rules(
                 **dict.fromkeys(("gt", "ge", "lt", "le"), _comparison),
             }.items()
         },
-        "mul": _product,
-        "div": _quotient,
-        "dot_general": _dense,
+        "mul": _unless_affine("mul", (0, 1), _product),
+        "div": _unless_affine("div", (1,), _quotient),
+        "dot_general": _unless_affine("dot_general", (0, 1), _dense),
         "integer_pow": _integer_power,
         "pow": _power,
     },

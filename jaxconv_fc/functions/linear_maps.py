@@ -53,9 +53,7 @@ class RealLinear:
 
 Csr = Any  # scipy.sparse.csr_array: its type says too little
 Map = Any  # Selection | RealLinear | csr_array
-Guard = Callable[
-    [int, Any], None
-]  # (entries, dtype) of a matrix to be made -> ValueError if there are too many
+Guard = Callable[[int, Any], None]  # (entries, dtype) of a matrix to be made; refuses too many
 
 
 def selection(columns: int, numbers: np.ndarray) -> Selection:

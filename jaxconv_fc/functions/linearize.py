@@ -78,8 +78,9 @@ def is_concrete(value: Any) -> bool:
 
 
 def not_affine(values: Iterable[Any]) -> NotAffine | None:
-    """The first NotAffine among the values, if there is one."""
-    return next((v for v in values if isinstance(v, NotAffine)), None)
+    """Why there is a value that no rule linearizes, if there is one. What it may say as a condition is not
+    true of what is made of it."""
+    return next((NotAffine(v.reason) for v in values if isinstance(v, NotAffine)), None)
 
 
 def difference(eqn: JaxprEqn, values: Sequence[Any]) -> Value:
@@ -96,7 +97,7 @@ def entry(value: Any, i: int) -> Any:
     """Slice ``i`` of an operand that a loop scans over."""
     if isinstance(value, Value):
         return Value(value.tangent[i], None if value.value is None else value.value[i], value.range)
-    return value if isinstance(value, NotAffine) else value[i]
+    return NotAffine(value.reason) if isinstance(value, NotAffine) else value[i]
 
 
 def stacked(values: Sequence[Any], aval: Any) -> Any:
@@ -165,7 +166,7 @@ class Linearizer:
             return self.rules.control[name](self, eqn, values)
         broken = not_affine(values)
         if broken is not None:
-            return [NotAffine(broken.reason)] * len(eqn.outvars)
+            return [broken] * len(eqn.outvars)
         if name not in self.rules.rules:
             return self.broken(eqn)
         befores, afters = ([a.dtype for a in avals] for avals in (operand_avals(eqn), result_avals(eqn)))

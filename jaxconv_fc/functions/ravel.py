@@ -93,4 +93,4 @@ def _rows(name: str, results: Sequence[Any], rows: Any) -> Any:
             f"Take rows of 0 to {size - 1}."
         )
     whole = jnp.concatenate([jnp.ravel(v).astype(jnp.result_type(*results)) for v in results])
-    return whole[rows]
+    return whole.at[rows].get(mode="fill")  # a traced row out of range is no other row

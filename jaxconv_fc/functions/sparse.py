@@ -28,7 +28,7 @@ from jaxconv_fc.functions.jaxprs import (
     result_avals,
 )
 from jaxconv_fc.functions.linear_maps import Guard, Map, RealLinear, Selection, as_csr, product, total
-from jaxconv_fc.functions.linearize import linearized
+from jaxconv_fc.functions.linearize import Rules, linearized
 from jaxconv_fc.functions.names import place_of
 from jaxconv_fc.functions.ravel import Ravelled, ravelled, sizes
 from jaxconv_fc.functions.rules import AFFINE
@@ -88,20 +88,13 @@ def sparse_matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> S
     >>> print(offset)
     [5. 5. 5. 5.]
     """
-    name = "sparse_matrix_of"
-    with jax.default_matmul_precision("highest"):
-        traced = ravelled(name, fn, x, rows)
-        check_host(name, "matrix_of", (traced.xs, open_jaxpr(traced.jaxpr)[1]))
-        linear = linearized(name, AFFINE, traced.jaxpr, traced.xs, None)
-        graph = Graph(name)
-        root, leaves = graph.split(traced.xs)
-        results = graph.run(linear, leaves)
-    tangents, offsets = results[: len(traced.outs)], results[len(traced.outs) :]
-    matrix = graph.between(graph.join(tangents, traced), [root]).get(root)
-    dtype = np.dtype(traced.dtype)
+    graph = Graph("sparse_matrix_of")
+    traced = ravelled(graph.name, fn, x, rows)
+    root, result, offset = graph.of(traced, AFFINE, instead="matrix_of")
+    matrix = graph.between(result, [root]).get(root)
     if matrix is None:  # nothing depends on x
         matrix = Selection(root.operand.size, np.full(traced.shape[0], -1))
-    return SparseMap(as_csr(matrix, dtype), joined_offsets(offsets, dtype))
+    return SparseMap(as_csr(matrix, offset.dtype), offset)
 
 
 def check_host(name: str, instead: str, arrays: Any) -> None:
@@ -109,10 +102,6 @@ def check_host(name: str, instead: str, arrays: Any) -> None:
     traced = next(filter(is_traced, jax.tree.leaves(arrays)), None)
     if traced is not None:
         raise TypeError(f"{name} makes NumPy arrays, and {traced} is traced: use {instead} under jit.")
-
-
-def joined_offsets(offsets: Sequence[Any], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *(np.ravel(np.asarray(v)) for v in offsets)]).astype(dtype)
 
 
 # -- the graph -------------------------------------------------------------------------------------
@@ -133,6 +122,21 @@ class Graph:
 
     def __init__(self, name: str):
         self.name = name  # of the public function, for messages
+
+    def of(self, traced: Ravelled, rules: Rules, *, instead: str) -> tuple[Node, Node, np.ndarray]:
+        """The vectors of all entries of x and of the result as nodes, and the result's offset.
+
+        ``instead`` is the function for traced arrays.
+        """
+        check_host(self.name, instead, (traced.xs, open_jaxpr(traced.jaxpr)[1]))
+        with jax.default_matmul_precision("highest"):
+            linear = linearized(self.name, rules, traced.jaxpr, traced.xs, None)
+            root, leaves = self.split(traced.xs)
+            results = self.run(linear, leaves)
+        tangents, offsets = results[: len(traced.outs)], results[len(traced.outs) :]
+        dtype = np.dtype(traced.dtype)
+        offset = np.concatenate([np.empty(0, dtype), *(np.ravel(np.asarray(v)) for v in offsets)])
+        return root, self.join(tangents, traced), offset.astype(dtype)
 
     def run(self, jaxpr: Any, values: Sequence[Any]) -> list[Any]:
         """The results of a jaxpr: a node where it depends on a node, else an array."""
@@ -176,12 +180,11 @@ class Graph:
     def split(self, arrays: Sequence[Any]) -> tuple[Node, list[Node]]:
         """The vector of all entries of some arrays, and each array as a part of it."""
         size, firsts = sum(sizes(arrays)), [*itertools.accumulate(sizes(arrays), initial=0)]
-        dtypes = [np.dtype(a.dtype) for a in arrays]
-        root = Node(Operand((size,), np.result_type(*dtypes) if dtypes else np.dtype(np.float32)))
+        root = Node(Operand((size,), np.dtype(bool)))  # its map is the identity, in any dtype
         leaves = []
-        for a, dtype, first, n in zip(arrays, dtypes, firsts, sizes(arrays), strict=False):
+        for a, first, n in zip(arrays, firsts, sizes(arrays), strict=False):
             part = Selection(size) if n == size else Selection(size, np.arange(first, first + n))
-            leaves.append(Node(Operand(a.shape, dtype), [(root, part)]))
+            leaves.append(Node(Operand(a.shape, np.dtype(a.dtype)), [(root, part)]))
         return root, leaves
 
     def join(self, results: Sequence[Any], traced: Ravelled) -> Node:

@@ -168,7 +168,10 @@ def test_rows_cost_what_they_are():
             fc.matrix_of(deep, X)
         some = fc.matrix_of(deep, X, rows=[1, 2])
     close(some.matrix, fc.matrix_of(deep, X).matrix[1:3])
-    close(jax.jit(lambda i: fc.matrix_of(deep, X, rows=i))(jnp.array([1, 2])).matrix, some.matrix)
+    traced = jax.jit(lambda i: fc.matrix_of(deep, X, rows=i))(jnp.array([1, 2, 1000]))
+    close(traced.matrix[:2], some.matrix)
+    assert np.isfinite(traced.offset[:2]).all()
+    assert np.isnan(traced.offset[2])
 
 
 @pytest.mark.parametrize("name", ["constant", "circular", "batch norm", "deep and narrow"])

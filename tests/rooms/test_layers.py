@@ -185,11 +185,22 @@ def test_pytrees_of_inputs():
         layers.evaluate(x["a"])
 
 
+MASK = np.array([True, False, True])
+
+
+def _by_stacked_conditions(x):
+    _, conditions = lax.scan(lambda c, sign: (c, sign * x > 0), 0, jnp.array([1.0, -1.0]))
+    return lax.scan(lambda c, which: (c + jnp.where(which, x, 0.0), None), 0 * x, conditions)[0]
+
+
 def test_what_is_unknown_is_refused_by_name():
     for fn, message in (
         (jnp.sort, "primitive 'sort' at test_layers.py"),
         (lambda x: jnp.cumprod(x), "primitive 'cumprod' at test_layers.py"),
         (lambda x: jnp.where((x > 0) & (x < 1), x, 0.0), "primitive 'gt' at test_layers.py"),
+        # a condition that is chosen, or stacked and taken apart, is not the first of them
+        (lambda x: jnp.where(jnp.where(MASK, x > 0, x < 0), x, 0.0), "primitive 'lt' at test_layers.py"),
+        (_by_stacked_conditions, "primitive 'gt' at test_layers.py"),
         (lambda x: x.astype(jnp.int32), "to int32 at test_layers.py"),
         (lambda x: jnp.clip(x, -x, 1.0 * x), None),
     ):
