@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.entries import all_entries
 from jaxconv_fc.functions.jaxprs import (
     CALLS,
     Finish,
@@ -32,6 +31,7 @@ from jaxconv_fc.functions.jaxprs import (
     wanted,
 )
 from jaxconv_fc.functions.tap_sums import convolve_columns, window_sum
+from jaxconv_fc.geometry.entries import all_entries
 from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.matrix.scatter import spread_kernel

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.entries import stored_entries
 from jaxconv_fc.geometry.arguments import resolve_layouts
 from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.entries import stored_entries
 from jaxconv_fc.geometry.layout import inverse
 from jaxconv_fc.geometry.lines import gram
 from jaxconv_fc.geometry.modes import MODES

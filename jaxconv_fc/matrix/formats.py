@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.entries import (
+from jaxconv_fc.geometry.arguments import Array, as_array, brief, check_same_dtype, native
+from jaxconv_fc.geometry.entries import (
     Listed,
     Reads,
     entries,
@@ -22,7 +23,6 @@ from jaxconv_fc.entries import (
     row_pointers,
     sorted_reads,
 )
-from jaxconv_fc.geometry.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.geometry.layout import (
     column_of,
     grid,

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.entries import (
+from jaxconv_fc.geometry.cache import bounded_cache
+from jaxconv_fc.geometry.entries import (
     Reads,
     axis_widths,
     entries,
@@ -33,7 +34,6 @@ from jaxconv_fc.entries import (
     place,
     row_pointers,
 )
-from jaxconv_fc.geometry.cache import bounded_cache
 from jaxconv_fc.geometry.layout import column_of, inverse, part_count, spread, tap_in_part
 from jaxconv_fc.geometry.lines import Run, output_runs
 from jaxconv_fc.geometry.spec import ConvSpec

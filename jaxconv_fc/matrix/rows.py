@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.entries import axis_widths
 from jaxconv_fc.geometry.arguments import Array, as_int
 from jaxconv_fc.geometry.axis import Axis
+from jaxconv_fc.geometry.entries import axis_widths
 from jaxconv_fc.geometry.spec import ConvSpec, check_spec
 from jaxconv_fc.matrix.formats import as_scipy, host_kernel
 

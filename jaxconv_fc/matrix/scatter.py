@@ -1,8 +1,8 @@
 """The builders as scatters and gathers: what CPU and GPU run.
 
-M, its rows and its columns scatter the kernel to the places of their :mod:`jaxconv_fc.entries`; sums over
-outputs, the transpose, gather from them. :mod:`jaxconv_fc.matrix.selects` does the same without indices, for
-a TPU.
+M, its rows and its columns scatter the kernel to the places of their :mod:`jaxconv_fc.geometry.entries`; sums
+over outputs, the transpose, gather from them. :mod:`jaxconv_fc.matrix.selects` does the same without indices,
+for a TPU.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxconv_fc.entries import Entries, all_entries, column_entries, row_entries
 from jaxconv_fc.geometry.axis import Ints
+from jaxconv_fc.geometry.entries import Entries, all_entries, column_entries, row_entries
 from jaxconv_fc.geometry.layout import by_group, from_out_first, out_first, split_column, split_row
 from jaxconv_fc.geometry.memory import index_dtype
 from jaxconv_fc.geometry.spec import ConvSpec

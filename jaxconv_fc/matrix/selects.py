@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxconv_fc.entries import reading
+from jaxconv_fc.geometry.entries import reading
 from jaxconv_fc.geometry.layout import (
     column_of,
     grid,

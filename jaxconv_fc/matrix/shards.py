@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxconv_fc.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
 from jaxconv_fc.geometry.arguments import Array
 from jaxconv_fc.geometry.axis import Ints
+from jaxconv_fc.geometry.entries import Reads, axis_widths, entry_dtype, listed, place, sorted_reads
 from jaxconv_fc.geometry.layout import split_row
 from jaxconv_fc.geometry.memory import check_array, check_stored
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand

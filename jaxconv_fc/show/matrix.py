@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxconv_fc.entries import stored_entries
 from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.entries import stored_entries
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.show.canvas import (
     BLOCK_LINE,

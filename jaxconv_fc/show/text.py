@@ -11,8 +11,8 @@ from string import ascii_lowercase
 import jax.numpy as jnp
 import numpy as np
 
-from jaxconv_fc.entries import stored_entries
 from jaxconv_fc.geometry.arguments import Array
+from jaxconv_fc.geometry.entries import stored_entries
 from jaxconv_fc.geometry.memory import readable
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec, conv_spec
 from jaxconv_fc.show.html import table
