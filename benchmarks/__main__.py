@@ -63,13 +63,15 @@ def main():
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join([*TABLES, 'first_call'])}")
     rounds = 1 if args.quick else args.rounds
     args.out.mkdir(parents=True, exist_ok=True)
-    results = _about(rounds) | {"quick": args.quick, "platform": jax.default_backend()}
+    results = _earlier(args.out, {"machine": _machine(), "platform": jax.default_backend()}, args.quick)
     for name in wanted:
         if name in TABLES:
-            results["tables"].append(_measure(TABLES[name], rounds, args))
+            table = _measure(TABLES[name], rounds, args)
+            tables = {known["name"]: known for known in results["tables"]} | {name: table}
+            results["tables"] = [tables[known] for known in TABLES if known in tables]
             _write(results, args.out)
     if "first_call" in wanted:
-        results["imports"] = first_call.imports(rounds)
+        results["imports"] = first_call.imports(rounds) | {"run": _run()}
         results["first_calls"] = dict(first_call.first_calls(args.quick))
     _write(results, args.out)
     for aim in results["aims"]:
@@ -77,45 +79,49 @@ def main():
     return 0
 
 
+def _earlier(folder, here, quick):
+    """The results in this folder if they are of this machine: a run replaces the tables that it measures."""
+    with contextlib.suppress(OSError):
+        results = json.loads((folder / "results.json").read_text())
+        if not (quick or results["quick"]) and {key: results[key] for key in here} == here:
+            return results
+    return here | {"quick": quick, "tables": []}
+
+
 def _measure(table, rounds, args):
     print(f"\n{table.title}", flush=True)
     found = []
+    rounds = rounds if args.quick else rounds * table.times
     for row in itertools.islice(table.rows(args.quick), QUICK_ROWS if args.quick else None):
         start = time.perf_counter()
-        one = rows.measure(row, rounds if args.quick else rounds * table.times, args.quick)
+        one = rows.measure(row, rounds, args.quick)
         found.append(asdict(one))
         ratios = "  ".join(f"{name} {value:.3g}" for name, value in one.ratios.items())
         print(f"  {one.name}: {ratios}  [{time.perf_counter() - start:.0f} s]", flush=True)
         with contextlib.suppress(RuntimeError):
             jax.clear_caches()
     about = {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note}
-    about["times"] = table.times
-    return about | {"rows": found}
+    return about | {"run": f"{_run()}; {rounds} rounds", "rows": found}
 
 
-def _about(rounds):
-    device = jax.devices()[0]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    processor = platform.processor() or platform.machine()
+def _machine():
+    device, processor = jax.devices()[0], platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
         processor += f", {sum(line.startswith('processor') for line in lines)} cores"
-    machine = processor if device.platform == "cpu" else f"{device.device_kind}; host {processor}"
-    versions = (
-        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
-        f"jaxconv_fc {fc.__version__}"
+    return processor if device.platform == "cpu" else f"{device.device_kind}; host {processor}"
+
+
+def _run():
+    """What was measured, and when."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    return {
-        "machine": machine,
-        "versions": versions,
-        "commit": f"commit {commit.stdout.strip()}",
-        "rounds": rounds,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "tables": [],
-    }
+    return (
+        f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
+        f"jaxconv_fc {fc.__version__}; commit {commit.stdout.strip()}; {datetime.now(UTC):%Y-%m-%d}"
+    )
 
 
 def _write(results, folder):

@@ -24,6 +24,8 @@ class Aim(NamedTuple):
     limit: bool = False  # whether the figures are ours over the limit; else the times of other ways over ours
     entries: tuple[float, float] = (0, float("inf"))  # only rows with so many entries
     of: Callable[[Iterable[float]], float] | None = None  # None: the worst figure
+    rows: str = ""  # what the names of its rows begin with
+    peers: str = ""  # what the names of the other ways begin with
 
 
 BUILDERS = "dense update as_scipy as_bcsr as_bcoo matrix_vjp matrix_of matrix_of_eager"
@@ -46,6 +48,12 @@ AIMS = (
     Aim("`affine_layers`: at least 20 x faster than a gradient per output", "affine_layers", 20),
     Aim("gradients of a batch: no other way faster by more than 5 %",
         "gradient_norms patch_moment model_gradient_norms", 0.95),
+    *(Aim(f"a training step of {name}: lax takes at least {least} times as long", "models", least,
+          rows=f"{name}, batch 8, NHWC, float32", peers="lax")
+      for name, least in {"MobileNetV2": 10, "ResNeXt": 40, "ConvNeXt": 4.5, "DCGAN generator": 3.5,
+                          "U-Net 3-D": 14, "ResNet-50 blocks": 2.5, "ResNet-18 blocks": 1.4}.items()),
+    Aim("networks: lax not faster by more than 2 %", "models models_forward", 0.98, peers="lax"),
+    Aim("networks: torch takes at least 0.5 of our time", "models", 0.5, peers="torch"),
     Aim("spectra: no other way faster by more than 5 %", "singular_values spectral_norm", 0.95),
 )  # fmt: skip
 NO_RIVALS = ("np.full", "(estimate)", "(dense)")  # another limit, and other results
@@ -63,7 +71,7 @@ def aims(results):
     for aim in AIMS:
         rows = [row for name in aim.tables.split() for row in tables.get(name, ()) if _counts(aim, row)]
         ratios = [pair for row in rows for pair in row["ratios"].items() if not pair[0].endswith(NO_RIVALS)]
-        values = [value for name, value in ratios if (name == "limit") == aim.limit]
+        values = [v for name, v in ratios if (name == "limit") == aim.limit and name.startswith(aim.peers)]
         if values:
             seen = (aim.of or (max if aim.limit else min))(values)
             add(aim.text, seen, seen <= aim.bound if aim.limit else seen >= aim.bound)
@@ -76,7 +84,9 @@ def aims(results):
 
 
 def _counts(aim, row):
-    """Whether a row has as many entries as an aim asks for."""
+    """Whether an aim is about this row: by its name, and by how many entries it has."""
+    if not row["name"].startswith(aim.rows):
+        return False
     if aim.entries == Aim._field_defaults["entries"]:
         return True
     entries = int(row["size"].split()[0].replace(",", ""))  # "124,000 entries, ..."

@@ -12,8 +12,8 @@ def markdown(results):
     lines = [
         "# Measured",
         "",
-        "; ".join(results[key] for key in ("machine", "versions", "commit", "date")) + ".",
-        f"`python -m benchmarks`, a row in one process: medians of up to {results['rounds']} rounds, "
+        results["machine"] + ".",
+        "`python -m benchmarks`, a row in one process: medians of at most so many rounds as the table says, "
         "every contestant once a round; in brackets the quartiles. A figure below the name of another way is "
         "its time over ours, **bold** where the other way is faster; after +, what it took once before, such "
         "as the detection and colouring of a pattern.",
@@ -59,8 +59,7 @@ def _body(table):
         yield f"({number}) {note}."
     if table["note"]:
         yield table["note"]
-    if table["times"] > 1:
-        yield f"Measured in {table['times']} times as many rounds as the other tables."
+    yield f"{table['run']}."
 
 
 def _cell(row, peer, notes):
@@ -98,7 +97,8 @@ def _first_calls(results):
     yield ""
     yield (
         f"`import jax` {found['jax']:.0f} ms; `import jaxconv_fc` after it {found['ours']:.0f} ms. Every row "
-        "is a process of its own. Beyond its run: the first call less a second one, which compiles nothing."
+        "is a process of its own. Beyond its run: the first call less a second one, which compiles nothing. "
+        f"{found['run']}."
     )
     yield ""
     yield "| | first call | beyond its run | program | result | peak memory above what was there |"

@@ -295,11 +295,10 @@ def method(spec: ConvSpec, count: int, dtype: Any) -> str:
     The convolution, except for 16 examples or more, if :func:`apply` does not write it out as a sum over
     taps, and if M is within the memory limit:
 
-    - dense, if at least a quarter of M is nonzero (kernels as large as the image), in float32 or narrower for
-      64 examples or more;
+    - dense, if at least a quarter of M is nonzero (kernels as large as the image);
     - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
       float32 or narrower, or 1 of several (depthwise) in any dtype;
-    - sparse, for 64-bit and integer dtypes and at least 64 examples.
+    - sparse, for 64-bit and integer dtypes.
 
     Sparse only where all examples together take 10^5 products.
 
@@ -313,13 +312,12 @@ def method(spec: ConvSpec, count: int, dtype: Any) -> str:
         return "convolution"
     sizes = spec.nbytes(dtype)
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize <= 4
-    full = 4 * spec.nse >= spec.out_size * spec.in_size and count >= (64 if narrow else 16)
-    if full and fits_in_memory(sizes.dense):
+    if 4 * spec.nse >= spec.out_size * spec.in_size and fits_in_memory(sizes.dense):
         return "dense"
     few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
     few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
     small = count * spec.nse < 10**5  # products in all: less than it takes to build M
-    if (few or (not narrow and count >= 64)) and not small and fits_in_memory(sizes.bcsr):
+    if (few or not narrow) and not small and fits_in_memory(sizes.bcsr):
         return "sparse"
     return "convolution"
 
