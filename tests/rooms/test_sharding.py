@@ -24,7 +24,7 @@ def specs():
     import jaxconv_fc as fc
 
     return {
-        "even": fc.conv_spec((1, 3, 16, 16), (8, 3, 3, 3), (1, 1), "SAME"),
+        "even": fc.conv_spec((1, 3, 8, 8), (8, 3, 3, 3), (1, 1), "SAME"),
         "uneven": fc.conv_spec((1, 2, 7, 5), (3, 2, 3, 2), (2, 1), [(2, 0), (1, 1)]),
         "reflect": fc.conv_spec((1, 2, 6, 5), (3, 2, 3, 3), (1, 1), "SAME", padding_mode="reflect"),
         "NHWC": fc.conv_spec(
