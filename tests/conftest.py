@@ -46,8 +46,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """What is imported stays. Python would look through all of it, again and again, for what is no longer used:
-    a tenth of the time."""
+    """What is imported stays. Python would look through all of it, again and again, for what is no longer
+    used: a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -412,9 +412,7 @@ FURTHER = [
 ]
 
 
-@pytest.mark.parametrize(
-    "runs", [PRODUCTS[0], *drawn(TABLES, 1), *map(rarely, FURTHER)], ids=", ".join
-)
+@pytest.mark.parametrize("runs", [PRODUCTS[0], *drawn(TABLES, 1), *map(rarely, FURTHER)], ids=", ".join)
 def test_four_devices_give_what_one_gives(runs):
     command = [sys.executable, "-W", "error", str(HERE), json.dumps(runs)]
     variables = of_devices(DEVICES)

@@ -66,7 +66,7 @@ def test_the_norm_of_blocks_has_the_derivative_of_a_search():
         @jax.jit
         def slopes(kernel, change, spec=spec):
             norm = partial(spectrum.spectral_norm, spec)
-            of_triplet = jax.grad(lambda k: spectrum.singular_triplet(spec, k).value)(kernel)
+            of_triplet = jax.grad(lambda k, s=spec: spectrum.singular_triplet(s, k).value)(kernel)
             with fc.memory_limit(0):
                 search = jax.jvp(norm, (kernel,), (change,))
             return jax.jvp(norm, (kernel,), (change,)), search, jnp.sum(of_triplet * change).real

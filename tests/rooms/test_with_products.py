@@ -1,6 +1,5 @@
 """with_products: any function with its convolutions by this library's products; and conv_general_dilated."""
 
-import os
 import re
 import subprocess
 import sys
