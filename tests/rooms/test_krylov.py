@@ -47,34 +47,37 @@ def test_largest_values(run_seed, number):
             close(several, values[:k])
 
 
-def test_the_norm_of_blocks_has_the_derivative_of_a_search():
-    """With strides, dilations and groups, where values occur several times; the value of a triplet too."""
-    rng = np.random.default_rng(3)
-    for shapes, strides, dtype, options in (
-        (((1, 4, 6, 8), (4, 2, 3, 2)), (1, 2), float, {"feature_group_count": 2}),
-        (((1, 2, 6, 5), (3, 2, 2, 3)), (2, 1), complex, {"rhs_dilation": (2, 1)}),
-        (((1, 2, 4, 3), (2, 2, 3, 3)), (1, 1), float, {"lhs_dilation": (2, 1)}),
-    ):
-        lo = [r * (k - 1) for k, r in zip(shapes[1][2:], options.get("rhs_dilation", (1, 1)), strict=True)]
-        pads = [(n // 2, n - n // 2) for n in lo]
-        spec = fc.conv_spec(*shapes, strides, pads, padding_mode="circular", **options)
-        kernel, change = (jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype)) for _ in range(2))
-        kernel = kernel.at[-1].multiply(3)  # the last group has the largest value
-        norms = [np.linalg.norm(oracle.matrix(kernel + t * change, spec), 2) for t in (0, 1e-6, -1e-6)]
-        want = norms[0], (norms[1] - norms[2]) / 2e-6
+SEVERAL_TIMES = [  # layers in which values occur several times
+    (((1, 2, 6, 5), (3, 2, 2, 3)), (2, 1), complex, {"rhs_dilation": (2, 1)}),
+    (((1, 4, 6, 8), (4, 2, 3, 2)), (1, 2), float, {"feature_group_count": 2}),
+    (((1, 2, 4, 3), (2, 2, 3, 3)), (1, 1), float, {"lhs_dilation": (2, 1)}),
+]
 
-        @jax.jit
-        def slopes(kernel, change, spec=spec):
-            norm = partial(spectrum.spectral_norm, spec)
-            of_triplet = jax.grad(lambda k, s=spec: spectrum.singular_triplet(s, k).value)(kernel)
-            with fc.memory_limit(0):
-                search = jax.jvp(norm, (kernel,), (change,))
-            return jax.jvp(norm, (kernel,), (change,)), search, jnp.sum(of_triplet * change).real
 
-        along, search, of_triplet = slopes(kernel, change)
-        np.testing.assert_allclose(along, want, rtol=1e-6)
-        np.testing.assert_allclose(of_triplet, along[1], rtol=1e-9)
-        np.testing.assert_allclose(search, along, rtol=1e-6)
+@pytest.mark.parametrize("layer", [SEVERAL_TIMES[0], SEVERAL_TIMES[1], rarely(SEVERAL_TIMES[2])])
+def test_the_norm_of_blocks_has_the_derivative_of_a_search(layer, rng):
+    """With strides, dilations and groups; the value of a triplet too."""
+    shapes, strides, dtype, options = layer
+    lo = [r * (k - 1) for k, r in zip(shapes[1][2:], options.get("rhs_dilation", (1, 1)), strict=True)]
+    pads = [(n // 2, n - n // 2) for n in lo]
+    spec = fc.conv_spec(*shapes, strides, pads, padding_mode="circular", **options)
+    kernel, change = (geometries.normals(rng, spec.rhs_shape, dtype) for _ in range(2))
+    kernel[-1] *= 3  # the last group has the largest value
+    norms = [np.linalg.norm(oracle.matrix(kernel + t * change, spec), 2) for t in (0, 1e-6, -1e-6)]
+    want = norms[0], (norms[1] - norms[2]) / 2e-6
+
+    @jax.jit
+    def slopes(kernel, change):
+        norm = partial(spectrum.spectral_norm, spec)
+        of_triplet = jax.grad(lambda kernel: spectrum.singular_triplet(spec, kernel).value)(kernel)
+        with fc.memory_limit(0):
+            search = jax.jvp(norm, (kernel,), (change,))
+        return jax.jvp(norm, (kernel,), (change,)), search, jnp.sum(of_triplet * change).real
+
+    along, search, of_triplet = slopes(kernel, change)
+    np.testing.assert_allclose(along, want, rtol=1e-6)
+    np.testing.assert_allclose(of_triplet, along[1], rtol=1e-9)
+    np.testing.assert_allclose(search, along, rtol=1e-6)
 
 
 @pytest.mark.parametrize("tolerance", [rarely(1e-5), None])
