@@ -29,7 +29,7 @@ hypothesis.settings.register_profile("long", max_examples=2000, **_LENIENT)
 hypothesis.settings.load_profile(environment.HYPOTHESIS_PROFILE)
 
 
-MOST_PROGRAMS = 700  # that a process keeps
+MOST_PROGRAMS = 500  # that a process keeps from file to file
 _kept = 0  # how many programs had been compiled when they were last forgotten
 
 
@@ -61,10 +61,11 @@ def pytest_report_header():
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """A program takes 12 of the 65,530 mappings that Linux allows a process, and 2 MB of memory. Until there
-    are many, files share what they all compile: the operations of arrays that are not jitted."""
+    are many, files share what they all compile: the operations of arrays that are not jitted. The tests of a
+    file share more."""
     global _kept
     yield
     if len(COMPILED) - _kept > MOST_PROGRAMS:

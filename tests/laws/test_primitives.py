@@ -304,8 +304,8 @@ def _real(y):
 
 
 def _pairs(name, x):
-    """``(matrix_of, pairs)``: what must be equal to jax.jacobian's of the function written plainly, and to its
-    value. Of the primitive alone, and between matrices that make the output the smaller side, where its
+    """``(matrix_of, pairs)``: what must be equal to jax.jacobian's of the function written plainly, and to
+    its value. Of the primitive alone, and between matrices that make the output the smaller side, where its
     transpose is propagated."""
     fn, plain = _pair(HANDLED[name])
     y, jacobian = plain(x), jax.jacobian(lambda x: _real(plain(x)))(x)

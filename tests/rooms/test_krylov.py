@@ -119,6 +119,9 @@ def test_more_values_than_one_group_has():
     spec = fc.conv_spec((1, 2, 3), (2, 1, 1), (1,), "VALID", feature_group_count=2)
     values = spectrum.top_singular_values(spec, jnp.array([[[3.0]], [[5.0]]]), 5)
     np.testing.assert_allclose(values, [5, 5, 5, 3, 3], rtol=1e-12)
+    with fc.memory_limit(0):  # the vectors of a search are those of the largest group alone
+        found = spectrum.singular_triplet(spec, jnp.array([[[3.0]], [[5.0]]]))
+    assert (found.value, found.left[0].any(), found.right[0].any()) == (5, False, False)
 
 
 def test_a_search_that_does_not_converge_gives_nan():

@@ -146,8 +146,8 @@ def check_program(mesh):
 
 
 def check_data_parallel(most):
-    """With the batch shared by all devices, every product sends one sum and gathers nothing: in so many forms,
-    others from run to run."""
+    """With the batch shared by all devices, every product sends one sum and gathers nothing: in so many
+    forms, others from run to run."""
     import jax
     import jax.numpy as jnp
     from jax import lax

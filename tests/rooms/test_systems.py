@@ -34,21 +34,29 @@ def test_inverses(run_seed, number):
         np.testing.assert_allclose(got, x, rtol=1e-9, atol=1e-9 * np.abs(x).max(), err_msg=name)
 
 
-def test_gradients_of_solutions():
-    spec, kernel = layer("circular")
-    rng = np.random.default_rng(2)
-    y, *along = (
-        jnp.asarray(rng.standard_normal(s)) for s in (spec.out_shape, spec.rhs_shape, spec.out_shape)
+def test_gradients_of_solutions(run_seed):
+    """Of the pseudo-inverse also where M has more rows than columns, or fewer."""
+    channels = [(2, 2), [(2, 3), (3, 2)][run_seed % 2]]
+    square, other = (
+        fc.conv_spec((1, c, 4, 4), (o, c, 3, 3), (1, 1), "SAME", padding_mode="circular") for o, c in channels
     )
-    weights = jnp.asarray(rng.standard_normal(spec.in_shape))
+    rng = np.random.default_rng(2)
 
-    def of(function, at):
+    def given(spec):
+        return [jnp.asarray(rng.standard_normal(s)) for s in (spec.rhs_shape, spec.out_shape)]
+
+    def of(function, spec, at, along, weights):
         loss = lambda kernel, y: jnp.sum(function(spec, kernel, y) * weights)  # noqa: E731
         return reverse(loss, at, along), difference(loss, at, along)
 
-    functions = spectrum.solve, spectrum.pseudo_inverse, partial(spectrum.lstsq, max_steps=200)
-    for got, want in jax.jit(lambda at: [of(function, at) for function in functions])((kernel, y)):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    calls = (
+        (spectrum.solve, square), (spectrum.pseudo_inverse, other),
+        (partial(spectrum.lstsq, max_steps=200), square),
+    )  # fmt: skip
+    operands = [(given(s), given(s), jnp.asarray(rng.standard_normal(s.in_shape))) for _, s in calls]
+    made = jax.jit(lambda all: [of(*call, *one) for call, one in zip(calls, all, strict=True)])(operands)
+    for (_, spec), (got, want) in zip(calls, made, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4, err_msg=str(spec))
 
 
 def test_least_squares(run_seed):

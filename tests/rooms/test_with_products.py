@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from environment import count, of_devices
+from environment import count, drawn, of_devices
 from geometries import integers, normals, random_geometry
 from handwritten import close, compilations, conv
 from jax import lax
@@ -381,7 +381,7 @@ def keras_model():
     return lambda params, x: model.stateless_call(params, [], x)[0], params
 
 
-@pytest.mark.parametrize("make", [nnx_model, linen_model, equinox_model, haiku_model, keras_model])
+@pytest.mark.parametrize("make", drawn([nnx_model, linen_model, equinox_model, haiku_model, keras_model], 3))
 def test_a_model_of_any_library_has_the_gradients_that_it_had(make):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         apply, params = make()
