@@ -1,5 +1,7 @@
 """Strict numerics for every test, Hypothesis profiles and fixtures. Settings are in environment.py."""
 
+import gc
+
 import environment
 import hypothesis
 import jax
@@ -22,12 +24,12 @@ _LENIENT = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
     "print_blob": True,
 }
-hypothesis.settings.register_profile("default", max_examples=8, **_LENIENT)
+hypothesis.settings.register_profile("default", max_examples=5, **_LENIENT)
 hypothesis.settings.register_profile("long", max_examples=2000, **_LENIENT)
 hypothesis.settings.load_profile(environment.HYPOTHESIS_PROFILE)
 
 
-MOST_PROGRAMS = 700  # that a process keeps
+MOST_PROGRAMS = 500  # that a process keeps from file to file
 _kept = 0  # how many programs had been compiled when they were last forgotten
 
 
@@ -43,6 +45,14 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+def pytest_collection_finish():
+    """What is imported stays. Python would look through all of it, again and again, for what is no longer
+    used: a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 def pytest_report_header():
     devices = ", ".join(f"{device.platform}: {device.device_kind}" for device in jax.devices())
     return [
@@ -51,10 +61,11 @@ def pytest_report_header():
     ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
     """A program takes 12 of the 65,530 mappings that Linux allows a process, and 2 MB of memory. Until there
-    are many, files share what they all compile: the operations of arrays that are not jitted."""
+    are many, files share what they all compile: the operations of arrays that are not jitted. The tests of a
+    file share more."""
     global _kept
     yield
     if len(COMPILED) - _kept > MOST_PROGRAMS:

@@ -78,9 +78,9 @@ COSTLY = {"upper bound", "upper bound of groups", "upper bound, circular", "lsts
 
 
 def drawn():
-    """A third of the functions in every run, and with ``-m long`` all."""
+    """A quarter of the functions in every run, and with ``-m long`` all."""
     names = [name for name in FUNCTIONS if name not in COSTLY]
-    chosen = set(np.random.default_rng(SEED).permutation(names)[: -(-len(names) // 3)].tolist())
+    chosen = set(np.random.default_rng(SEED).permutation(names)[: -(-len(names) // 4)].tolist())
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 

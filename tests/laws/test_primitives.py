@@ -10,7 +10,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -304,37 +303,29 @@ def _real(y):
     return jnp.stack([y.real, y.imag]) if jnp.iscomplexobj(y) else y
 
 
-def _holds(got, fn, plain, x):
-    """The matrix is jax.jacobian's of the function written plainly, and the offset is the rest."""
-    matrix, offset, *_ = got
-    y = plain(x)
-    jacobian = jax.jacobian(lambda x: _real(plain(x)))(x)
-    return [
-        (_real(matrix.reshape(*y.shape, x.size)), jacobian),
-        (matrix @ x.astype(matrix.dtype) + offset, y.ravel()),
-    ]
-
-
 def _pairs(name, x):
-    """What must be equal: of the primitive alone, and between matrices that make the output the smaller side,
-    where its transpose is propagated."""
+    """``(matrix_of, pairs)``: what must be equal to jax.jacobian's of the function written plainly, and to
+    its value. Of the primitive alone, and between matrices that make the output the smaller side, where its
+    transpose is propagated."""
     fn, plain = _pair(HANDLED[name])
-    size = jax.eval_shape(fn, X).size
-    first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, size)))
+    y, jacobian = plain(x), jax.jacobian(lambda x: _real(plain(x)))(x)
+    first, last = (jnp.asarray(np.random.default_rng(1).standard_normal(s)) for s in ((4, 6), (2, y.size)))
 
-    def narrow(fn, x):
-        y = fn(first @ x).ravel()
-        return last @ (y.real + y.imag if jnp.iscomplexobj(y) else y)
+    def joined(y):
+        return (y.real + y.imag if jnp.iscomplexobj(y) else y).ravel()
 
     long = first.T @ x
-    both = partial(narrow, fn), partial(narrow, plain)
-    local = fc.local_affine(fn, 3 * x)
-    return [
-        *_holds(fc.matrix_of(fn, x), fn, plain, x),
-        *_holds(fc.matrix_of(both[0], long), *both, long),
-        *_holds(local, fn, plain, x),
+    whole, local = fc.matrix_of(fn, x), fc.local_affine(fn, 3 * x)
+    narrow = fc.matrix_of(lambda x: last @ joined(fn(first @ x)), long)
+    pairs = [
+        (narrow.matrix, last @ jacobian.reshape(-1, y.size, x.size).sum(0) @ first),
+        (narrow.matrix @ long + narrow.offset, last @ joined(plain(first @ long))),
         (local.radius, jnp.inf),
     ]
+    for matrix, offset, *_ in (whole, local):
+        pairs.append((_real(matrix.reshape(*y.shape, x.size)), jacobian))
+        pairs.append((matrix @ x.astype(matrix.dtype) + offset, y.ravel()))
+    return whole, pairs
 
 
 @pytest.mark.filterwarnings("ignore:Using reduced precision for gradient of reduce-window")
@@ -348,7 +339,7 @@ def test_handled_primitives_are_their_jacobians(names):
 
     @jax.jit
     def made(x):
-        return [(fc.matrix_of(fn, x), _pairs(name, x)) for name, fn in functions.items()]
+        return [_pairs(name, x) for name in names]
 
     for name, (want, pairs) in zip(names, made(X), strict=True):
         sparse = fc.sparse_matrix_of(functions[name], X)

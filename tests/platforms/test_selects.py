@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from environment import count, numbers
+from environment import count, numbers, rarely
 from geometries import CASES, Geometry, integers, random_geometry
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
@@ -17,7 +17,7 @@ from jaxconv_fc.matrix import dense, scatter, selects
 from jaxconv_fc.products import adjoint
 from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, platform_forms, program
 
-NUMBERS = numbers(count("GEOMETRIES", 8), 16)
+NUMBERS = numbers(count("GEOMETRIES", 5), 19)
 DTYPES = ("float32", "int64", "bool", "complex64", "bfloat16", "uint8", "float64", "int16")
 MANY_TAPS = Geometry((1, 1, 4, 5), (2, 1, 3, 11), (1, 1), "SAME")  # two steps
 
@@ -74,7 +74,7 @@ def check(geometry, rng, dtype, replay, change=lambda v: v):
 def test_random_geometries(number, run_seed):
     """Every dtype in turn: equal, not close."""
     rng = np.random.default_rng([run_seed, number, 16])
-    geometry, dtype = random_geometry(rng), DTYPES[number % len(DTYPES)]
+    geometry, dtype = random_geometry(rng), DTYPES[(run_seed + number) % len(DTYPES)]
     check(geometry, rng, dtype, f"JAXCONV_FC_SEED={run_seed}, number {number}, {dtype}: {geometry}")
 
 
@@ -118,7 +118,7 @@ def by_tpu_form(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("name", ["reflect", "no spatial axes"])
+@pytest.mark.parametrize("name", ["reflect", rarely("no spatial axes")])
 def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
     """jit, vmap, both modes of differentiation, their product, and linear_transpose."""
     spec = CASES[name].spec()
@@ -142,7 +142,7 @@ def test_transformations_of_the_form_of_a_tpu(name, rng, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, rarely(False)])
 def test_inside_shard_map(check_vma, rng):
     """The kernel varies over the mesh, the matrix does not."""
     mesh, spec = jax.make_mesh((1,), ("d",), (AxisType.Auto,)), CASES["plain"].spec()

@@ -74,14 +74,14 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_the_others_do_not(rng):
 def test_derivatives_are_those_of_jax(shape, dtype, rng, by_eigenvalues):
     a, change = (jnp.asarray(geometries.normals(rng, shape, dtype)) for _ in range(2))
     plain = partial(jnp.linalg.svd, compute_uv=False)
-    want = jax.jvp(plain, (a,), (change,))
-    for got, expected in zip(jax.jvp(svd.singular_values, (a,), (change,)), want, strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
-    def gradient(of):
-        return jax.grad(lambda a: jnp.sum(of(a) ** 3 * jnp.arange(1.0, min(shape) + 1)))
+    def derivatives(of, a, change):
+        gradient = jax.grad(lambda a: jnp.sum(of(a) ** 3 * jnp.arange(1.0, min(shape) + 1)))
+        return *jax.jvp(of, (a,), (change,)), gradient(a)
 
-    np.testing.assert_allclose(gradient(svd.singular_values)(a), gradient(plain)(a), rtol=1e-9, atol=1e-9)
+    of_both = jax.jit(lambda *given: [derivatives(of, *given) for of in (svd.singular_values, plain)])
+    for got, want in zip(*of_both(a, change), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_second_derivatives(rng):

@@ -146,7 +146,7 @@ def _of_a_tree(v):
 def test_pytrees_are_in_the_order_of_ravel_pytree():
     x = {"x": X, "rest": (np.float64(2.0), normal(RNG, 4))}
     flat, unravel = ravel_pytree(x)
-    jacobian = jax.jacobian(lambda v: ravel_pytree(_of_a_tree(unravel(v)))[0])(flat)
+    jacobian = jax.jit(jax.jacobian(lambda v: ravel_pytree(_of_a_tree(unravel(v)))[0]))(flat)
     rows = [-1, 5, 0, 5]
     for got, want in (
         (fc.matrix_of(_of_a_tree, x), jacobian),
@@ -195,11 +195,11 @@ ALIKE = {
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_what_is_compiled_for_one_function_is_not_taken_for_another(name):
+    x, values = np.ravel(X), jax.jit(lambda x: [jnp.ravel(ALIKE[name](x, i=i)) for i in range(2)])(X)
     for _ in range(2):
-        for i in range(2):
+        for i, value in enumerate(values):
             fn = partial(ALIKE[name], i=i)
             matrix, offset = fc.matrix_of(fn, X)
-            value, x = np.ravel(jax.jit(fn)(X)), np.ravel(X)
             close(np.asarray(matrix) @ x + offset, value)
             local = fc.local_affine(lambda x, fn=fn: jax.nn.relu(fn(x)), X)
             close(np.asarray(local.matrix) @ x + local.offset, np.maximum(value, 0))

@@ -81,6 +81,9 @@ def test_tables_and_both_directions_of_the_law(mode, run_seed):
         j, tap = (v.ravel() for v in np.meshgrid(np.arange(axis.padded_size), p))
         o, valid = axis.output_of(j, tap)
         assert as_set(o[valid], axis.source(j)[valid], tap[valid]) == found, axis
+        o, j = (v.ravel() for v in np.meshgrid(outputs, np.arange(axis.padded_size)))
+        p, valid = axis.tap_of(o, j)
+        assert as_set(o[valid], axis.source(j)[valid], p[valid]) == found, axis
         i, o, tap = axis.readers(np.arange(axis.size))
         assert as_set(o, i, tap) == found, axis
         assert len(i) == len(found), axis

@@ -59,7 +59,7 @@ def where(spec, mask, kernel):
     return np.where(mask.reshape(shape), kernel, 0)
 
 
-@pytest.mark.parametrize("number", numbers(4, 96))
+@pytest.mark.parametrize("number", numbers(3, 97))
 def test_causal_layers(run_seed, number):
     """det, solution and their gradients, against dense float64."""
     rng = np.random.default_rng([run_seed, number, 30])

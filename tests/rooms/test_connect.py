@@ -21,7 +21,7 @@ jit = partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 )
-COUNT = count("GEOMETRIES", 15)
+COUNT = count("GEOMETRIES", 10)
 
 
 RNG = np.random.default_rng(5)

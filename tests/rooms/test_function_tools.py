@@ -47,9 +47,10 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("tool", TOOLS)
-def test_no_tracer_leaves_its_trace(tool, jitted):
+def test_no_tracer_leaves_its_trace(tool, jitted, run_seed):
     with jax.checking_leaks():
-        for name, fn in list(FUNCTIONS.items())[:: 1 if jitted else 2]:  # without jit, each compiles
+        few = slice(run_seed % 3, None, 3)  # without jit, each compiles
+        for name, fn in list(FUNCTIONS.items())[slice(None) if jitted else few]:
             if (tool, name) != ("matrix_of", "relu"):
                 run = partial(TOOLS[tool], fn)
                 (jax.jit(lambda x, run=run: jax.tree.leaves(run(x))[:0]) if jitted else run)(X)

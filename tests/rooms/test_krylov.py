@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from environment import rarely
 from spectra import conv, drawn, every_number, layer, svd
 
 import jaxconv_fc as fc
@@ -21,7 +22,7 @@ def test_largest_values(run_seed, number):
     values = svd(matrix)
     top = values.max(initial=0)
     close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9 * top, err_msg=name)
-    k = min(len(values), 1 + number % 5) if top and number % 3 == 0 else 0
+    k = min(len(values), 1 + (run_seed + number) % 5) if top and number % 2 == 0 else 0
 
     def largest(kernel):
         return (
@@ -46,33 +47,40 @@ def test_largest_values(run_seed, number):
             close(several, values[:k])
 
 
-def test_the_norm_of_blocks_has_the_derivative_of_a_search():
-    """With strides, dilations and groups, where values occur several times; the value of a triplet too."""
-    rng = np.random.default_rng(3)
-    for shapes, strides, dtype, options in (
-        (((1, 4, 6, 8), (4, 2, 3, 2)), (1, 2), float, {"feature_group_count": 2}),
-        (((1, 2, 6, 5), (3, 2, 2, 3)), (2, 1), complex, {"rhs_dilation": (2, 1)}),
-        (((1, 2, 4, 3), (2, 2, 3, 3)), (1, 1), float, {"lhs_dilation": (2, 1)}),
-    ):
-        lo = [r * (k - 1) for k, r in zip(shapes[1][2:], options.get("rhs_dilation", (1, 1)), strict=True)]
-        pads = [(n // 2, n - n // 2) for n in lo]
-        spec = fc.conv_spec(*shapes, strides, pads, padding_mode="circular", **options)
-        kernel, change = (jnp.asarray(geometries.normals(rng, spec.rhs_shape, dtype)) for _ in range(2))
-        kernel = kernel.at[-1].multiply(3)  # the last group has the largest value
-        norms = [
-            np.linalg.norm(np.asarray(fc.as_matrix(spec, kernel + t * change)), 2) for t in (0, 1e-6, -1e-6)
-        ]
-        want = norms[0], (norms[1] - norms[2]) / 2e-6
-        along = jax.jvp(partial(spectrum.spectral_norm, spec), (kernel,), (change,))
-        np.testing.assert_allclose(along, want, rtol=1e-6)
-        of_triplet = jax.grad(lambda k, s=spec: spectrum.singular_triplet(s, k).value)(kernel)
-        np.testing.assert_allclose(jnp.sum(of_triplet * change).real, along[1], rtol=1e-9)
+SEVERAL_TIMES = [  # layers in which values occur several times
+    (((1, 2, 6, 5), (3, 2, 2, 3)), (2, 1), complex, {"rhs_dilation": (2, 1)}),
+    (((1, 4, 6, 8), (4, 2, 3, 2)), (1, 2), float, {"feature_group_count": 2}),
+    (((1, 2, 4, 3), (2, 2, 3, 3)), (1, 1), float, {"lhs_dilation": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize("layer", [SEVERAL_TIMES[0], SEVERAL_TIMES[1], rarely(SEVERAL_TIMES[2])])
+def test_the_norm_of_blocks_has_the_derivative_of_a_search(layer, rng):
+    """With strides, dilations and groups; the value of a triplet too."""
+    shapes, strides, dtype, options = layer
+    lo = [r * (k - 1) for k, r in zip(shapes[1][2:], options.get("rhs_dilation", (1, 1)), strict=True)]
+    pads = [(n // 2, n - n // 2) for n in lo]
+    spec = fc.conv_spec(*shapes, strides, pads, padding_mode="circular", **options)
+    kernel, change = (geometries.normals(rng, spec.rhs_shape, dtype) for _ in range(2))
+    kernel[-1] *= 3  # the last group has the largest value
+    norms = [np.linalg.norm(oracle.matrix(kernel + t * change, spec), 2) for t in (0, 1e-6, -1e-6)]
+    want = norms[0], (norms[1] - norms[2]) / 2e-6
+
+    @jax.jit
+    def slopes(kernel, change):
+        norm = partial(spectrum.spectral_norm, spec)
+        of_triplet = jax.grad(lambda kernel: spectrum.singular_triplet(spec, kernel).value)(kernel)
         with fc.memory_limit(0):
-            search = jax.jvp(partial(spectrum.spectral_norm, spec), (kernel,), (change,))
-        np.testing.assert_allclose(search, along, rtol=1e-6)
+            search = jax.jvp(norm, (kernel,), (change,))
+        return jax.jvp(norm, (kernel,), (change,)), search, jnp.sum(of_triplet * change).real
+
+    along, search, of_triplet = slopes(kernel, change)
+    np.testing.assert_allclose(along, want, rtol=1e-6)
+    np.testing.assert_allclose(of_triplet, along[1], rtol=1e-9)
+    np.testing.assert_allclose(search, along, rtol=1e-6)
 
 
-@pytest.mark.parametrize("tolerance", [1e-5, None])
+@pytest.mark.parametrize("tolerance", [rarely(1e-5), None])
 def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(tolerance):
     """The two largest values are 3e-4 apart: eight runs to 1e-10."""
     spec, kernel = conv((300,), [-1, 2, -1], [(1, 1)])
@@ -88,18 +96,13 @@ def test_a_long_search_goes_on_until_the_residual_is_what_was_asked_for(toleranc
     np.testing.assert_allclose(norm, found.value, rtol=1e-13)
 
 
-def test_values_of_a_complex_kernel_are_counted_once():
-    rng = np.random.default_rng(1)
-    for shapes, mode in (
-        (((1, 2, 6, 7), (3, 2, 2, 3)), "zeros"),
-        (((1, 2, 6, 6), (2, 2, 3, 3)), "circular"),
-    ):
-        spec = fc.conv_spec(*shapes, (1, 1), "SAME", padding_mode=mode)
-        kernel = geometries.normals(rng, spec.rhs_shape, complex)
-        values = svd(oracle.matrix(kernel, spec))
-        with fc.memory_limit(0):
-            got = spectrum.top_singular_values(spec, kernel, 4)
-        np.testing.assert_allclose(got, values[:4], rtol=1e-9)
+@pytest.mark.parametrize("mode", ["circular", rarely("zeros")])
+def test_values_of_a_complex_kernel_are_counted_once(mode):
+    spec = fc.conv_spec((1, 2, 6, 5), (3, 2, 3, 3), (1, 1), "SAME", padding_mode=mode)
+    kernel = geometries.normals(np.random.default_rng(1), spec.rhs_shape, complex)
+    with fc.memory_limit(0):
+        got = spectrum.top_singular_values(spec, kernel, 4)
+    np.testing.assert_allclose(got, svd(oracle.matrix(kernel, spec))[:4], rtol=1e-9)
 
 
 def test_values_that_occur_more_than_once_are_all_found():
@@ -116,6 +119,10 @@ def test_more_values_than_one_group_has():
     spec = fc.conv_spec((1, 2, 3), (2, 1, 1), (1,), "VALID", feature_group_count=2)
     values = spectrum.top_singular_values(spec, jnp.array([[[3.0]], [[5.0]]]), 5)
     np.testing.assert_allclose(values, [5, 5, 5, 3, 3], rtol=1e-12)
+    with fc.memory_limit(0):  # the vectors of a search are those of the largest group alone
+        found = spectrum.singular_triplet(spec, jnp.array([[[3.0]], [[5.0]]]))
+    np.testing.assert_allclose(found.value, 5, rtol=1e-12)
+    assert not found.left[0].any() and not found.right[0].any()  # noqa: PT018
 
 
 def test_a_search_that_does_not_converge_gives_nan():

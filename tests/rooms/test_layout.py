@@ -52,9 +52,9 @@ def test_rows_columns_and_taps_are_places_in_ravels(traced, run_seed):
                 np.testing.assert_array_equal(channels, channel, err_msg=name)
                 for a, b in zip(back, at, strict=True):
                     np.testing.assert_array_equal(a, b, err_msg=name)
-        out, inner, *taps = np.indices(
-            (spec.out_channels, spec.group_channels, *layout.taps(spec))
-        ).reshape(2 + len(spec.axes), -1)
+        out, inner, *taps = np.indices((spec.out_channels, spec.group_channels, *layout.taps(spec))).reshape(
+            2 + len(spec.axes), -1
+        )
         kernel = np.arange(np.prod(spec.rhs_shape)).reshape(spec.rhs_shape)
         want = kernel.transpose(spec.dimension_numbers.rhs_spec).ravel()
         np.testing.assert_array_equal(layout.tap_of(spec, taps, inner, out), want, err_msg=name)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from environment import count
+from environment import count, drawn, rarely
 from geometries import CASES, Geometry, every_case, integers, random_geometry
 
 import jaxconv_fc as fc
@@ -386,8 +386,8 @@ def test_diagonals_are_few_and_differentiable(rng):
 # in_shape, rhs_shape, strides, padding, groups; diagonals in the order of M, and interleaved
 STRIDED = [
     ((16, 32, 32), (32, 16, 3, 3), (2, 2), "SAME", 1, 16384, 256),
-    ((64, 16, 16), (128, 64, 1, 1), (2, 2), "VALID", 1, 16384, 256),
-    ((3, 32, 32), (16, 3, 7, 7), (2, 2), [(3, 3), (3, 3)], 1, 3072, 192),
+    rarely((64, 16, 16), (128, 64, 1, 1), (2, 2), "VALID", 1, 16384, 256),
+    rarely((3, 32, 32), (16, 3, 7, 7), (2, 2), [(3, 3), (3, 3)], 1, 3072, 192),
     ((3, 16, 16), (48, 3, 4, 4), (4, 4), "VALID", 1, 768, 147),
     ((32, 16, 16), (32, 1, 3, 3), (2, 2), [(1, 1), (1, 1)], 32, 5921, 260),
 ]
@@ -463,7 +463,7 @@ def test_row_blocks_of_random_geometries(run_seed):
     assert cut > COUNT
 
 
-@pytest.mark.parametrize("mode", ["circular", "reflect", "symmetric", "edge"])
+@pytest.mark.parametrize("mode", drawn(["circular", "reflect", "symmetric", "edge"], 2))
 def test_a_block_of_a_boundary_mode_is_right_in_every_room(mode, rng):
     """Its padding may be negative, which crops after padding: dense, the products and BCSR agree on it."""
     geometry = Geometry((1, 2, 9, 3), (2, 2, 4, 2), (1, 1), [(3, 4), (1, 1)], padding_mode=mode)

@@ -105,9 +105,7 @@ def test_rows_of_a_network_whose_matrix_is_beyond_the_limit():
     x = jax.ShapeDtypeStruct((1, 2, 24, 24), jnp.float64)
     rows = [5, 3000]
     with fc.memory_limit(6_000_000):
-        with pytest.raises(
-            ValueError, match=r"sparse_matrix_of: after 'conv_product' at handwritten.py"
-        ):
+        with pytest.raises(ValueError, match=r"sparse_matrix_of: after 'conv_product' at handwritten.py"):
             fc.sparse_matrix_of(net, x)
         some = fc.sparse_matrix_of(net, x, rows=rows)
     _, pull = jax.vjp(net, jnp.zeros(x.shape))
