@@ -310,7 +310,7 @@ def _abstract(variable: Any) -> jax.ShapeDtypeStruct:
 
 def spec_of(eqn: JaxprEqn) -> ConvSpec:
     """The geometry of a ``conv_general_dilated`` equation."""
-    lhs, rhs = (_abstract(v).shape for v in eqn.invars)
+    lhs, rhs = (v.aval.shape for v in eqn.invars)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
              "feature_group_count", "batch_group_count")  # fmt: skip
     return conv_spec(lhs, rhs, *(eqn.params[name] for name in names))

@@ -48,8 +48,12 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
      [0 0 1 2]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    smaller = "as_bcsr" if fits_in_memory(spec.nbytes(kernel.dtype).bcsr) else "row_blocks"
-    check_array("as_matrix", spec.shape, kernel.dtype, f"{smaller} or apply", spec.nse)
+
+    def instead() -> str:
+        sparse_fits = fits_in_memory(spec.nbytes(kernel.dtype).bcsr)
+        return f"{'as_bcsr' if sparse_fits else 'row_blocks'} or apply"
+
+    check_array("as_matrix", spec.shape, kernel.dtype, instead, spec.nse)
     return _matrix(spec, kernel)
 
 
