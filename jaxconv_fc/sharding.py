@@ -136,13 +136,8 @@ def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ())
     @partial(jax.jit, static_argnums=static)
     @wraps(fn)
     def run(*args: Any) -> Any:
-        arrays = [i for i in range(len(args)) if i not in static]
-
-        def of_arrays(*values: Any) -> Any:
-            filled = dict(zip(arrays, values, strict=True))
-            return fn(*(filled.get(i, arg) for i, arg in enumerate(args)))
-
-        return on_one_device(of_arrays, *(args[i] for i in arrays))
+        arrays = {i: arg for i, arg in enumerate(args) if i not in static}
+        return on_one_device(lambda given: fn(*(given.get(i, arg) for i, arg in enumerate(args))), arrays)
 
     return run
 

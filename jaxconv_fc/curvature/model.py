@@ -272,8 +272,8 @@ class _Model:
             if not fits_in_memory(nbytes):
                 use = self.uses.others.get(leaf, "several layers")
                 need = (
-                    f"{self.function}: {self.names[leaf]} is used by {use}, which needs its gradient for each "
-                    f"of {self.count} examples, {readable(nbytes)}"
+                    f"{self.function}: {self.names[leaf]} is used by {use}, which needs its gradient for "
+                    f"each of {self.count} examples, {readable(nbytes)}"
                 )
                 advice = "smaller batches, or let params be the other parameters"
                 raise beyond_memory(need, nbytes, advice)

@@ -26,6 +26,7 @@ from jaxconv_fc.functions.jaxprs import (
     open_jaxpr,
     open_scan,
     open_while,
+    operand_avals,
     trace,
     wanted,
 )
@@ -115,7 +116,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
 class ConvFinder:
     """Records the convolutions of a jaxpr, in order. Only what a later convolution depends on is computed.
 
-    Biases are looked for in a walk of its own, which computes nothing: it passes all equations.
+    A second walk looks for biases. It passes all equations and computes nothing.
     """
 
     sites: list[ConvSite]  # the convolutions found so far
@@ -166,7 +167,7 @@ class ConvFinder:
         return results
 
     def record(self, eqn: JaxprEqn, values: Sequence[Value]) -> Made | None:
-        """Adds the convolution that an equation is, and notes of its result what its bias is found by."""
+        """Adds the convolution that an equation performs. The note on its result serves to find the bias."""
         site, x, lead = _SITES[eqn.primitive.name](eqn, values)
         place = place_of(eqn, self.scope, self.paths[site.kernel])
         site = replace(site, name=place, times=self.times)
@@ -310,7 +311,7 @@ def _abstract(variable: Any) -> jax.ShapeDtypeStruct:
 
 def spec_of(eqn: JaxprEqn) -> ConvSpec:
     """The geometry of a ``conv_general_dilated`` equation."""
-    lhs, rhs = (v.aval.shape for v in eqn.invars)
+    lhs, rhs = (aval.shape for aval in operand_avals(eqn))
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
              "feature_group_count", "batch_group_count")  # fmt: skip
     return conv_spec(lhs, rhs, *(eqn.params[name] for name in names))

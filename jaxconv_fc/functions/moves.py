@@ -140,7 +140,7 @@ def ancestry(value: Value) -> tuple[list[Value], list[int]]:
     """``(values, necks)``: the value and what its entries come from, the latest first.
 
     Every entry of the value passes through each of ``values[i]`` for ``i`` in ``necks``. The walk ends at the
-    first value that no move has made: what lies behind it, only some entries have passed through.
+    first value that no move has made. Earlier values may hold a part of the entries alone.
     """
     front, values, necks = {value.number: value}, [], []
     while front:

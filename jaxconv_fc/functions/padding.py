@@ -92,17 +92,11 @@ def _fitted(spec: ConvSpec, lines: Sequence[Line]) -> ConvSpec | None:
     mode = next((mode for mode in _ORDER if all(mode in found for found in options)), None)
     if mode is None:
         return None
-    pads = [found[mode] for found in options]
-    shape = list(spec.lhs_shape)
-    for axis, line in zip(spec.dimension_numbers.lhs_spec[2:], lines, strict=True):
-        shape[axis] = line.size
-    return replace(
-        spec,
-        lhs_shape=tuple(shape),
-        padding=tuple((lo, hi) for lo, hi, _ in pads),
-        lhs_dilation=tuple(step for _, _, step in pads),
-        padding_mode=mode,
-    )
+    axes = []
+    for axis, line, found in zip(spec.axes, lines, options, strict=True):
+        lo, hi, step = found[mode]
+        axes.append(replace(axis, size=line.size, lo=lo, hi=hi, lhs_dilation=step))
+    return replace(spec.having(axes), padding_mode=mode)
 
 
 def _pads(numbers: np.ndarray, n: int, step: int) -> dict[str, tuple[int, int, int]]:

@@ -257,8 +257,8 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
     if axis.pads_with_zeros:
         if axis.span < 0:
             raise ValueError(
-                f"padding[{i}]={pads} crops more than the {axis.dilated_size} positions of the (dilated) spatial axis "
-                f"{i}. Crop at most {axis.dilated_size} in total."
+                f"padding[{i}]={pads} crops more than the {axis.dilated_size} positions of the (dilated) "
+                f"spatial axis {i}. Crop at most {axis.dilated_size} in total."
             )
         return
     if min(pads) < 0:

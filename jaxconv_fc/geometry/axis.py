@@ -102,10 +102,12 @@ class Axis:
 
     # -- the law -------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def on_padded(self) -> Axis:
         """The zeros-mode axis between the padded positions and the outputs."""
-        return self if self.pads_with_zeros else replace(self, size=self.padded_size, lo=0, hi=0, mode="zeros")
+        if self.pads_with_zeros:
+            return self
+        return replace(self, size=self.padded_size, lo=0, hi=0, mode="zeros")
 
     def source(self, j: Ints) -> Ints:
         """Input position that padded position ``j`` is a copy of."""

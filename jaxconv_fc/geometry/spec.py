@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.geometry.arguments import (
+    DTYPES,
     as_array,
     as_int,
     as_ints,
@@ -362,7 +363,8 @@ def spec_first(builder: _Builder) -> _Builder:
 def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
     """``value`` as a jax.Array whose shape is ``getattr(spec, shape)``."""
     check_spec(spec)
-    array, expected = as_array(name, value), getattr(spec, shape)
+    checked = isinstance(value, jax.Array) and value.dtype in DTYPES
+    array, expected = value if checked else as_array(name, value), getattr(spec, shape)
     if array.shape != expected:
         transposed = _transposition(array.shape, spec) if shape == "rhs_shape" else ""
         advice = "Use jax.vmap for a stack, or make a spec for this shape."
