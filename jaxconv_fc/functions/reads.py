@@ -47,7 +47,7 @@ class Convolution(NamedTuple):
     result: Any
 
 
-class Reads(Graph):
+class ReadsGraph(Graph):
     """Evaluates any jaxpr to a graph of relations between arrays. Nodes stand for what is asked for."""
 
     def __init__(self, name: str):
@@ -69,7 +69,7 @@ class Reads(Graph):
                 "mutable array, whose entries depend on what ran before. Use arrays that do not change."
             )
         if any(isinstance(v, Node) for v in values) or (name in CALLS and self.convolves(eqn)):
-            results = self._control.get(name, Reads.related)(self, eqn, values)
+            results = self._control.get(name, ReadsGraph.related)(self, eqn, values)
         else:
             results = eval_eqn(eqn, values)
         if name in CONVOLUTIONS:
@@ -175,7 +175,7 @@ def reads_of(result: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     return masks
 
 
-def reading(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
+def reached_from(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     """What reads these entries of a node, of every node that a result depends on and that depends on it."""
     masks = {source: mask}
     for node in depends_on(*results):
@@ -211,7 +211,7 @@ def function_reads(name: str, fn: Callable[[Any], Any], x: Any) -> Function:
     traced = ravelled(name, fn, x)
     check_host(name, "concrete arrays", (traced.xs, open_jaxpr(traced.jaxpr)[1]))
     arguments = list(map(_node, traced.xs))
-    return Function(traced, arguments, Reads(name).run(traced.jaxpr, arguments))
+    return Function(traced, arguments, ReadsGraph(name).run(traced.jaxpr, arguments))
 
 
 class Place(NamedTuple):
@@ -272,7 +272,7 @@ def _met(name: str, sites: Sequence[ConvSite]) -> list[Convolution]:
             f"{name}: the sites are not all from one call of find_convs, so what stands between them is not "
             "known. Pass sites of one call, or their specs: [site.spec for site in sites]."
         )
-    graph = Reads(name)
+    graph = ReadsGraph(name)
     jaxpr = known[0].jaxpr
     graph.run(jaxpr, [_node(v.aval) for v in open_jaxpr(jaxpr)[0].invars])
     if len(graph.convolutions) != known[0].among:
