@@ -19,7 +19,14 @@ import numpy as np
 import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.functions.ravel import sizes
-from jaxconv_fc.functions.reads import Place, check_adjacent, function_reads, places_of, reading, reads_of
+from jaxconv_fc.functions.reads import (
+    Place,
+    check_adjacent,
+    function_reads,
+    places_of,
+    reached_from,
+    reads_of,
+)
 from jaxconv_fc.functions.sites import ConvSite
 from jaxconv_fc.functions.sparse import Node
 from jaxconv_fc.geometry.arguments import as_int
@@ -71,9 +78,7 @@ class Field:
     @property
     def size(self) -> int:
         """The number of neurons in the field. Of a product it is that of the lengths of ``indices``."""
-        if self.held is not None:
-            return int(self.held.sum())
-        return math.prod(map(len, self.indices))
+        return math.prod(map(len, self.indices)) if self.held is None else int(self.held.sum())
 
     @property
     def mask(self) -> np.ndarray:
@@ -152,7 +157,7 @@ def fields(spec: Chain | Sites, out_index: Index) -> list[Field]:
         last, outs = places[-1]
         number = outs[_as_index("out_index", out_index, outs.shape)]
         masks = reads_of(last, _only(last, number))
-        return [_field(masks.get(place.node), place) for place in places]
+        return [_field_at(place, masks) for place in places]
     specs = _chain(spec)
     last = specs[-1].out_shape
     sets = [[np.array([i]) for i in _as_index("out_index", out_index, last)]]
@@ -195,7 +200,7 @@ def projective_field(spec: Any, in_index: Any, index: Any = None) -> Any:
     if sites:
         (first, ins), *_, last = places_of("projective_field", sites)
         number = ins[_as_index("in_index", in_index, ins.shape)]
-        return _field(reading([last.node], first, _only(first, number)).get(last.node), last)
+        return _field_at(last, reached_from([last.node], first, _only(first, number)))
     specs = _chain(spec)
     in_index = _as_index("in_index", in_index, specs[0].in_shape)
     sets = reduce(_readers_of, specs, [np.array([i]) for i in in_index])
@@ -373,14 +378,10 @@ def _of_function(name: str, fn: Callable[[Any], Any], x: Any, index: Any, *, bac
         masks = reads_of(node, _only(node, place))
     elif not backward:
         nodes = [v for v in function.results if isinstance(v, Node)]
-        masks = reading(nodes, node, _only(node, place))
+        masks = reached_from(nodes, node, _only(node, place))
     others = function.arguments if backward else function.results
-    fields = []
-    for held, array in zip(others, other, strict=True):
-        mask = masks.get(held) if isinstance(held, Node) else None
-        mask = np.zeros(array.shape, bool) if mask is None else mask.reshape(array.shape)
-        fields.append(Field(array.shape, _extent(mask), mask))
-    return jax.tree.unflatten(tree, fields)
+    read = [masks.get(held) if isinstance(held, Node) else None for held in others]
+    return jax.tree.unflatten(tree, map(_field, read, [array.shape for array in other]))
 
 
 def _only(node: Node, number: int) -> np.ndarray:
@@ -389,16 +390,17 @@ def _only(node: Node, number: int) -> np.ndarray:
     return mask
 
 
-def _field(mask: np.ndarray | None, place: Place) -> Field:
-    """The field that the entries of a place have in a mask of all those of its node."""
-    held = (np.zeros(place.node.operand.size, bool) if mask is None else mask)[place.numbers]
-    return Field(held.shape, _extent(held), held)
+def _field(mask: np.ndarray | None, shape: tuple[int, ...]) -> Field:
+    """The field of a mask; an empty one of None. Its indices are those that occur along each dimension."""
+    held, axes = np.zeros(shape, bool) if mask is None else mask.reshape(shape), range(len(shape))
+    occur = [np.flatnonzero(held.any(axis=tuple(b for b in axes if b != a))) for a in axes]
+    return Field(held.shape, tuple(occur), held)
 
 
-def _extent(mask: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The indices that occur along each dimension."""
-    axes = range(mask.ndim)
-    return tuple(np.flatnonzero(mask.any(axis=tuple(b for b in axes if b != a))) for a in axes)
+def _field_at(place: Place, masks: dict[Node, np.ndarray]) -> Field:
+    """The field that the entries of a place have, from masks of all entries by node."""
+    mask = masks.get(place.node)
+    return _field(None if mask is None else mask[place.numbers], place.numbers.shape)
 
 
 def _as_sites(spec: Any) -> list[ConvSite]:

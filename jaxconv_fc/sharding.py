@@ -136,35 +136,25 @@ def program(fn: Callable[..., Any], *, static_argnums: int | Sequence[int] = ())
     @partial(jax.jit, static_argnums=static)
     @wraps(fn)
     def run(*args: Any) -> Any:
-        arrays = [i for i in range(len(args)) if i not in static]
-
-        def of_arrays(*values: Any) -> Any:
-            filled = dict(zip(arrays, values, strict=True))
-            return fn(*(filled.get(i, arg) for i, arg in enumerate(args)))
-
-        return as_on_one_device(of_arrays)(*(args[i] for i in arrays))
+        arrays = {i: arg for i, arg in enumerate(args) if i not in static}
+        return on_one_device(lambda given: fn(*(given.get(i, arg) for i, arg in enumerate(args))), arrays)
 
     return run
 
 
-def as_on_one_device(fn: Callable[..., Any], result: Any = None) -> Callable[..., Any]:
-    """``fn``, called with arrays that have types as on one device; see :func:`program`.
+def on_one_device(fn: Callable[..., Any], *args: Any, result: Any = None) -> Any:
+    """``fn(*args)``, where the arrays have types as on one device; see :func:`program`.
 
     On explicit axes the result is partitioned as the type ``result`` is, or replicated without one.
     """
-
-    @wraps(fn)
-    def run(*args: Any) -> Any:
-        axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(args)))
-        if axes:
-            return _relabelled(fn(*_relabelled(vary_alike(args), frozenset())), axes)
-        mesh = explicit_mesh(args)
-        if mesh is None:
-            return fn(*args)
-        sharding = NamedSharding(mesh, PartitionSpec()) if result is None else result.sharding
-        return on_automatic_axes(fn, sharding)(*args)
-
-    return run
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(args)))
+    if axes:
+        return _relabelled(fn(*_relabelled(vary_alike(args), frozenset())), axes)
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return fn(*args)
+    sharding = NamedSharding(mesh, PartitionSpec()) if result is None else result.sharding
+    return on_automatic_axes(fn, sharding)(*args)
 
 
 def replicated(array: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxconv_fc.curvature.moments import check_moment, moment, without_one_group
-from jaxconv_fc.curvature.norms import by_group
+from jaxconv_fc.curvature.norms import with_groups
 from jaxconv_fc.curvature.stacks import as_stacks, check_real
 from jaxconv_fc.geometry.arguments import Array, brief
 from jaxconv_fc.geometry.layout import out_first, taps, to_canonical
@@ -85,7 +85,7 @@ def _expanded(spec: ConvSpec, bias: bool, xs: jax.Array, ys: jax.Array) -> tuple
         count = jnp.full((spec.groups, 1), len(xs) * positions, a.dtype)
         last = jnp.concatenate([total, count], 1)  # [g, (i, p, 1)]
         a = jnp.concatenate([jnp.concatenate([a, last[:, None, :-1]], 1), last[:, :, None]], 2)
-    y = by_group(spec, to_canonical(ys, spec.out_order))  # [n, o, g, e]
+    y = with_groups(spec, to_canonical(ys, spec.out_order))  # [n, o, g, e]
     return a, _second_moment(y.reshape(-1, *y.shape[-2:]))
 
 
@@ -97,7 +97,7 @@ def _reduced(spec: ConvSpec, bias: bool, xs: jax.Array, ys: jax.Array) -> tuple[
     mean = jax.vmap(lambda x, y: _patches(sums, of_one(x, y)))(xs, ones) / max(1, positions)
     if bias:
         mean = jnp.concatenate([mean, jnp.full((*mean.shape[:2], 1), 1, mean.dtype)], 2)
-    y = by_group(spec, to_canonical(ys, spec.out_order))  # [n, o, g, e]
+    y = with_groups(spec, to_canonical(ys, spec.out_order))  # [n, o, g, e]
     return _second_moment(mean), _second_moment(y.sum(range(1, y.ndim - 2)))
 
 

@@ -17,10 +17,10 @@ from jaxconv_fc.curvature.norms import gradient_gram, gradient_norms
 from jaxconv_fc.curvature.uses import Each, Evaluation, Layer, Meter, Parameter, find_uses
 from jaxconv_fc.functions.jaxprs import is_array, open_jaxpr, trace
 from jaxconv_fc.geometry.arguments import brief
-from jaxconv_fc.geometry.memory import check_array, check_bytes, readable
+from jaxconv_fc.geometry.memory import beyond_memory, check_array, fits_in_memory, readable
 from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.numerics import inexact, lengths
-from jaxconv_fc.sharding import as_on_one_device
+from jaxconv_fc.sharding import on_one_device
 
 Loss = Callable[[Any, Any], Any]
 
@@ -269,15 +269,16 @@ class _Model:
         """
         for leaf in copied:
             nbytes = self.count * self.params[leaf].size * self.params[leaf].dtype.itemsize
-            use = self.uses.others.get(leaf, "several layers")
-            need = (
-                f"{self.function}: {self.names[leaf]} is used by {use}, which needs its gradient for each of "
-                f"{self.count} examples, {readable(nbytes)}"
-            )
-            check_bytes(need, nbytes, "smaller batches, or let params be the other parameters")
-        read, copies = as_on_one_device(partial(self._backward, meter, metered, copied))(
-            [jnp.asarray(leaf) for leaf in self.params], self.examples
-        )
+            if not fits_in_memory(nbytes):
+                use = self.uses.others.get(leaf, "several layers")
+                need = (
+                    f"{self.function}: {self.names[leaf]} is used by {use}, which needs its gradient for "
+                    f"each of {self.count} examples, {readable(nbytes)}"
+                )
+                advice = "smaller batches, or let params be the other parameters"
+                raise beyond_memory(need, nbytes, advice)
+        backward = partial(self._backward, meter, metered, copied)
+        read, copies = on_one_device(backward, [jnp.asarray(leaf) for leaf in self.params], self.examples)
         return [found for found in read if found is not None], [inexact(copy) for copy in copies]
 
     def _backward(

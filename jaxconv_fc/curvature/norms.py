@@ -141,8 +141,8 @@ def _by_positions(spec: ConvSpec, x: jax.Array, y: jax.Array) -> jax.Array:
 def _common(spec: ConvSpec, x: jax.Array, y: jax.Array, other_x: jax.Array, other_y: jax.Array) -> jax.Array:
     """The inner product of two gradients, by positions: without conjugation."""
     d = len(spec.axes)
-    x, other_x = (by_group(spec, padded_inputs(spec, v[None])[0]) for v in (x, other_x))  # [t, g, i]
-    y, other_y = (by_group(spec, to_canonical(v, spec.out_order)) for v in (y, other_y))  # [o, g, e]
+    x, other_x = (with_groups(spec, padded_inputs(spec, v[None])[0]) for v in (x, other_x))  # [t, g, i]
+    y, other_y = (with_groups(spec, to_canonical(v, spec.out_order)) for v in (y, other_y))  # [o, g, e]
     numbers = (((d + 1,), (d + 1,)), ((d,), (d,)))
     inputs, outputs = (
         lax.dot_general(a, b, numbers, lax.Precision.HIGHEST) for a, b in ((x, other_x), (y, other_y))
@@ -155,7 +155,7 @@ def _common(spec: ConvSpec, x: jax.Array, y: jax.Array, other_x: jax.Array, othe
     return (inputs * outputs).sum()
 
 
-def by_group(spec: ConvSpec, value: jax.Array) -> jax.Array:
+def with_groups(spec: ConvSpec, value: jax.Array) -> jax.Array:
     """[..., g*c] -> [..., g, c]."""
     return value.reshape(*value.shape[:-1], spec.groups, value.shape[-1] // spec.groups)
 

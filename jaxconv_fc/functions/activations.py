@@ -27,7 +27,7 @@ class Activation(NamedTuple):
 
 
 def _rising(values: Callable[..., np.ndarray], least: float = -np.inf) -> Activation:
-    """Of numbers from ``least`` on: below, it is NaN."""
+    """A function that rises from ``least`` on. It is NaN below."""
 
     def interval(low: np.ndarray, high: np.ndarray, /, **p: Any) -> Interval:
         return values(np.maximum(low, least), **p), values(high, **p)
@@ -40,7 +40,7 @@ def _falling(values: Callable[[np.ndarray], np.ndarray]) -> Activation:
 
 
 def _turning(values: Callable[..., np.ndarray], at: float) -> Activation:
-    """Falls until ``at`` and rises from there."""
+    """A function that falls until ``at`` and rises from there."""
 
     def interval(low: np.ndarray, high: np.ndarray, **p: Any) -> Interval:
         ends = values(low, **p), values(high, **p)
@@ -51,11 +51,11 @@ def _turning(values: Callable[..., np.ndarray], at: float) -> Activation:
 
 
 def _waving(values: Callable[[np.ndarray], np.ndarray], top: float) -> Activation:
-    """Of period ``2 pi``, 1 at ``top`` and -1 half a period later."""
+    """A function of period ``2 pi`` that is 1 at ``top`` and -1 half a period later."""
 
     def reaches(low: np.ndarray, high: np.ndarray, at: float) -> np.ndarray:
         first = np.ceil((low - at) / (2 * math.pi)) * 2 * math.pi + at
-        return ~(first > high)  # what is not finite reaches everything
+        return ~(first > high)  # an interval that is not finite holds every such number
 
     def interval(low: np.ndarray, high: np.ndarray) -> Interval:
         with np.errstate(invalid="ignore"):
@@ -109,7 +109,7 @@ def _where_interval(low: np.ndarray, high: np.ndarray, strict: bool) -> Interval
 
 
 def _mul_interval(low: np.ndarray, high: np.ndarray) -> Interval:
-    """Of two numbers. ``0 * inf`` is 0: what is infinite bounds finite numbers."""
+    """The product of two numbers. ``0 * inf`` is 0: an infinite bound is one of finite numbers."""
     firsts, seconds = ([v[..., i] for v in (low, high)] for i in (0, 1))
     with np.errstate(invalid="ignore"):
         products = np.stack([np.where((a == 0) | (b == 0), 0, a * b) for a in firsts for b in seconds])
@@ -136,7 +136,7 @@ def _at_zero(values: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 def _quiet(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Infinite and NaN where JAX is, without a warning."""
+    """The function without NumPy's warnings: it is infinite and NaN where JAX's is."""
 
     def values(z: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):

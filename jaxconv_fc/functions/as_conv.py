@@ -176,7 +176,7 @@ def _differing(given: Given, fit: Fit) -> np.ndarray:
 
 
 def _refusal(given: Given) -> str:
-    """What is said of a function that is not one convolution."""
+    """The message for a function that is not one convolution."""
     fit = near_fit(given, axis_sums(given))
     spec, rows = fit.spec, _differing(given, fit)
     named = ", ".join(str(tuple(map(int, np.unravel_index(row, spec.out_shape)))) for row in rows[:_NAMED])

@@ -144,7 +144,7 @@ def _on_columns(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _moved(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """What moves entries moves their labels and weights."""
+    """An equation that moves entries moves labels and weights alike."""
     size = next(v.size for v in values if _is_linear(v))
     outs = result_avals(eqn)
     if eqn.primitive.name in ("reshape", "squeeze") and values[0].labels is None:
@@ -163,7 +163,7 @@ def _moved(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def _scaled(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
-    """What scales entries acts on their weights."""
+    """An equation that scales entries acts on the weights."""
     (selection,), out = [v for v in values if _is_linear(v)], result_avals(eqn)[0]
     if selection.shape != out.shape:
         return None
@@ -242,9 +242,7 @@ def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 
-def _first_layer(
-    spec: ConvSpec, kernel: Any, selection: Selection, examples: int, transposed: bool
-) -> Any:
+def _first_layer(spec: ConvSpec, kernel: Any, selection: Selection, examples: int, transposed: bool) -> Any:
     """``[examples, outputs, size]``: M, its columns moved to the entries of x that they read."""
     if examples == 1 and selection.labels is None and selection.weights is None:
         matrix = as_matrix(spec, kernel)

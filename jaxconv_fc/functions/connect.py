@@ -16,7 +16,7 @@ from jaxconv_fc.geometry.spec import ConvSpec
 from jaxconv_fc.matrix.dense import as_matrix
 from jaxconv_fc.products.adjoint import kernel_matrix
 from jaxconv_fc.products.product import OPERANDS, vmap_or_sum
-from jaxconv_fc.sharding import as_on_one_device
+from jaxconv_fc.sharding import on_one_device
 
 Builder = Callable[[ConvSpec, Any], Any]
 
@@ -72,7 +72,7 @@ def _convolution(builder: Builder, eqn: JaxprEqn, values: Sequence[Any]) -> list
         y = _matmul(matrix, columns, precision)
         return batched_output(spec, y.T.reshape(stack.shape[0], *spec.out_shape))
 
-    return [as_on_one_device(compute, result)(*values)]
+    return [on_one_device(compute, *values, result=result)]
 
 
 def _product(builder: Builder, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -90,7 +90,7 @@ def _product(builder: Builder, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any
     for label in reversed(eqn.params["batches"]):
         axes = [0 if role in label else None for role in OPERANDS[out]]
         compute = vmap_or_sum(compute, axes, out in label)
-    return [as_on_one_device(compute, result_avals(eqn)[0])(*values)]
+    return [on_one_device(compute, *values, result=result_avals(eqn)[0])]
 
 
 def _matmul(matrix: Any, columns: Any, precision: Any) -> Any:

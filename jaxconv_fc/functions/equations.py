@@ -2,7 +2,7 @@
 
 A rule is ``rule(eqn, values) -> results``. An operand that depends on x is an :class:`Operand`, any other a
 known array. A result is a list of pairs ``(number of the operand, map)``: it is the sum of the maps of its
-operands. What stands in no table is done with the columns of the identity, some at a time.
+operands. An equation that is in no table is applied to the columns of the identity, some at a time.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def _spread(eqn: JaxprEqn, v: Operand) -> np.ndarray | None:
 
 
 def _sum(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
-    """A known operand is 0."""
+    """Every operand that depends on x, by itself. A known one is part of the offset, and counts as 0."""
     minus, size = eqn.primitive.name == "sub", math.prod(result_avals(eqn)[0].shape)
     terms = []
     for i in _linear(values):
@@ -179,7 +179,7 @@ def _sum(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
 
 
 def _scaled(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
-    """What the equation makes of ones."""
+    """The weights are what the equation makes of ones."""
     (i,) = _linear(values)
     ones = jnp.ones(values[i].shape, values[i].dtype)
     (weights,) = eval_eqn(eqn, [ones if i == k else v for k, v in enumerate(values)])
@@ -273,7 +273,8 @@ def _cumsum(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
 
 
 def _scatter_add(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
-    """Every update goes to one place at most: the transpose, done with the numbers of places, says which."""
+    """Every update goes to one place at most. The transpose of the equation, applied to the numbers of the
+    places, gives the place of each."""
     terms: Terms = [(0, Selection(values[0].size))] if isinstance(values[0], Operand) else []
     updates, operand = values[2], operand_avals(eqn)[0]
     if isinstance(updates, Operand):
@@ -291,7 +292,7 @@ _BASE = 2**12  # float32 holds such digits exactly; the transpose of a subtracti
 
 
 def _digits(size: int) -> list[np.ndarray]:
-    """The numbers 1, 2, ... of places, as three digits."""
+    """The numbers 1, 2, ..., ``size`` of places, each as three digits."""
     numbers = np.arange(1, size + 1)
     return [numbers % _BASE, numbers // _BASE % _BASE, numbers // _BASE**2]
 

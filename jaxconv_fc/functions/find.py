@@ -26,10 +26,11 @@ from jaxconv_fc.functions.jaxprs import (
     open_jaxpr,
     open_scan,
     open_while,
+    operand_avals,
     trace,
     wanted,
 )
-from jaxconv_fc.functions.moves import Value, ancestry, pads, result
+from jaxconv_fc.functions.moves import Variable, ancestry, pads, result
 from jaxconv_fc.functions.names import ArrayPaths, nested, place_of
 from jaxconv_fc.functions.padding import Made, bias_of, without_padding
 from jaxconv_fc.functions.sites import ConvSite, ConvSites, Origin
@@ -93,7 +94,7 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
             "computed with JAX arrays can be traced: pass a function of JAX arrays."
         )
     sites = ConvSites()
-    arguments = [Value(v, given=True) for v in traced.arguments]
+    arguments = [Variable(v, given=True) for v in traced.arguments]
     finder = ConvFinder(sites, ArrayPaths(fn, args, kwargs), raw)
     finder.visit(traced.jaxpr, arguments)
     with_bias = replace(finder, sites=[], raw=True, evaluable=False, biases=True)
@@ -115,30 +116,32 @@ def find_convs(fn: Callable[..., Any], *args: Any, raw: bool = False, **kwargs: 
 class ConvFinder:
     """Records the convolutions of a jaxpr, in order. Only what a later convolution depends on is computed.
 
-    Biases are looked for in a walk of its own, which computes nothing: it passes all equations.
+    A second walk looks for biases. It passes all equations and computes nothing.
     """
 
     sites: list[ConvSite]  # the convolutions found so far
     paths: ArrayPaths
     raw: bool = False  # whether the padding in front of a convolution stays outside of it
-    constants: dict[int, Value] = field(default_factory=dict)  # arrays of the jaxprs, by id
+    constants: dict[int, Variable] = field(default_factory=dict)  # arrays of the jaxprs, by id
     scope: str = ""  # the name stacks of the calls around this jaxpr, joined
     times: int | None = 1  # how often the jaxpr runs; None where only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated here
     biases: bool = False  # whether all equations are passed, for what is added to convolutions
 
-    def visit(self, jaxpr: Any, arguments: Sequence[Value], used: Sequence[bool] | None = None) -> list[Any]:
+    def visit(
+        self, jaxpr: Any, arguments: Sequence[Variable], used: Sequence[bool] | None = None
+    ) -> list[Any]:
         """The results of the jaxpr, None for each that is not used (by default all of them)."""
         finish = [None] * len(open_jaxpr(jaxpr)[0].outvars) if used is None else wanted(used)
         keep = (lambda eqn: True) if self.biases else _performs_conv
         results = evaluate(jaxpr, arguments, self.equation, finish=finish, keep=keep)
         return [None if v is None else self.value(v) for v in results]
 
-    def value(self, value: Any) -> Value:
+    def value(self, value: Any) -> Variable:
         """An operand of an equation, which may be a constant."""
-        if isinstance(value, Value):
+        if isinstance(value, Variable):
             return value
-        return self.constants.setdefault(id(value), Value(value, fixed=True))
+        return self.constants.setdefault(id(value), Variable(value, fixed=True))
 
     def equation(self, eqn: JaxprEqn, operands: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         name, values = eqn.primitive.name, list(map(self.value, operands))
@@ -165,8 +168,8 @@ class ConvFinder:
             results[0].made_by = made
         return results
 
-    def record(self, eqn: JaxprEqn, values: Sequence[Value]) -> Made | None:
-        """Adds the convolution that an equation is, and notes of its result what its bias is found by."""
+    def record(self, eqn: JaxprEqn, values: Sequence[Variable]) -> Made | None:
+        """Adds the convolution that an equation performs. The note on its result serves to find the bias."""
         site, x, lead = _SITES[eqn.primitive.name](eqn, values)
         place = place_of(eqn, self.scope, self.paths[site.kernel])
         site = replace(site, name=place, times=self.times)
@@ -194,7 +197,7 @@ class ConvFinder:
 
 # The site, the value that it convolves (None if it does not), and how many batch axes stand before the
 # ``in_shape`` of the spec; None if the value has the whole ``lhs_shape``.
-_Found = tuple[ConvSite, Value | None, int | None]
+_Found = tuple[ConvSite, Variable | None, int | None]
 
 
 def lax_site(eqn: JaxprEqn, x: Any, kernel: Any, name: str = "") -> ConvSite:
@@ -205,12 +208,12 @@ def lax_site(eqn: JaxprEqn, x: Any, kernel: Any, name: str = "") -> ConvSite:
     return ConvSite(spec, kernel, x, name, examples=batch // spec.batch_group_count, lax_fault=fault)
 
 
-def _lax_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
+def _lax_site(eqn: JaxprEqn, values: Sequence[Variable]) -> _Found:
     x, kernel = values
     return lax_site(eqn, x.array, kernel.array), x, None
 
 
-def _product_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
+def _product_site(eqn: JaxprEqn, values: Sequence[Variable]) -> _Found:
     spec, out = eqn.params["spec"], eqn.params["out"]
     a, b = (v.array for v in values)  # (kernel, x), (kernel, y) or (x, y)
     examples = math.prod(batch_sizes(out, eqn.params["batches"], a.shape, b.shape).values())
@@ -222,7 +225,7 @@ def _product_site(eqn: JaxprEqn, values: Sequence[Value]) -> _Found:
     return ConvSite(spec, None, a, "", product="X^T y", y=b, examples=examples), None, None
 
 
-_SITES: dict[str, Callable[[JaxprEqn, Sequence[Value]], _Found]] = {
+_SITES: dict[str, Callable[[JaxprEqn, Sequence[Variable]], _Found]] = {
     "conv_general_dilated": _lax_site,
     "conv_product": _product_site,
 }
@@ -240,21 +243,21 @@ class _Body(NamedTuple):
     """A jaxpr that an equation runs: the body of a loop, a branch of a condition."""
 
     jaxpr: Any
-    operands: Sequence[Value]
+    operands: Sequence[Variable]
     times: int | None = 1  # runs per run of the equation (a branch: 1 at most); None if only the run can tell
     evaluable: bool = True  # whether its equations can be evaluated outside of the equation
 
 
-def _scan_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
+def _scan_bodies(eqn: JaxprEqn, values: Sequence[Variable]) -> list[_Body]:
     """Constants are what they are outside. For the carry see :func:`_carry`. Slices of xs are unknown."""
     scan = open_scan(eqn, values)
     carry = _carry(scan.body, scan.constants, scan.carry)
     inputs = open_jaxpr(scan.body)[0].invars[-len(scan.xs) :] if scan.xs else []
-    slices = [Value(_abstract(v), given=xs.given) for v, xs in zip(inputs, scan.xs, strict=True)]
+    slices = [Variable(_abstract(v), given=xs.given) for v, xs in zip(inputs, scan.xs, strict=True)]
     return [_Body(scan.body, [*scan.constants, *carry, *slices], eqn.params["length"])]
 
 
-def _while_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
+def _while_bodies(eqn: JaxprEqn, values: Sequence[Variable]) -> list[_Body]:
     loop = open_while(eqn, values)
     carry = _carry(loop.body, loop.body_constants, loop.carry)
     return [
@@ -263,16 +266,18 @@ def _while_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
     ]
 
 
-def _branches(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
+def _branches(eqn: JaxprEqn, values: Sequence[Variable]) -> list[_Body]:
     return [_Body(branch, values[1:]) for branch in inner_jaxprs(eqn)]
 
 
-def _solve_bodies(eqn: JaxprEqn, values: Sequence[Value]) -> list[_Body]:
+def _solve_bodies(eqn: JaxprEqn, values: Sequence[Variable]) -> list[_Body]:
     """Only ``solve`` runs. The other three jaxprs of the equation are there for its derivatives."""
     return _other_bodies(eqn, values, [eqn.params["jaxprs"].solve])
 
 
-def _other_bodies(eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] | None = None) -> list[_Body]:
+def _other_bodies(
+    eqn: JaxprEqn, values: Sequence[Variable], jaxprs: Sequence[Any] | None = None
+) -> list[_Body]:
     """The jaxprs of shard_map, and of any primitive that is not in the table below.
 
     An operand may be a shard of the equation's: its value is known only if it has the same shape. Equations
@@ -280,7 +285,7 @@ def _other_bodies(eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] 
     """
     bodies = []
     for body in inner_jaxprs(eqn) if jaxprs is None else jaxprs:
-        operands = [Value(_abstract(v)) for v in open_jaxpr(body)[0].invars]
+        operands = [Variable(_abstract(v)) for v in open_jaxpr(body)[0].invars]
         if len(operands) == len(values):
             for i, v in enumerate(values):
                 share = replace(operands[i], given=v.given)
@@ -289,11 +294,11 @@ def _other_bodies(eqn: JaxprEqn, values: Sequence[Value], jaxprs: Sequence[Any] 
     return bodies
 
 
-def _carry(body: Any, constants: Sequence[Value], values: Sequence[Value]) -> list[Value]:
+def _carry(body: Any, constants: Sequence[Variable], values: Sequence[Variable]) -> list[Variable]:
     """The carry of a loop, known where the body returns it unchanged. It follows the constants."""
     inner = open_jaxpr(body)[0]
     carry = zip(inner.invars[len(constants) :], inner.outvars, values, strict=False)
-    return [value if before is after else Value(_abstract(before)) for before, after, value in carry]
+    return [value if before is after else Variable(_abstract(before)) for before, after, value in carry]
 
 
 _BODIES: dict[str, Callable[[JaxprEqn, Sequence[Any]], list[_Body]]] = {
@@ -310,7 +315,7 @@ def _abstract(variable: Any) -> jax.ShapeDtypeStruct:
 
 def spec_of(eqn: JaxprEqn) -> ConvSpec:
     """The geometry of a ``conv_general_dilated`` equation."""
-    lhs, rhs = (_abstract(v).shape for v in eqn.invars)
+    lhs, rhs = (aval.shape for aval in operand_avals(eqn))
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers",
              "feature_group_count", "batch_group_count")  # fmt: skip
     return conv_spec(lhs, rhs, *(eqn.params[name] for name in names))

@@ -121,7 +121,7 @@ class _Condition(NamedTuple):
 
 
 class _Clipped(NamedTuple):
-    """The value is ``clip(z, low, high)``: a maximum or minimum with a constant goes on from there."""
+    """The value is ``clip(z, low, high)``. Its maximum or minimum with a number is a clip of z too."""
 
     z: Value
     low: float
@@ -131,7 +131,7 @@ class _Clipped(NamedTuple):
 def _activate(
     linearizer: Linearizer, eqn: JaxprEqn, name: str, z: Value, shape: Sequence[int], **parameters: Any
 ) -> Value:
-    """The result of an activation: a value of its own, 0 at the point."""
+    """The result of an activation: a new value that depends on x, 0 at the point."""
     aval = z.tangent
     offset = z.value if z.value is not None else jnp.zeros(aval.shape, aval.dtype)
     place = next(filter(None, map(place_of, [eqn, *reversed(linearizer.calls)])), "")
@@ -192,7 +192,7 @@ def _power(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 
 def _uniform(value: Any) -> float | None:
-    """The number that all entries of a known array are; None if there is none, or if it is traced."""
+    """The number that every entry of a known array is; None if they differ, or if the array is traced."""
     if not is_concrete(value) or not np.size(value):
         return None
     entries = np.asarray(value).ravel()
@@ -220,7 +220,7 @@ def _known(v: Any, aval: Any, out: Any) -> Any:
 
 
 def _larger_or_smaller(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Two bounds that are numbers are one clip; one that is 0 from below is a relu."""
+    """A maximum with 0 is a relu. A maximum and a minimum with numbers are one clip."""
     out, largest = result_avals(eqn)[0], eqn.primitive.name == "max"
     i = 0 if isinstance(values[0], Value) else 1
     bound = None if isinstance(values[1 - i], Value) else _uniform(values[1 - i])
@@ -249,7 +249,7 @@ def _largest(linearizer: Linearizer, eqn: JaxprEqn, z: Value, largest: bool) -> 
 
 
 def _extreme(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Over windows or axes. A window that holds padding holds one of its entries twice."""
+    """The maximum or minimum over windows or axes. Padding in a window counts as another of its entries."""
     (x,), name = values, eqn.primitive.name
     shape = operand_avals(eqn)[0].shape
     if name.startswith("reduce_window"):

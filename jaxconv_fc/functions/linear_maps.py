@@ -57,7 +57,7 @@ Guard = Callable[[int, Any], None]  # (entries, dtype) of a matrix to be made; r
 
 
 def selection(columns: int, numbers: np.ndarray) -> Selection:
-    """The rows ``numbers``, with the identity told apart."""
+    """The :class:`Selection` of these rows; the identity if they are all rows in order."""
     numbers = np.ravel(numbers)
     if len(numbers) == columns and (numbers == np.arange(columns)).all():
         return Selection(columns)

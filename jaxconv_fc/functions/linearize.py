@@ -78,8 +78,8 @@ def is_concrete(value: Any) -> bool:
 
 
 def not_affine(values: Iterable[Any]) -> NotAffine | None:
-    """Why there is a value that no rule linearizes, if there is one. What it may say as a condition is not
-    true of what is made of it."""
+    """The first value that no rule linearizes, if there is one, with its reason alone. A condition that it
+    says is not that of a result computed from it."""
     return next((NotAffine(v.reason) for v in values if isinstance(v, NotAffine)), None)
 
 

@@ -141,7 +141,8 @@ def _by_highs(program: _Program, cost: np.ndarray, maximize: bool, path: str) ->
 
 # -- activations -----------------------------------------------------------------------------------
 #
-# Each is h >= several lines in z, and h <= the one whose turn it is. A binary a says which.
+# Each h is a maximum of linear functions of z. It is at least all of them, and at most the one that a binary
+# variable a names.
 
 
 def _two_slopes(program: _Program, name: str, z: _Z, slope: float) -> _Z:

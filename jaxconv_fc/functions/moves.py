@@ -56,14 +56,14 @@ View = tuple[Line, ...]
 
 
 @dataclass(eq=False)
-class Value:
+class Variable:
     """What a variable of a jaxpr stands for, and the equation that made it if that only moves entries."""
 
     array: Any  # the array where it is known, a jax.ShapeDtypeStruct where only its shape is
     fixed: bool = False  # whether it depends on no argument of the function
     given: bool = False  # whether it is an argument of the function, or a slice of one
     eqn: JaxprEqn | None = None
-    operands: Sequence[Value] = ()
+    operands: Sequence[Variable] = ()
     index: int = 0  # which result of the equation it is
     made_by: Any = None  # what find_convs notes of the convolution whose result it is
     number: int = field(default_factory=itertools.count().__next__)  # in the order in which they are made
@@ -88,26 +88,26 @@ class Value:
         return self.known and not is_traced(self.array)
 
     @property
-    def sources(self) -> list[Value]:
+    def sources(self) -> list[Variable]:
         """The operands whose entries it may hold, without those that only pad it with zeros."""
         operands = [v for v in _entries(self.eqn, self.operands) if 0 not in v.shape] if self.eqn else []
-        return [v for v in operands if not is_zero(v)] or operands
+        return [v for v in operands if not all_zero(v)] or operands
 
 
 def _number(size: Any) -> int:
     return size if isinstance(size, int) else 1
 
 
-def result(eqn: JaxprEqn, operands: Sequence[Value], index: int, array: Any) -> Value:
+def result(eqn: JaxprEqn, operands: Sequence[Variable], index: int, array: Any) -> Variable:
     """The value of one result of an equation."""
     fixed = all(v.fixed for v in operands)
     name = eqn.primitive.name
     if name not in _MOVES:
-        return Value(array, fixed)
+        return Variable(array, fixed)
     entries = _entries(eqn, operands)
     if name != "pad" and not all(v.concrete for v in operands if v not in entries):
-        return Value(array, fixed)  # where the entries go is not known
-    return Value(array, fixed, eqn=eqn, operands=operands, index=index)
+        return Variable(array, fixed)  # where the entries go is not known
+    return Variable(array, fixed, eqn=eqn, operands=operands, index=index)
 
 
 def pads(eqn: JaxprEqn) -> bool:
@@ -128,19 +128,19 @@ def _only_moves(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in _MOVES or all(whole)
 
 
-def is_zero(value: Value) -> bool:
+def all_zero(value: Variable) -> bool:
     """Whether every entry is the constant 0."""
     if value.fixed and value.concrete:
         return not np.any(np.asarray(value.array))
     spread = value.eqn is not None and _MOVES[value.eqn.primitive.name] in (_same, _broadcast)
-    return spread and is_zero(value.operands[0])
+    return spread and all_zero(value.operands[0])
 
 
-def ancestry(value: Value) -> tuple[list[Value], list[int]]:
+def ancestry(value: Variable) -> tuple[list[Variable], list[int]]:
     """``(values, necks)``: the value and what its entries come from, the latest first.
 
     Every entry of the value passes through each of ``values[i]`` for ``i`` in ``necks``. The walk ends at the
-    first value that no move has made: what lies behind it, only some entries have passed through.
+    first value that no move has made. Earlier values may hold a part of the entries alone.
     """
     front, values, necks = {value.number: value}, [], []
     while front:
@@ -154,7 +154,7 @@ def ancestry(value: Value) -> tuple[list[Value], list[int]]:
     return values, necks
 
 
-def view(values: Sequence[Value]) -> View | None:
+def view(values: Sequence[Variable]) -> View | None:
     """The last of these values, as entries of the first. They are in the order in which they are made.
 
     None where its entries are not a product of one choice per axis.
@@ -163,7 +163,7 @@ def view(values: Sequence[Value]) -> View | None:
     if max(base.shape, default=0) > _LONGEST:
         return None
     whole = [Line(((i, 1, n),), np.arange(n)) for i, n in enumerate(base.shape)]
-    views: dict[Value, View | None] = {base: (*whole, _NOTHING)}
+    views: dict[Variable, View | None] = {base: (*whole, _NOTHING)}
     for value in others:
         assert value.eqn is not None
         parts = [views.get(v) for v in _entries(value.eqn, value.operands)]
@@ -232,16 +232,16 @@ def _split(line: Line, sizes: Sequence[int]) -> list[Line] | None:
 # -- the table: primitive -> the view of its result, from those of its operands -----------------------
 
 
-def _same(value: Value, parts: Sequence[Any]) -> View | None:
+def _same(value: Variable, parts: Sequence[Any]) -> View | None:
     return parts[value.index]
 
 
-def _transpose(value: Value, parts: Sequence[Any]) -> View | None:
+def _transpose(value: Variable, parts: Sequence[Any]) -> View | None:
     (lines,) = parts
     return (*(lines[i] for i in value.params["permutation"]), lines[-1])
 
 
-def _reshape(value: Value, parts: Sequence[Any]) -> View | None:
+def _reshape(value: Variable, parts: Sequence[Any]) -> View | None:
     """Axes that become one, or a whole axis that becomes several. An axis of length 1 stays where it can."""
     *lines, rest = parts[0]
     shape, found = list(value.shape), []
@@ -272,7 +272,7 @@ def _leading_ones(sizes: Sequence[int]) -> int:
     return len(list(itertools.takewhile(lambda n: n == 1, sizes)))
 
 
-def _broadcast(value: Value, parts: Sequence[Any]) -> View | None:
+def _broadcast(value: Variable, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     out = [Line((), np.zeros(n, int)) for n in value.shape]
     for line, axis in zip(lines, value.params["broadcast_dimensions"], strict=True):
@@ -280,7 +280,7 @@ def _broadcast(value: Value, parts: Sequence[Any]) -> View | None:
     return (*out, rest)
 
 
-def _slice(value: Value, parts: Sequence[Any]) -> View | None:
+def _slice(value: Variable, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     params = value.params
     steps = params["strides"] or (1,) * len(lines)
@@ -288,7 +288,7 @@ def _slice(value: Value, parts: Sequence[Any]) -> View | None:
     return (*(a.at(a.numbers[slice(*b)]) for a, b in zip(lines, bounds, strict=True)), rest)
 
 
-def _piece(value: Value, parts: Sequence[Any]) -> View | None:
+def _piece(value: Variable, parts: Sequence[Any]) -> View | None:
     """One result of ``split``."""
     sizes, axis, lines = value.params["sizes"], value.params["axis"], list(parts[0])
     start = sum(sizes[: value.index])
@@ -296,25 +296,25 @@ def _piece(value: Value, parts: Sequence[Any]) -> View | None:
     return tuple(lines)
 
 
-def _reverse(value: Value, parts: Sequence[Any]) -> View | None:
+def _reverse(value: Variable, parts: Sequence[Any]) -> View | None:
     turned = value.params["dimensions"]
     return tuple(a.at(a.numbers[::-1]) if i in turned else a for i, a in enumerate(parts[0]))
 
 
-def _pad(value: Value, parts: Sequence[Any]) -> View | None:
+def _pad(value: Variable, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     fill, config = _content(value.operands[1]), value.params["padding_config"]
     pads = zip(lines, config, strict=True)
     return (*(a.at(padded(a.numbers, lo, hi, inner + 1, fill)) for a, (lo, hi, inner) in pads), rest)
 
 
-def _tile(value: Value, parts: Sequence[Any]) -> View | None:
+def _tile(value: Variable, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     reps = value.params["reps"]
     return (*(a.at(np.tile(a.numbers, n)) for a, n in zip(lines, reps, strict=True)), rest)
 
 
-def _concatenate(value: Value, parts: Sequence[Any]) -> View | None:
+def _concatenate(value: Variable, parts: Sequence[Any]) -> View | None:
     """A part that is not like the longest one on the other axes counts as computed."""
     axis = value.params["dimension"]
     model = max((p for p in parts if p), key=lambda p: len(p[axis].numbers))
@@ -333,7 +333,7 @@ def _alike(a: View, b: View, axis: int) -> bool:
     )
 
 
-def _dynamic_slice(value: Value, parts: Sequence[Any]) -> View | None:
+def _dynamic_slice(value: Variable, parts: Sequence[Any]) -> View | None:
     *lines, rest = parts[0]
     out = []
     for line, start, size in zip(lines, value.operands[1:], value.params["slice_sizes"], strict=True):
@@ -343,7 +343,7 @@ def _dynamic_slice(value: Value, parts: Sequence[Any]) -> View | None:
     return (*out, rest)
 
 
-def _update(value: Value, parts: Sequence[Any]) -> View | None:
+def _update(value: Variable, parts: Sequence[Any]) -> View | None:
     """An array that is written into another one, whose other entries stay: zeros, as a rule."""
     into, new = parts
     if into is not None or new is None:
@@ -366,7 +366,7 @@ def _update(value: Value, parts: Sequence[Any]) -> View | None:
     return (*out, rest)
 
 
-def _select(value: Value, parts: Sequence[Any]) -> View | None:
+def _select(value: Variable, parts: Sequence[Any]) -> View | None:
     """One of the cases everywhere, or a case inside of a box and zeros elsewhere."""
     which = np.asarray(value.operands[0].array).astype(int)
     cases = np.unique(which)
@@ -376,7 +376,7 @@ def _select(value: Value, parts: Sequence[Any]) -> View | None:
         return None
     case = 0 if parts[0] else 1
     lines, held, other = parts[case], which == case, value.operands[2 - case]
-    if lines is None or not is_zero(other):
+    if lines is None or not all_zero(other):
         return None
     axes = range(held.ndim)
     along = [held.any(axis=tuple(j for j in axes if j != i)) for i in axes]
@@ -386,7 +386,7 @@ def _select(value: Value, parts: Sequence[Any]) -> View | None:
     return (*kept, lines[-1])
 
 
-def _gather(value: Value, parts: Sequence[Any]) -> View | None:
+def _gather(value: Variable, parts: Sequence[Any]) -> View | None:
     """Indices along some axes, if those of an axis vary along one axis of the result alone."""
     *lines, rest = parts[0]
     params = value.params
@@ -424,8 +424,8 @@ def _gather(value: Value, parts: Sequence[Any]) -> View | None:
     return (*(a or Line((), np.zeros(n, int)) for a, n in zip(out, shape, strict=True)), rest)
 
 
-def _content(value: Value) -> int:
-    return ZERO if is_zero(value) else CONSTANT if value.fixed else COMPUTED
+def _content(value: Variable) -> int:
+    return ZERO if all_zero(value) else CONSTANT if value.fixed else COMPUTED
 
 
 _POINTWISE = (
@@ -433,7 +433,7 @@ _POINTWISE = (
     "name", "sharding_constraint", "layout_constraint", "device_put", "mesh_cast", "reshard", "pvary",
     "pcast",
 )  # fmt: skip
-_MOVES: dict[str, Callable[[Value, Sequence[Any]], View | None]] = {
+_MOVES: dict[str, Callable[[Variable, Sequence[Any]], View | None]] = {
     **dict.fromkeys(_POINTWISE, _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     "transpose": _transpose,
@@ -455,7 +455,7 @@ _ENTRIES = {
 }  # fmt: skip
 
 
-def _entries(eqn: JaxprEqn, operands: Sequence[Value]) -> Sequence[Value]:
+def _entries(eqn: JaxprEqn, operands: Sequence[Variable]) -> Sequence[Variable]:
     """The operands whose entries an equation moves. The others say where to."""
     if eqn.primitive.name == "select_n":
         return operands[1:]

@@ -78,7 +78,8 @@ def place_of(eqn: JaxprEqn, outer: str = "", path: str = "") -> str:
 
 
 def nested(outer: str, eqn: JaxprEqn) -> str:
-    """The name stack of an equation inside of a call, where it begins anew: after the stack of the call."""
+    """The whole name stack of an equation inside of a call: that of the call, then its own, which begins anew
+    there."""
     return "/".join(filter(None, (outer, str(eqn.source_info.name_stack))))
 
 

@@ -225,7 +225,8 @@ def _row(number: int, layer: AffineLayer) -> tuple[str, ...]:
 def _interval(
     layer: AffineLayer, outputs: dict[int, tuple[np.ndarray, np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of ``z``: each entry of M takes the end of the interval that its sign says."""
+    """The interval of ``z = M h + offset``: a positive entry of M takes the low end of h to the low end of z,
+    a negative one the high end."""
     low, high = (layer.offset.astype(np.float64) for _ in range(2))
     size, terms = np.abs(low), 2
     for n, matrix in zip(layer.inputs, layer.matrices, strict=True):
@@ -249,7 +250,7 @@ def _magnitude(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def _widened(
     low: np.ndarray, high: np.ndarray, units: int, size: np.ndarray, dtype: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """By so many rounding units of numbers of this size. What is not known any more is infinite."""
+    """The interval, wider by so many rounding units of numbers of this size. An unknown end is infinite."""
     with np.errstate(invalid="ignore", over="ignore"):
         by = units * np.finfo(dtype).eps * size if units else 0.0
         low, high = low - by, high + by

@@ -20,7 +20,7 @@ from jaxconv_fc.functions.moves import (
     CONSTANT,
     ZERO,
     Line,
-    Value,
+    Variable,
     ancestry,
     padded,
     taken,
@@ -38,7 +38,7 @@ _REASONS = {
 }
 
 
-def without_padding(spec: ConvSpec, value: Value, spatial: Sequence[int]) -> tuple[ConvSpec, Any, str]:
+def without_padding(spec: ConvSpec, value: Variable, spatial: Sequence[int]) -> tuple[ConvSpec, Any, str]:
     """``(spec, x, in_front)`` of the layer that pads ``x`` and then convolves what has become ``value``.
 
     ``spatial``: the spatial axes of the value. ``in_front`` says in words what of the padding is not in the
@@ -92,17 +92,11 @@ def _fitted(spec: ConvSpec, lines: Sequence[Line]) -> ConvSpec | None:
     mode = next((mode for mode in _ORDER if all(mode in found for found in options)), None)
     if mode is None:
         return None
-    pads = [found[mode] for found in options]
-    shape = list(spec.lhs_shape)
-    for axis, line in zip(spec.dimension_numbers.lhs_spec[2:], lines, strict=True):
-        shape[axis] = line.size
-    return replace(
-        spec,
-        lhs_shape=tuple(shape),
-        padding=tuple((lo, hi) for lo, hi, _ in pads),
-        lhs_dilation=tuple(step for _, _, step in pads),
-        padding_mode=mode,
-    )
+    axes = []
+    for axis, line, found in zip(spec.axes, lines, options, strict=True):
+        lo, hi, step = found[mode]
+        axes.append(replace(axis, size=line.size, lo=lo, hi=hi, lhs_dilation=step))
+    return replace(spec.having(axes), padding_mode=mode)
 
 
 def _pads(numbers: np.ndarray, n: int, step: int) -> dict[str, tuple[int, int, int]]:
@@ -145,7 +139,7 @@ def _run(numbers: np.ndarray, n: int) -> int | None:
     return None
 
 
-def _pad_in(chain: Sequence[Value], along: Sequence[int]) -> str:
+def _pad_in(chain: Sequence[Variable], along: Sequence[int]) -> str:
     """What pads the last value of a chain of moves, beside entries of the first, along some of its axes."""
     lines = view(chain)
     if lines is None:
@@ -171,7 +165,7 @@ class Made:
     read: int  # the number of the value that the input of the layer is moved from
 
 
-def bias_of(result: Value, added: Value) -> tuple[int, Any] | None:
+def bias_of(result: Variable, added: Variable) -> tuple[int, Any] | None:
     """``(site, bias)`` if the result of a convolution is in ``result``, and ``added`` is a bias.
 
     That is an argument or a constant that varies along the output channels alone.

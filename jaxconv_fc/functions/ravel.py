@@ -47,14 +47,14 @@ def ravelled(name: str, fn: Callable[[Any], Any], x: Any, rows: Any = None) -> R
     ``name`` is the public function, for messages.
     """
     leaves, tree = jax.tree.flatten(x)
-    xs = [_argument(name, leaf) for leaf in leaves]
+    xs = [v if isinstance(v, Shape) else _as_array(f"{name}: x must be", v) for v in leaves]
     shapes = [v if isinstance(v, Shape) else jax.eval_shape(lambda v=v: replicated(v)) for v in xs]
     out_tree: Any = None
 
     def flat(*arrays: Any) -> list[Any]:
         nonlocal out_tree
         results, out_tree = jax.tree.flatten(fn(tree.unflatten(arrays)))
-        results = [_result(name, leaf) for leaf in results]
+        results = [_as_array(f"{name}: fn must return", leaf) for leaf in results]
         return results if rows is None else [_rows(name, results, rows)]
 
     jaxpr = trace(flat, shapes, {}).jaxpr
@@ -62,20 +62,12 @@ def ravelled(name: str, fn: Callable[[Any], Any], x: Any, rows: Any = None) -> R
     return Ravelled(jaxpr, xs, outs, tree, out_tree)
 
 
-def _argument(name: str, leaf: Any) -> Any:
-    """An array of x. Of a ``jax.ShapeDtypeStruct`` and a traced array only the type is known."""
-    if isinstance(leaf, Shape):
-        return leaf
-    return _as_array(leaf, f"{name}: x must be a pytree of arrays, got {brief(leaf)} in it.")
-
-
-def _result(name: str, leaf: Any) -> Any:
-    return _as_array(leaf, f"{name}: fn must return a pytree of arrays, got {brief(leaf)} in it.")
-
-
-def _as_array(leaf: Any, message: str) -> Any:
+def _as_array(must: str, leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
-        raise TypeError(f"{message} Bind what is no array with functools.partial.")
+        raise TypeError(
+            f"{must} a pytree of arrays, got {brief(leaf)} in it. Bind what is no array with "
+            "functools.partial."
+        )
     return jnp.asarray(leaf)
 
 

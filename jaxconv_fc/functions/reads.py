@@ -39,15 +39,16 @@ from jaxconv_fc.functions.sparse import Graph, Node, check_host
 
 
 class Convolution(NamedTuple):
-    """A convolution that was met: nodes, or arrays where they depend on nothing that is asked for."""
+    """A convolution of the function. x and result are nodes, or arrays where they do not depend on what is
+    asked for."""
 
     eqn: JaxprEqn
     x: Any
     result: Any
 
 
-class Reads(Graph):
-    """The equations of any jaxpr as relations between arrays. It is run with nodes for what is asked for."""
+class ReadsGraph(Graph):
+    """Evaluates any jaxpr to a graph of relations between arrays. Nodes stand for what is asked for."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -68,7 +69,7 @@ class Reads(Graph):
                 "mutable array, whose entries depend on what ran before. Use arrays that do not change."
             )
         if any(isinstance(v, Node) for v in values) or (name in CALLS and self.convolves(eqn)):
-            results = self._control.get(name, Reads.related)(self, eqn, values)
+            results = self._control.get(name, ReadsGraph.related)(self, eqn, values)
         else:
             results = eval_eqn(eqn, values)
         if name in CONVOLUTIONS:
@@ -112,7 +113,7 @@ class Reads(Graph):
             carry = self.run(loop.body, [*loop.body_constants, *carry])
 
     def branches(self, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-        """The branch that runs, or all of them: then the results read the index too."""
+        """The branch that runs if the index is known; else all of them, and the results read the index."""
         index, bodies = values[0], inner_jaxprs(eqn)
         if not isinstance(index, Node):
             return self.run(bodies[min(max(int(index), 0), len(bodies) - 1)], values[1:])
@@ -174,7 +175,7 @@ def reads_of(result: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     return masks
 
 
-def reading(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
+def reached_from(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     """What reads these entries of a node, of every node that a result depends on and that depends on it."""
     masks = {source: mask}
     for node in depends_on(*results):
@@ -188,7 +189,7 @@ def reading(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Nod
 
 
 def depends_on(*nodes: Node) -> list[Node]:
-    """The nodes that these depend on, and themselves, in the order in which they were made."""
+    """These nodes and all that they depend on, in the order in which they were made."""
     found, front = set(nodes), [*nodes]
     while front:
         for before, _ in front.pop().terms:
@@ -210,7 +211,7 @@ def function_reads(name: str, fn: Callable[[Any], Any], x: Any) -> Function:
     traced = ravelled(name, fn, x)
     check_host(name, "concrete arrays", (traced.xs, open_jaxpr(traced.jaxpr)[1]))
     arguments = list(map(_node, traced.xs))
-    return Function(traced, arguments, Reads(name).run(traced.jaxpr, arguments))
+    return Function(traced, arguments, ReadsGraph(name).run(traced.jaxpr, arguments))
 
 
 class Place(NamedTuple):
@@ -221,7 +222,7 @@ class Place(NamedTuple):
 
 
 def places_of(name: str, sites: Sequence[ConvSite]) -> list[Place]:
-    """What each site of a chain takes, and what the last one makes. What stands between is in the graph."""
+    """The input of each site of a chain, and the output of the last. The graph has what stands between."""
     met = _met(name, sites)
     for i, site in enumerate(sites):
         if site.examples == 0:
@@ -255,7 +256,7 @@ def check_adjacent(name: str, sites: Sequence[ConvSite]) -> None:
 
 
 def _reaching(nodes: Sequence[Node], source: Node) -> set[Node]:
-    """Which of the nodes, in the order in which they were made, depend on the source; and itself."""
+    """The source and those of the nodes that depend on it, in the order in which they were made."""
     found = {source}
     for node in nodes:
         if any(before in found for before, _ in node.terms):
@@ -271,7 +272,7 @@ def _met(name: str, sites: Sequence[ConvSite]) -> list[Convolution]:
             f"{name}: the sites are not all from one call of find_convs, so what stands between them is not "
             "known. Pass sites of one call, or their specs: [site.spec for site in sites]."
         )
-    graph = Reads(name)
+    graph = ReadsGraph(name)
     jaxpr = known[0].jaxpr
     graph.run(jaxpr, [_node(v.aval) for v in open_jaxpr(jaxpr)[0].invars])
     if len(graph.convolutions) != known[0].among:
@@ -293,7 +294,7 @@ def _met(name: str, sites: Sequence[ConvSite]) -> list[Convolution]:
 
 
 def _before_padding(name: str, site: ConvSite, met: Convolution) -> Node:
-    """What the M of a site takes: what the convolution takes, before the padding that the spec has."""
+    """The input of the M of a site: that of the convolution, before the padding that the spec makes."""
     own = met.eqn.params["spec"] if "spec" in met.eqn.params else spec_of(met.eqn)
     if own == site.spec:
         return met.x

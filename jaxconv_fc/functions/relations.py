@@ -1,7 +1,8 @@
 """Which entries of its operands every entry of a result of an equation may read: one table by primitive.
 
 An equation need not be linear. A relation between two arrays is a product of one relation per axis,
-:class:`Along`, or a selection of entries. What stands in no table reads all entries of its operands.
+:class:`Along`, or a selection of entries. A primitive
+that is in no table is taken to read all entries of its operands.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Terms = list[tuple[int, Any]]
 
 
 class Along(NamedTuple):
-    """An entry of the result reads an entry of the operand if they are related on every axis of one name.
+    """An entry of the result reads an entry of the operand if their indices are related on every axis that
+    both arrays have. Axes are known by name.
 
     Two indices are related if they are equal, or by the matrix that ``matrices`` has for this name. So an
     entry reads all along an axis of the operand whose name the result lacks. Axes may be split:
@@ -81,7 +83,10 @@ def _columns(relation: Any) -> int:
 
 
 def _related(mask: Any, first: Dims, second: Dims, matrices: dict[Label, Any]) -> np.ndarray:
-    """A mask over the second axes from one over the first: an index per axis that is related with some."""
+    """A mask over the second axes, of the entries that are related with some entry of ``mask``.
+
+    ``mask`` is over the first axes. Axes of one name are related by the matrix of this name, or by equality.
+    """
     names = [name for name, _ in second]
     mask = mask.reshape([n for _, n in first])
     mask = mask.any(axis=tuple(i for i, (name, _) in enumerate(first) if name not in names))
@@ -152,7 +157,7 @@ def _reduced(eqn: JaxprEqn, i: int, before: Sequence[int], after: Sequence[int])
 
 
 def _mixed(axes_of: Callable[[JaxprEqn, int], Sequence[int]]) -> Callable[..., Along]:
-    """All along some axes."""
+    """An entry reads all along the axes that the equation mixes, and its own index on the others."""
 
     def rule(eqn: JaxprEqn, i: int, before: Sequence[int], after: Sequence[int]) -> Along:
         axes = [a % len(before) for a in axes_of(eqn, len(before))]
@@ -202,8 +207,8 @@ def _gather(eqn: JaxprEqn, i: int, before: Sequence[int], after: Sequence[int]) 
 
 
 def _of_axis(axis: Axis) -> dict[tuple[str, str], Any]:
-    """What x, kernel and result of a convolution have to do with each other along one axis: of two of these
-    roles, (operand, result), the matrix."""
+    """The relations of x, result y and kernel k of a convolution along one axis: the matrix of any two roles,
+    ``(operand, result)``."""
     o, t, p = axis.reads(np.arange(axis.out_size))
     of = {"y": (o, axis.out_size), "x": (t, axis.size), "k": (p, axis.taps)}
     return {(a, b): _pairs(of[b][0], of[a][0], (of[b][1], of[a][1])) for a in "xyk" for b in "xyk" if a != b}

@@ -18,7 +18,7 @@ _CUBIC, _TANH = 0.044715, math.sqrt(2 / math.pi)  # gelu is about z / 2 (1 + tan
 
 
 def simplest(layer: AffineLayer, before: Callable[[int], AffineLayer]) -> AffineLayer:
-    """The same layer with an activation of one number, if it is one. ``before(n)`` is layer n."""
+    """The same layer, with an activation of one number if it can be written so. ``before(n)`` is layer n."""
     if layer.activation not in ("where", "max", "mul"):
         return layer
     count = len(layer.offset) // max(1, math.prod(layer.shape))
@@ -34,7 +34,8 @@ def simplest(layer: AffineLayer, before: Callable[[int], AffineLayer]) -> Affine
 
 
 def _every(layer: AffineLayer, first: int, step: int) -> AffineLayer:
-    """One of the numbers that the activation takes, without what it does not depend on."""
+    """The layer of every ``step``-th entry of z: one of the numbers that each activation takes. Inputs that
+    it does not depend on are left out."""
     terms = [(n, m[first::step]) for n, m in zip(layer.inputs, layer.matrices, strict=True)]
     terms = [(n, m) for n, m in terms if m.nnz]
     return layer._replace(

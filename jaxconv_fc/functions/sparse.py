@@ -98,7 +98,7 @@ def sparse_matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> S
 
 
 def check_host(name: str, instead: str, arrays: Any) -> None:
-    """TypeError for a traced array: what is named makes NumPy arrays."""
+    """TypeError for a traced array: the function ``name`` makes NumPy arrays."""
     traced = next(filter(is_traced, jax.tree.leaves(arrays)), None)
     if traced is not None:
         raise TypeError(f"{name} makes NumPy arrays, and {traced} is traced: use {instead} under jit.")

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.modes import MODES
 from jaxconv_fc.sharding import is_traced
 
@@ -44,26 +44,27 @@ def brief(value: Any) -> str:
 
 
 def as_int(name: str, value: Any, least: int | None = None) -> int:
-    _reject_traced(name, value)
-    try:
-        if isinstance(value, bool | np.bool_) or is_symbolic_dim(value):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        got = brief(value)
-        raise TypeError(f"{name} must be an int, got {got}. Write a whole number such as 1.") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}.")
-    return number
+    if type(value) is not int:
+        _reject_traced(name, value)
+        try:
+            if isinstance(value, bool | np.bool_) or is_symbolic_dim(value):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            got = brief(value)
+            raise TypeError(f"{name} must be an int, got {got}. Write a whole number such as 1.") from None
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return value
 
 
 def as_ints(
     name: str, values: Any, *, length: int | None = None, least: int = 1, symbolic: bool = False
 ) -> tuple[int, ...]:
     """The values as ints. Those that are a symbolic size stay what they are if ``symbolic``."""
-    _reject_traced(name, values)
     array = isinstance(values, np.ndarray) and values.ndim > 1
     if array or isinstance(values, str) or not isinstance(values, Sequence | np.ndarray):
+        _reject_traced(name, values)
         hint = " Pass the array's .shape." if hasattr(values, "shape") else ""
         raise TypeError(f"{name} must be a sequence of ints such as (1, 1), got {brief(values)}.{hint}")
     kept = [symbolic and is_symbolic_dim(v) for v in values]
@@ -91,11 +92,11 @@ def check_ranks(lhs: tuple[int, ...], rhs: tuple[int, ...]) -> None:
 
 
 def resolve_layouts(numbers: Any, rank: int) -> lax.ConvDimensionNumbers:
-    _reject_traced("dimension_numbers", numbers)
     if numbers is None:
         plain = tuple(range(rank))
         return lax.ConvDimensionNumbers(plain, plain, plain)
     if isinstance(numbers, str) or not isinstance(numbers, tuple | list) or len(numbers) != 3:
+        _reject_traced("dimension_numbers", numbers)
         raise (ValueError if isinstance(numbers, str | tuple | list) else TypeError)(
             "dimension_numbers must be None, lax.ConvDimensionNumbers or three layouts such as "
             f"('NHWC', 'HWIO', 'NHWC'), got {brief(numbers)}."
@@ -179,8 +180,8 @@ def check_channels(
 
 
 def resolve_mode(mode: Any) -> str:
-    _reject_traced("padding_mode", mode)
     if not isinstance(mode, str):
+        _reject_traced("padding_mode", mode)
         raise TypeError(f"padding_mode must be a string, one of {tuple(MODES)}, got {brief(mode)}.")
     name = _MODE_OF_ALIAS.get(mode.lower(), mode.lower())
     if name not in MODES:
@@ -191,11 +192,11 @@ def resolve_mode(mode: Any) -> str:
 
 def resolve_padding(padding: Any, axes: Sequence[Axis]) -> tuple[tuple[int, int], ...]:
     """``((lo, hi), ...)`` for axes that are not padded yet."""
-    _reject_traced("padding", padding)
     if isinstance(padding, str):
         return _named_padding(padding, axes)
     example = f"Write [(lo, hi), ...], a pair per spatial axis, such as {[(1, 1)] * len(axes)}, or 'SAME'."
     if not isinstance(padding, Sequence | np.ndarray):
+        _reject_traced("padding", padding)
         kind = ValueError if isinstance(padding, int | np.integer) else TypeError
         raise kind(f"padding must be a string or a list of pairs of ints, got {brief(padding)}. {example}")
     if len(padding) != len(axes):
@@ -205,8 +206,8 @@ def resolve_padding(padding: Any, axes: Sequence[Axis]) -> tuple[tuple[int, int]
         )
     pads = []
     for i, pair in enumerate(padding):
-        _reject_traced(f"padding[{i}]", pair)
         if isinstance(pair, str) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
+            _reject_traced(f"padding[{i}]", pair)
             raise ValueError(f"padding[{i}] must be a pair (lo, hi), got {brief(pair)}. {example}")
         lo, hi = (as_int(f"padding[{i}][{j}]", v, least=None) for j, v in enumerate(pair))
         pads.append((lo, hi))
@@ -255,10 +256,9 @@ def check_axis(i: int, axis: Axis, rhs: tuple[int, ...]) -> None:
     check_steps(i, axis)
     if axis.pads_with_zeros:
         if axis.span < 0:
-            size = dilated(axis.size, axis.lhs_dilation)
             raise ValueError(
-                f"padding[{i}]={pads} crops more than the {size} positions of the (dilated) spatial axis "
-                f"{i}. Crop at most {size} in total."
+                f"padding[{i}]={pads} crops more than the {axis.dilated_size} positions of the (dilated) "
+                f"spatial axis {i}. Crop at most {axis.dilated_size} in total."
             )
         return
     if min(pads) < 0:

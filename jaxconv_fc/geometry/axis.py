@@ -31,7 +31,10 @@ def dilated(size: int, dilation: int) -> int:
 
 @dataclass(frozen=True)
 class Axis:
-    """One spatial axis of a convolution: sizes, steps and padding, all Python ints."""
+    """One spatial axis of a convolution: sizes, steps and padding, all Python ints.
+
+    What follows from them is computed once.
+    """
 
     size: int
     taps: int
@@ -44,44 +47,48 @@ class Axis:
 
     # -- sizes ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def pads_with_zeros(self) -> bool:
         """Whether padding reads as 0, and is made after dilation: no output reads an input twice."""
         return self.mode == "zeros"
 
-    @property
+    @cached_property
     def copied(self) -> tuple[int, int]:
         """How many copies of inputs stand before and behind the axis; 0 in zeros mode; a crop if negative."""
         return (0, 0) if self.pads_with_zeros else (self.lo, self.hi)
 
-    @property
+    @cached_property
     def padded_size(self) -> int:
         """Positions of the axis with its copies, before it is dilated."""
         return self.size + sum(self.copied)
 
-    @property
+    @cached_property
     def own(self) -> range:
         """The padded positions that are inputs themselves. The others are copies."""
         low = self.copied[0]
         return range(self.padded_size)[max(0, low) : max(0, low + self.size)] or range(0)
 
-    @property
+    @cached_property
+    def dilated_size(self) -> int:
+        return dilated(self.size, self.lhs_dilation)
+
+    @cached_property
     def dilated_taps(self) -> int:
         return dilated(self.taps, self.rhs_dilation)
 
-    @property
+    @cached_property
     def span(self) -> int:
         """Length of the dilated and padded axis that the window slides over."""
         zeros = self.lo + self.hi - sum(self.copied)
         return dilated(self.padded_size, self.lhs_dilation) + zeros
 
-    @property
+    @cached_property
     def shift(self) -> int:
         """The low padding in dilated steps. Outputs that read no copies (:attr:`direct`) have
         ``o*stride + p*rhs_dilation - shift == t*lhs_dilation`` in every mode."""
         return self.lo if self.pads_with_zeros else self.lo * self.lhs_dilation
 
-    @property
+    @cached_property
     def out_size(self) -> int:
         slack = self.span - self.dilated_taps
         return slack // self.stride + 1 if slack >= 0 else 0
@@ -98,8 +105,9 @@ class Axis:
     @property
     def on_padded(self) -> Axis:
         """The zeros-mode axis between the padded positions and the outputs."""
-        before, behind = self.copied
-        return replace(self, size=self.padded_size, lo=self.lo - before, hi=self.hi - behind, mode="zeros")
+        if self.pads_with_zeros:
+            return self
+        return replace(self, size=self.padded_size, lo=0, hi=0, mode="zeros")
 
     def source(self, j: Ints) -> Ints:
         """Input position that padded position ``j`` is a copy of."""
@@ -248,15 +256,15 @@ class Axis:
         """Outputs at this distance read through the same taps (the ``L`` of docs/maths.md, section 8)."""
         return self.lhs_dilation // math.gcd(self.stride, self.lhs_dilation)
 
-    @property
+    @cached_property
     def interior(self) -> range:
         """The outputs whose whole window lies on input positions, none of it on padding."""
         first = self.shift
-        last = first + dilated(self.size, self.lhs_dilation) - self.dilated_taps
+        last = first + self.dilated_size - self.dilated_taps
         start = min(max(0, -(-first // self.stride)), self.out_size)
         return range(start, max(start, min(self.out_size, last // self.stride + 1)))
 
-    @property
+    @cached_property
     def direct(self) -> range:
         """The outputs that read no copies: all of them in zeros mode, else those of the interior."""
         return range(self.out_size) if self.pads_with_zeros else self.interior
@@ -290,7 +298,7 @@ class Axis:
         """
         span = (out_size - 1) * self.stride + self.dilated_taps if out_size else 0
         if self.pads_with_zeros:
-            return replace(self, hi=span - dilated(self.size, self.lhs_dilation) - self.lo)
+            return replace(self, hi=span - self.dilated_size - self.lo)
         positions = -(-(span - 1) // self.lhs_dilation) + 1 if span else 0
         return replace(self, hi=max(0, positions - self.size - self.lo))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.cache import bounded_cache
 from jaxconv_fc.geometry.modes import Ints
 
@@ -104,7 +104,7 @@ def _related_outputs(axis: Axis) -> range:
     if not axis.pads_with_zeros:
         return range(axis.out_size)
     start = -(-(axis.lo - axis.dilated_taps + 1) // axis.stride)
-    stop = (dilated(axis.size, axis.lhs_dilation) - 1 + axis.lo) // axis.stride + 1
+    stop = (axis.dilated_size - 1 + axis.lo) // axis.stride + 1
     return range(axis.out_size)[max(0, start) : max(0, start, stop)] if axis.size else range(0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -50,33 +50,39 @@ def memory_limit(nbytes: int) -> Iterator[None]:
 
 
 def check_array(
-    name: str, shape: tuple[int, ...], dtype: Any, instead: str, stored: int | None = None
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    instead: str | Callable[[], str],
+    stored: int | None = None,
 ) -> None:
     """ValueError if the array that ``name`` makes is beyond the memory limit. ``instead`` says what to use.
 
     An array with ``stored`` entries of M is made by index on a device: its places must be within the index
     range too.
     """
-    entries, sizes, dtype = math.prod(shape), " x ".join(f"{n:,}" for n in shape), jnp.dtype(dtype)
+    entries, dtype = math.prod(shape), jnp.dtype(dtype)
     nbytes = entries * dtype.itemsize
-    need = f"{name}: {sizes} {dtype.name} = {readable(nbytes)}"
-    check_bytes(need if stored is None else f"{need} dense; {stored:,} stored entries", nbytes, instead)
+    if not fits_in_memory(nbytes):
+        need = f"{name}: {' x '.join(f'{n:,}' for n in shape)} {dtype.name} = {readable(nbytes)}"
+        need = need if stored is None else f"{need} dense; {stored:,} stored entries"
+        raise beyond_memory(need, nbytes, instead() if callable(instead) else instead)
     if stored is not None:
         index_dtype(entries, shape)
 
 
 def check_stored(name: str, stored: int, nbytes: int, instead: str = "row_blocks or apply") -> None:
     """ValueError if the arrays of a sparse matrix are beyond the memory limit."""
-    check_bytes(f"{name}: {stored:,} stored entries need {readable(nbytes)}", nbytes, instead)
-
-
-def check_bytes(need: str, nbytes: int, instead: str) -> None:
-    """ValueError if ``nbytes`` are beyond the memory limit: what needs them, and what to do."""
     if not fits_in_memory(nbytes):
-        raise ValueError(
-            f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())}: "
-            f"`with jaxconv_fc.memory_limit({nbytes}):`."
-        )
+        raise beyond_memory(f"{name}: {stored:,} stored entries need {readable(nbytes)}", nbytes, instead)
+
+
+def beyond_memory(need: str, nbytes: int, instead: str) -> ValueError:
+    """The error for ``nbytes`` beyond the memory limit: what needs them, and what to do."""
+    return ValueError(
+        f"{need}: use {instead}, or raise the limit of {readable(_memory_limit.get())}: "
+        f"`with jaxconv_fc.memory_limit({nbytes}):`."
+    )
 
 
 def fits_in_memory(nbytes: int) -> bool:

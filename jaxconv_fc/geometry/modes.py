@@ -17,7 +17,7 @@ class BoundaryMode(NamedTuple):
 
     source: Callable[[Ints, int], Ints]  # (i, n) -> the input that position i is a copy of
     period: Callable[[int], int]  # of n: at this distance the copies repeat; 0 if they never do
-    numpy_name: str  # the mode of numpy.pad
+    numpy_name: Any  # what numpy.pad takes as this mode: its name, or a function
     aliases: tuple[str, ...] = ()  # other names that conv_spec takes
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from jaxconv_fc.geometry.arguments import (
+    DTYPES,
     as_array,
     as_int,
     as_ints,
@@ -102,34 +103,34 @@ class ConvSpec:
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
         """The relation of each spatial axis, in the order of ``window_strides``."""
-        sizes = _pick(self.lhs_shape, self.dimension_numbers.lhs_spec[2:])
-        taps = _pick(self.rhs_shape, self.dimension_numbers.rhs_spec[2:])
+        sizes = [self.lhs_shape[i] for i in self.dimension_numbers.lhs_spec[2:]]
+        taps = [self.rhs_shape[i] for i in self.dimension_numbers.rhs_spec[2:]]
         steps = (self.window_strides, self.padding, self.lhs_dilation, self.rhs_dilation)
         return tuple(
             Axis(n, k, s, lo, hi, l, r, self.padding_mode)
             for n, k, s, (lo, hi), l, r in zip(sizes, taps, *steps, strict=True)
         )
 
-    @property
+    @cached_property
     def pads_with_zeros(self) -> bool:
         """Whether padding reads as 0, not as copies of inputs."""
         return self.padding_mode == "zeros"
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Blocks of M: a batch group is a feature group whose channels lie in another batch entry."""
         return self.feature_group_count * self.batch_group_count
 
-    @property
+    @cached_property
     def out_channels(self) -> int:
         return self.rhs_shape[self.dimension_numbers.rhs_spec[0]]
 
-    @property
+    @cached_property
     def group_channels(self) -> int:
         """Input channels that one output channel reads."""
         return self.rhs_shape[self.dimension_numbers.rhs_spec[1]]
 
-    @property
+    @cached_property
     def in_channels(self) -> int:
         """Input channels of one example, those of all its batch entries together."""
         return self.groups * self.group_channels
@@ -160,7 +161,7 @@ class ConvSpec:
         """The number of outputs, which is the number of rows of M."""
         return math.prod(self.out_shape)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """The shape of M, ``(out_size, in_size)``."""
         return self.out_size, self.in_size
@@ -189,7 +190,7 @@ class ConvSpec:
             bcsr=self.nse * (entry + index) + (self.out_size + 1) * index,
         )
 
-    @property
+    @cached_property
     def stored_reach(self) -> int:
         """The largest index that a sparse format of M holds."""
         return max(self.nse, self.in_size, self.out_size)
@@ -236,7 +237,7 @@ class ConvSpec:
 
     # -- positions -----------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def in_order(self) -> tuple[int, ...]:
         """Axes of ``in_shape`` in canonical order: spatial, then batch groups (if any), then channels."""
         batch, feature, *spatial = self.dimension_numbers.lhs_spec
@@ -244,13 +245,13 @@ class ConvSpec:
             return (*spatial, batch, feature)
         return tuple(i - (i > batch) for i in (*spatial, feature))
 
-    @property
+    @cached_property
     def out_order(self) -> tuple[int, ...]:
         """Axes of ``out_shape`` in canonical order: spatial, then channels."""
         batch, feature, *spatial = self.dimension_numbers.out_spec
         return tuple(i - (i > batch) for i in (*spatial, feature))
 
-    @property
+    @cached_property
     def kernel_order(self) -> tuple[int, ...]:
         """Axes of the kernel in canonical order: spatial, then input channels, then output channels."""
         feature, channel, *spatial = self.dimension_numbers.rhs_spec
@@ -362,7 +363,8 @@ def spec_first(builder: _Builder) -> _Builder:
 def as_operand(name: str, value: Any, spec: ConvSpec, shape: str) -> jax.Array:
     """``value`` as a jax.Array whose shape is ``getattr(spec, shape)``."""
     check_spec(spec)
-    array, expected = as_array(name, value), getattr(spec, shape)
+    checked = isinstance(value, jax.Array) and value.dtype in DTYPES
+    array, expected = value if checked else as_array(name, value), getattr(spec, shape)
     if array.shape != expected:
         transposed = _transposition(array.shape, spec) if shape == "rhs_shape" else ""
         advice = "Use jax.vmap for a stack, or make a spec for this shape."
@@ -385,10 +387,6 @@ def _transposition(shape: tuple[int, ...], spec: ConvSpec) -> str:
         if tuple(shape[i] for i in order) == expected:
             return f".transpose{order}"
     return ""
-
-
-def _pick(values: Sequence[int], indices: Sequence[int]) -> tuple[int, ...]:
-    return tuple(values[i] for i in indices)
 
 
 def _one_example(shape: Sequence[int], batch: int, entries: int) -> tuple[int, ...]:

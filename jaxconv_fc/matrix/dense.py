@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,8 +49,12 @@ def as_matrix(spec: ConvSpec, kernel: Array) -> jax.Array:
      [0 0 1 2]]
     """
     kernel = as_operand("kernel", kernel, spec, "rhs_shape")
-    smaller = "as_bcsr" if fits_in_memory(spec.nbytes(kernel.dtype).bcsr) else "row_blocks"
-    check_array("as_matrix", spec.shape, kernel.dtype, f"{smaller} or apply", spec.nse)
+
+    def instead() -> str:
+        sparse_fits = fits_in_memory(spec.nbytes(kernel.dtype).bcsr)
+        return f"{'as_bcsr' if sparse_fits else 'row_blocks'} or apply"
+
+    check_array("as_matrix", spec.shape, kernel.dtype, instead, spec.nse)
     return _matrix(spec, kernel)
 
 
@@ -218,14 +223,7 @@ def matrix_rows(spec: ConvSpec, kernel: Array, rows: Any) -> jax.Array:
     index, inside = _index("rows", rows, spec.out_shape, spec)
     shape = (index.shape[0], spec.in_size)
     check_array("matrix_rows", shape, kernel.dtype, "fewer rows at a time", spec.nse)
-    return _fill(_rows(spec, kernel, index), inside)
-
-
-@program
-def _rows(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    if not spec.nse:
-        return jnp.zeros((len(index), spec.in_size), kernel.dtype)
-    return scatter.rows(spec, kernel, index)
+    return _fill(_lines(scatter.rows, shape, spec, kernel, index), inside)
 
 
 def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
@@ -256,14 +254,13 @@ def matrix_columns(spec: ConvSpec, kernel: Array, columns: Any) -> jax.Array:
     index, inside = _index("columns", columns, spec.in_shape, spec)
     shape = (index.shape[0], spec.out_size)
     check_array("matrix_columns", shape[::-1], kernel.dtype, "fewer columns at a time", spec.nse)
-    return _fill(_transposed_columns(spec, kernel, index), inside).T
+    return _fill(_lines(scatter.transposed_columns, shape, spec, kernel, index), inside).T
 
 
-@program
-def _transposed_columns(spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
-    if not spec.nse:
-        return jnp.zeros((len(index), spec.out_size), kernel.dtype)
-    return scatter.transposed_columns(spec, kernel, index)
+@partial(program, static_argnums=(0, 1))
+def _lines(of: Any, shape: tuple[int, int], spec: ConvSpec, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    """``of(spec, kernel, index)``: lines of M, an array of this shape."""
+    return of(spec, kernel, index) if spec.nse else jnp.zeros(shape, kernel.dtype)
 
 
 def _index(name: str, values: Any, shape: tuple[int, ...], spec: ConvSpec) -> tuple[jax.Array, jax.Array]:

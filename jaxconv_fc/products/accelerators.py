@@ -24,6 +24,7 @@ from jaxconv_fc.products import forms
 from jaxconv_fc.products.forms import (
     Call,
     Decomposition,
+    Forms,
     among_zeros,
     by_residues,
     complex_product,
@@ -118,7 +119,7 @@ def _correlate(form: Form, axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array,
     cropped = [axis.rows(0, axis.out_size) for axis in axes]
     unread = [a for a, (_, inputs) in enumerate(cropped) if not inputs]
     if unread or len(axes) > MOST_AXES:
-        a = unread[0] if unread else min(range(len(axes)), key=lambda a: _growth(axes[a]))
+        a = unread[0] if unread else _cheapest_to_unfold(axes)
         return _unfolded(a, form, axes, lhs, rhs, call)
     inner = list(axes)
     for a, (axis, inputs) in enumerate(cropped):
@@ -183,9 +184,10 @@ def _unfolded(
     return jnp.moveaxis(y, batch + 1, _places(form.out, y.ndim)[2 + a])
 
 
-def _growth(axis: Axis) -> float:
-    """How many times as large an array becomes when this axis is unfolded."""
-    return axis.out_size * axis.taps / axis.size
+def _cheapest_to_unfold(axes: Sequence[Axis]) -> int:
+    """The axis that makes an array grow least."""
+    growth = [axis.out_size * axis.taps / axis.size for axis in axes]
+    return growth.index(min(growth))
 
 
 # -- dimensions -----------------------------------------------------------------------------------
@@ -235,6 +237,12 @@ def svd(a: jax.Array) -> Decomposition:
     )
 
 
-def singular_values(a: jax.Array) -> jax.Array:
-    """The values alone."""
-    return svd(a).values
+ACCELERATOR = Forms(
+    correlate=correlate,
+    kernel_gradient=kernel_gradient,
+    fold=fold,
+    svd=svd,
+    singular_values=lambda a: svd(a).values,
+    method=lambda spec, count, dtype: "convolution",
+    column_bytes=None,
+)

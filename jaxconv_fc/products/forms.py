@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.spec import ConvSpec
 
 
@@ -70,7 +70,7 @@ def moved_by(
     for i, (axis, p) in enumerate(zip(axes, tap, strict=True), start=first):
         # Output o reads position  start + o*stride  of the dilated axis.
         start, reach = p * axis.rhs_dilation - axis.lo, (axis.out_size - 1) * axis.stride + 1
-        high = start + reach - dilated(axis.size, axis.lhs_dilation)
+        high = start + reach - axis.dilated_size
         pads[i] = (max(0, -start), max(0, high), axis.lhs_dilation - 1)
         starts[i], stops[i], steps[i] = max(0, start), max(0, start) + reach, axis.stride
     if any(map(any, pads)):

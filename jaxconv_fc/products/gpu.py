@@ -1,14 +1,8 @@
-"""What a program does on a GPU. What it shares with a TPU is in :mod:`jaxconv_fc.products.accelerators`."""
+"""What a program does on a GPU. What it shares with a TPU is in :mod:`jaxconv_fc.products.accelerators`.
 
-from jaxconv_fc.products import accelerators
-from jaxconv_fc.products.forms import Forms
+A form of its own takes the place of a shared one: ``ACCELERATOR._replace(fold=...)``.
+"""
 
-GPU = Forms(
-    correlate=accelerators.correlate,
-    kernel_gradient=accelerators.kernel_gradient,
-    fold=accelerators.fold,
-    svd=accelerators.svd,
-    singular_values=accelerators.singular_values,
-    method=lambda spec, count, dtype: "convolution",
-    column_bytes=None,
-)
+from jaxconv_fc.products.accelerators import ACCELERATOR
+
+GPU = ACCELERATOR

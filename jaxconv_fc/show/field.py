@@ -13,7 +13,7 @@ import numpy as np
 from jaxconv_fc import neurons
 from jaxconv_fc.functions.sites import ConvSite
 from jaxconv_fc.geometry.arguments import Array
-from jaxconv_fc.geometry.axis import Axis, dilated
+from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.layout import column_of, in_channel, out_first, split_row, tap_of
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec
 from jaxconv_fc.show.canvas import (
@@ -57,7 +57,7 @@ class _Line(NamedTuple):
 
 
 def _line(axis: Axis, o: int) -> _Line:
-    step, size = axis.lhs_dilation, dilated(axis.size, axis.lhs_dilation)
+    step, size = axis.lhs_dilation, axis.dilated_size
     first = o * axis.stride - axis.shift
     window = {first + p * axis.rhs_dilation: p for p in range(axis.taps)}
     start, stop = min(0, -axis.shift), max(size, axis.span - axis.shift)

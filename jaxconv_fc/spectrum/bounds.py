@@ -1,4 +1,4 @@
-"""A certificate around the spectral norm: a vector from below, a matrix that wraps around from above."""
+"""Certified bounds of the spectral norm: from below by a vector, from above by a matrix that contains M."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ def _hoelder(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 
 def _covers(spec: ConvSpec) -> dict[Blocks, float]:
-    """Blocks B, and factors with ``||M|| <= factor * max ||B||``: the blocks of M itself if they will do."""
+    """Blocks B, and factors with ``||M|| <= factor * max ||B||``.
+
+    If M wraps around or is small, these are the blocks of M itself, and the factor is 1.
+    """
     own, group = Blocks.of(spec), one_group(spec)
     if all(a.wraps for a in own.axes) or min(group.shape) <= _DENSE >= max(group.shape) // 4:
         return {own: 1.0}

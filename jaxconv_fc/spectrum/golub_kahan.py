@@ -96,7 +96,9 @@ class GroupMatrix(NamedTuple):
             return jnp.stack([v.real, v.imag]) if pairs else v
 
         steps = min(steps, *((2 if pairs else 1) * n for n in self.spec.shape))
-        found = _bidiagonalisation(steps, reortho)(lambda v: split(product(join(v))), split(start))
+        bidiagonal = _matfree_decomp().bidiag(steps, reortho=reortho)
+        with jax.default_matmul_precision("highest"):  # matfree's products, which GPU and TPU would round
+            found = bidiagonal(lambda v: split(product(join(v))), split(start))
         values, weights = _svd(found.J_small)  # S: [value], W^H: [value, step]
         basis = found.Q_tall[1]  # V^T: [step, vector...]
         basis = jnp.where(jnp.isfinite(basis), basis, jnp.zeros_like(basis))
@@ -105,18 +107,12 @@ class GroupMatrix(NamedTuple):
         return values, jax.vmap(join)(vectors)
 
 
-def _bidiagonalisation(steps: int, reortho: str) -> Any:
+def _matfree_decomp() -> Any:
     try:
         from matfree import decomp
     except ImportError as error:
         raise ImportError("spectral norms need matfree: pip install 'jaxconv_fc[spectrum]'.") from error
-    bidiagonal = decomp.bidiag(steps, reortho=reortho)
-
-    def exactly(*args: Any) -> Any:  # matfree orthogonalises by products, which GPU and TPU round
-        with jax.default_matmul_precision("highest"):
-            return bidiagonal(*args)
-
-    return exactly
+    return decomp
 
 
 def _svd(b: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -194,7 +194,8 @@ def _spectral_norm(search: Search, direct: bool, kernel: jax.Array, start: jax.A
     if not min(search.spec.shape):
         return jnp.zeros((), kernel.real.dtype)
     if direct:
-        return homogeneous(partial(_largest_of_blocks, search.spec), (1,), kernel)
+        # The value has the derivative that it has in its block.
+        return homogeneous(lambda unit: _values(_top_block(search.spec, unit).matrix)[0], (1,), kernel)
     return krylov.norm(search, kernel, start)
 
 
@@ -254,11 +255,6 @@ def _top_block(spec: ConvSpec, kernel: jax.Array) -> _Block:
 def _values(blocks: jax.Array) -> jax.Array:
     """Of the transposed blocks, whose entries are in the order that LAPACK reads."""
     return svd.singular_values(blocks.swapaxes(-1, -2))
-
-
-def _largest_of_blocks(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The largest singular value, with the derivative that it has in its block."""
-    return _values(_top_block(spec, kernel).matrix)[0]
 
 
 def _triplet_of_blocks(spec: ConvSpec, kernel: jax.Array) -> SingularTriplet:

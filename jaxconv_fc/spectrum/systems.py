@@ -194,7 +194,7 @@ def lstsq(
     """
     kernel, y = as_system(spec, kernel, y)
     import_lineax("lstsq")
-    kernel = as_inexact(spec, kernel)  # a tolerance of some narrow eps would stop at a solution far off
+    kernel = as_inexact(spec, kernel)  # with the eps of a narrow dtype as tolerance it would stop too early
     if damping is not None:
         array = jnp.asarray(damping) if isinstance(damping, int | float) else as_array("damping", damping)
         if array.ndim or not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.kind in "iu"):

@@ -71,8 +71,11 @@ def unit_values(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _descending(values: jax.Array) -> jax.Array:
-    """Values from 0 up, largest first, NaN before all. Their bits are integers of the same order, which XLA
-    on CPU sorts four times faster."""
+    """The values in descending order, NaN first. None is negative.
+
+    So the bits of the values, read as integers, have the same order. XLA on CPU sorts integers four times
+    faster.
+    """
     integers = jnp.dtype(f"int{8 * values.dtype.itemsize}")
     bits = lax.sort(lax.bitcast_convert_type(values, integers), is_stable=False)
     return lax.bitcast_convert_type(bits[::-1], values.dtype)
