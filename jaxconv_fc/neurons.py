@@ -19,14 +19,7 @@ import numpy as np
 import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.functions.ravel import sizes
-from jaxconv_fc.functions.reads import (
-    Place,
-    check_adjacent,
-    function_reads,
-    places_of,
-    reached_from,
-    reads_of,
-)
+from jaxconv_fc.functions.reads import Place, check_adjacent, function_reads, places_of, reached_by, reads_of
 from jaxconv_fc.functions.sites import ConvSite
 from jaxconv_fc.functions.sparse import Node
 from jaxconv_fc.geometry.arguments import as_int
@@ -200,7 +193,7 @@ def projective_field(spec: Any, in_index: Any, index: Any = None) -> Any:
     if sites:
         (first, ins), *_, last = places_of("projective_field", sites)
         number = ins[_as_index("in_index", in_index, ins.shape)]
-        return _field_at(last, reached_from([last.node], first, _only(first, number)))
+        return _field_at(last, reached_by([last.node], first, _only(first, number)))
     specs = _chain(spec)
     in_index = _as_index("in_index", in_index, specs[0].in_shape)
     sets = reduce(_readers_of, specs, [np.array([i]) for i in in_index])
@@ -378,7 +371,7 @@ def _of_function(name: str, fn: Callable[[Any], Any], x: Any, index: Any, *, bac
         masks = reads_of(node, _only(node, place))
     elif not backward:
         nodes = [v for v in function.results if isinstance(v, Node)]
-        masks = reached_from(nodes, node, _only(node, place))
+        masks = reached_by(nodes, node, _only(node, place))
     others = function.arguments if backward else function.results
     read = [masks.get(held) if isinstance(held, Node) else None for held in others]
     return jax.tree.unflatten(tree, map(_field, read, [array.shape for array in other]))

@@ -101,7 +101,7 @@ def matrix_of(fn: Callable[[Any], Any], x: Any, *, rows: Any = None) -> AffineMa
 
 
 def _matrix_and_offset(linear: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the jaxpr from x to (tangents, offsets)."""
+    """The matrix and offset of a function, from the jaxpr that takes x to (tangents, offsets)."""
     xs, outs = linear.in_avals, linear.out_avals[: len(linear.out_avals) // 2]
     tangents, offsets = [_rows_of(xs, out) for out in outs], [jnp.ravel] * len(outs)
     transposed = _transposed(linear, xs, outs) if _is_narrow(linear, xs, outs) else None
@@ -228,7 +228,7 @@ def _is_narrow(linear: Any, xs: Sequence[Any], outs: Sequence[Any]) -> bool:
 
 
 def _identity(arrays: Sequence[Any]) -> list[Selection]:
-    """What each of some arrays holds of the vector of all their entries."""
+    """Each of these arrays as a selection from the vector of all their entries."""
     if len(arrays) == 1:
         return [Selection(math.prod(a.shape), a.shape, a.dtype) for a in arrays]
     total, firsts = sum(sizes(arrays)), [*itertools.accumulate(sizes(arrays), initial=1)]

@@ -238,7 +238,7 @@ def _product(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any] | None:
     if not spec.pads_with_zeros or not operand.array.size:
         return None
     stack = operand.array.reshape(-1, *shape, operand.array.shape[-1])
-    made = convolve_columns(spec, kernel, stack, transposed=transposed, precision=params["precision"])
+    made = convolve_columns(spec, transposed, params["precision"], kernel, stack)
     return [Columns(made.reshape(*out, made.shape[-1]))]
 
 

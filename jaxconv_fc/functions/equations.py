@@ -117,7 +117,7 @@ def _pad(params: dict[str, Any], numbers: np.ndarray, fill: np.ndarray) -> np.nd
     moved = _taken(numbers, axes)
     if int(fill) < 0:
         return moved
-    inside = _taken(np.zeros(numbers.shape, int), axes) >= 0  # an entry of x is what pads
+    inside = _taken(np.zeros(numbers.shape, int), axes) >= 0  # the padding is an entry of x
     return np.where(inside, moved, fill)
 
 
@@ -200,7 +200,7 @@ def _imag(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
 
 
 def _conj(eqn: JaxprEqn, values: Sequence[Any], guard: Any) -> list[Terms]:
-    """Of a real operand it is the operand, as a complex array."""
+    """The conjugate. A real operand is its own, as a complex array."""
     dtype, size = result_avals(eqn)[0].dtype, values[0].size
     if values[0].dtype.kind != "c":
         return _same(eqn, values, guard)

@@ -15,7 +15,7 @@ WRONG, ABORTS, REFUSED = "wrong values", "ends the process", "refused"
 
 
 def lax_fault(spec: ConvSpec, dtype: Any, platform: str) -> str:
-    """What happens where lax performs this convolution on a platform; empty if nothing is known."""
+    """The known fault of lax in this convolution on a platform, in words; empty if there is none."""
     found = (words for condition, words in _FAULTS.get(platform, ()) if condition(spec, np.dtype(dtype)))
     return next(found, "")
 

@@ -178,13 +178,13 @@ def eval_eqn(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None
 
 
 def eval_as(eqn: JaxprEqn, primitive: Any, params: dict[str, Any], values: Sequence[Any]) -> list[Any]:
-    """What another primitive makes of as many operands, in the context (name, mesh, ...) of an equation."""
+    """The results of another primitive for as many operands, in the context (name, mesh) of an equation."""
     return eval_eqn(eqn.replace(primitive=primitive), values, params)
 
 
 @contextlib.contextmanager
 def inside(eqn: JaxprEqn) -> Iterator[None]:
-    """What is traced here has the context of an equation: its name stack, its mesh."""
+    """Code in this context is traced with the name stack and the mesh of an equation."""
     stack = str(eqn.source_info.name_stack)
     with eqn.ctx.manager, jax.named_scope(stack) if stack else contextlib.nullcontext():
         yield

@@ -313,7 +313,7 @@ def _dense(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list
 
 
 def _comparison(linearizer: Linearizer, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Not a number of a layer, but what :func:`_select` chooses by."""
+    """A condition, by which :func:`_select` chooses. It is no number of a layer."""
     (refused,) = linearizer.broken(eqn)
     name, shape = eqn.primitive.name, result_avals(eqn)[0].shape
     out = jax.ShapeDtypeStruct(shape, operand_avals(eqn)[0].dtype)

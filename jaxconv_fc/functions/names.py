@@ -1,4 +1,4 @@
-"""What a user calls the place where a convolution is performed."""
+"""Names for convolutions: the place where one is performed, as a user knows it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ArrayPaths:
 
 
 def _held(fn: Any) -> list[Any]:
-    """What a callable carries along: itself if it is a module, else its closure."""
+    """The pytrees that a callable carries along: itself if it is a module, else its closure."""
     fn = inspect.unwrap(fn)
     if isinstance(fn, functools.partial):
         return [*_held(fn.func), *fn.args, *fn.keywords.values()]

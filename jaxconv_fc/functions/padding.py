@@ -140,7 +140,7 @@ def _run(numbers: np.ndarray, n: int) -> int | None:
 
 
 def _pad_in(chain: Sequence[Variable], along: Sequence[int]) -> str:
-    """What pads the last value of a chain of moves, beside entries of the first, along some of its axes."""
+    """The padding in the last value of a chain of moves, along some axes of the first, in words; or empty."""
     lines = view(chain)
     if lines is None:
         grown = math.prod(chain[-1].shape) > math.prod(chain[0].shape)
@@ -158,7 +158,7 @@ def _pad_in(chain: Sequence[Variable], along: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Made:
-    """What is noted of the result of a convolution."""
+    """A note on the result of a convolution, by which its bias is found."""
 
     site: int  # the number of the site
     channels: int  # the axis of the output channels

@@ -36,7 +36,7 @@ def range_of_dtype(dtype: Any) -> Range:
 
 
 def range_of_constant(value: Any, dtype: Any) -> Range:
-    """Of an array that does not depend on x, and 0. A traced one may be anything that its dtype holds."""
+    """The range of an array that does not depend on x, and of 0. A traced one has the range of its dtype."""
     if not is_integer(dtype):
         return UNKNOWN
     if is_traced(value) or not getattr(value, "is_fully_addressable", True):
@@ -84,7 +84,7 @@ def _moved(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
 
 
 def _gathered(eqn: JaxprEqn, ranges: Sequence[Range]) -> Range:
-    """What is filled in is the least or the largest integer, unless a value is given."""
+    """Where an index is out of range stands the given value, or the least or largest integer without one."""
     fill, filled = eqn.params["fill_value"], range_of_dtype(result_avals(eqn)[0].dtype)
     if eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
         return ranges[0]
@@ -100,7 +100,7 @@ def _plus(a: Range, b: Range) -> Range:
 
 
 def _times(factors: Sequence[Range], terms: int = 1) -> Range:
-    """Of a sum of so many products of two factors."""
+    """The range of a sum of so many products of two factors."""
     a, b = factors
     corners = [x * y * terms if x and y and terms else 0 for x in a for y in b]
     return min(corners), max(corners)

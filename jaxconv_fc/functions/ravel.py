@@ -33,7 +33,7 @@ class Ravelled(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        """Of the ravelled result."""
+        """The dtype of the ravelled result."""
         return jnp.result_type(*self.outs) if self.outs else jnp.zeros(0).dtype
 
 

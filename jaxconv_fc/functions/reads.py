@@ -175,7 +175,7 @@ def reads_of(result: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     return masks
 
 
-def reached_from(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
+def reached_by(results: Sequence[Node], source: Node, mask: np.ndarray) -> dict[Node, np.ndarray]:
     """What reads these entries of a node, of every node that a result depends on and that depends on it."""
     masks = {source: mask}
     for node in depends_on(*results):
@@ -215,7 +215,7 @@ def function_reads(name: str, fn: Callable[[Any], Any], x: Any) -> Function:
 
 
 class Place(NamedTuple):
-    """What a convolution takes or makes, and the numbers that the entries of one example have there."""
+    """The input or output of a convolution, and the numbers that the entries of one example have there."""
 
     node: Node
     numbers: np.ndarray  # of the ``in_shape`` or ``out_shape``

@@ -38,7 +38,7 @@ from jaxconv_fc.products.product import product_p
 
 
 class Replacement(NamedTuple):
-    """What stands for an equation: ``rule(scope, eqn, values, *given)`` gives its results.
+    """The substitute for some equations: ``rule(scope, eqn, values, *given)`` gives the results of one.
 
     Replacements with equal rules are equal, and so are the programs that are compiled for them.
     """

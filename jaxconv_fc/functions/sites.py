@@ -16,7 +16,7 @@ _WORDS = 1, 2, 3, 11  # columns of the table that hold words, aligned to the lef
 
 
 class Origin(NamedTuple):
-    """What :func:`find_convs` has traced, and which of the convolutions in it a site is."""
+    """Where a site was found: the jaxpr that :func:`find_convs` traced, and the place in its list."""
 
     jaxpr: Any
     number: int

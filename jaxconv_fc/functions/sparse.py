@@ -245,7 +245,7 @@ class Graph:
 
 
 def _between(node: Node, sources: Collection[Node]) -> list[Node]:
-    """What ``node`` depends on, up to the sources, and itself, in the order in which they were made."""
+    """``node`` and the nodes that it depends on, up to the sources, in the order in which they were made."""
     found, front = {node}, [node]
     while front:
         n = front.pop()

@@ -27,16 +27,10 @@ from jaxconv_fc.products.platforms import on_each
 from jaxconv_fc.sharding import Bound, by_platform, program
 
 
-def convolve_columns(
-    spec: ConvSpec, kernel: Any, stack: Any, *, transposed: bool, precision: Any
-) -> jax.Array:
+@partial(program, static_argnums=(1, 2))
+def convolve_columns(spec: ConvSpec, transposed: bool, precision: Any, kernel: Any, stack: Any) -> jax.Array:
     """``M`` times a stack ``[examples, *in_shape, columns]``, or ``M^T`` times ``[examples, *out_shape,
     columns]``, in zeros mode."""
-    return _by_platform(spec, transposed, precision, kernel, stack)
-
-
-@partial(program, static_argnums=(1, 2))
-def _by_platform(spec: ConvSpec, transposed: bool, precision: Any, kernel: Any, stack: Any) -> jax.Array:
     shape = (stack.shape[0], *(spec.in_shape if transposed else spec.out_shape), stack.shape[-1])
     form = on_each(lambda forms: Bound(_convolved, (forms.column_bytes,)), spec, transposed, precision)
     return by_platform(form, jax.ShapeDtypeStruct(shape, stack.dtype), stack, kernel)

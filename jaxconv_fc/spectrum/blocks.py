@@ -254,7 +254,7 @@ def _transfer(value: jax.Array, labels: list[int], waves: list[Any], result: lis
     joint = sorted({label for names in waves[1::2] for label in names})
     contract = partial(jnp.einsum, precision="highest")
     phases = contract(*waves, joint)
-    # Frequencies first, as they are wanted: in any other order einsum swaps the two and moves what comes out.
+    # The product has frequencies first. With any other order einsum swaps its operands and moves its result.
     product = [label for label in (*joint, *labels) if label not in taps]
     if jnp.iscomplexobj(value):
         value = contract(phases, joint, value, labels, product)

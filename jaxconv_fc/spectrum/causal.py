@@ -133,7 +133,7 @@ class Causal:
 
 
 def _offsets(spec: ConvSpec) -> tuple[np.ndarray, np.ndarray]:
-    """Of every tap, in row-major order, the offset ``[tap, axis]``, and whether it reads an input at all."""
+    """The offset ``[tap, axis]`` of every tap, in row-major order, and whether it reads an input at all."""
     along = [np.arange(a.taps) * a.rhs_dilation - a.lo for a in spec.axes]
     grid = np.meshgrid(*along, indexing="ij") if along else []
     offsets = np.stack([g.ravel() for g in grid], 1) if grid else np.zeros((1, 0), np.int64)

@@ -27,7 +27,7 @@ _LATER = 120  # and of each further run: convergence per step grows with the len
 _BASIS_ENTRIES = 2**26  # of all Krylov vectors together, where images are large
 
 
-# -- what is searched, and how -------------------------------------------------------------------
+# -- the search ----------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_static
@@ -238,7 +238,7 @@ def _deflated(search: Search, k: int, kernel: jax.Array) -> tuple[SingularTriple
 
 
 class _Round(NamedTuple):
-    """What a round finds in M without its locked part."""
+    """The results of one round, which searches M without its locked part."""
 
     rest: jax.Array  # scalar: the largest singular value that is left
     found: SingularTriplet  # k triplets of M, stacked, of orthonormal right vectors

@@ -119,7 +119,7 @@ def singular_triplet(
 def _asked(
     spec: ConvSpec, kernel: Array, tolerance: float | None, max_restarts: int, start: Array | None
 ) -> tuple[Search, bool, jax.Array, jax.Array | None]:
-    """What the largest value is found with."""
+    """The arguments of a search, checked, and whether blocks take its place."""
     kernel = as_inexact(spec, kernel)
     if start is not None:
         start = lax.stop_gradient(as_operand("start", start, spec, "in_shape"))
@@ -253,7 +253,7 @@ def _top_block(spec: ConvSpec, kernel: jax.Array) -> _Block:
 
 
 def _values(blocks: jax.Array) -> jax.Array:
-    """Of the transposed blocks, whose entries are in the order that LAPACK reads."""
+    """Singular values, of the transposed blocks: their entries are in the order that LAPACK reads."""
     return svd.singular_values(blocks.swapaxes(-1, -2))
 
 
