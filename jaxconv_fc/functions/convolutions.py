@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxconv_fc.functions.find import lax_site, spec_of
 from jaxconv_fc.functions.jaxprs import JaxprEqn, eval_as, eval_eqn, result_avals
@@ -144,8 +143,6 @@ def product_of(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     operands = vary_alike((kernel, examples(spec, x)))
     (stack,) = eval_as(eqn, product_p, params | {"sharding": None}, operands)
     y = batched_output(spec, stack)
-    if result.weak_type:  # as both operands are, which a product does not look at
-        y = lax.convert_element_type_p.bind(y, new_dtype=y.dtype, weak_type=True, sharding=None)
     return [y if explicit_mesh(y) is None else jax.reshard(y, result.sharding)]
 
 

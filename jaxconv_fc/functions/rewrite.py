@@ -30,6 +30,7 @@ from jaxconv_fc.functions.jaxprs import (
     open_jaxpr,
     open_scan,
     open_while,
+    result_avals,
     trace,
     with_jaxprs,
 )
@@ -71,12 +72,19 @@ class Rewriter:
     def equation(self, eqn: JaxprEqn, values: Sequence[Any], used: Sequence[bool]) -> Sequence[Any]:
         names, rule, given = self.replacement
         if eqn.primitive.name in names:
-            return rule(self.scope, eqn, values, *given)
+            return list(map(_weak_as, result_avals(eqn), rule(self.scope, eqn, values, *given)))
         if not holds(eqn, names):
             return eval_eqn(eqn, values)
         rewriter = replace(self, scope=nested(self.scope, eqn))
         with inside(eqn):
             return _RULES.get(eqn.primitive.name, _compiled)(rewriter, eqn, values)
+
+
+def _weak_as(aval: Any, value: Any) -> Any:
+    """The value, weakly typed if ``aval`` is: a convolution is where its operands are, a product never is."""
+    if not aval.weak_type or jax.typeof(value).weak_type:
+        return value
+    return lax.convert_element_type_p.bind(value, new_dtype=value.dtype, weak_type=True, sharding=None)
 
 
 # -- calls that hold convolutions ----------------------------------------------------------
