@@ -215,9 +215,11 @@ def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     if not spec.nse:
         dtype = entry_dtype(spec)
         return jnp.zeros(0, kernel.dtype), jnp.zeros(0, dtype), jnp.zeros(spec.out_size + 1, dtype)
-    d = lax.iota(entry_dtype(spec), spec.out_channels)
+    d, entries = lax.iota(entry_dtype(spec), spec.out_channels), _entries(spec, 2)
     indptr = row_pointers(spec, [row_reads(axis, d.dtype) for axis in spec.axes], d)
-    return _data(spec, kernel), _numbers(spec, repeats.columns, _listed_columns, (spec.nse,)), indptr
+    forms = _forms(spec, repeats.columns, _listed_columns)
+    columns = by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), d.dtype), entries, linear=0)
+    return _data(spec, kernel, entries), columns, indptr
 
 
 @program
@@ -225,33 +227,37 @@ def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
     if not spec.nse:
         return jnp.zeros(0, kernel.dtype), jnp.zeros((0, 2), entry_dtype(spec))
-    return _data(spec, kernel), _indices(spec)
+    entries = _entries(spec, 3)
+    forms = _forms(spec, repeats.indices, _listed_indices)
+    indices = by_platform(forms, jax.ShapeDtypeStruct((spec.nse, 2), entries.dtype), entries, linear=0)
+    return _data(spec, kernel, entries), indices
 
 
-def _data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
-    """The values of all entries, (nse,)."""
-    form = _forms(spec, repeats.data, _listed_data)
-    return by_platform(form, jax.ShapeDtypeStruct((spec.nse,), kernel.dtype), kernel)
+def _data(spec: ConvSpec, kernel: jax.Array, entries: jax.Array) -> jax.Array:
+    forms = _forms(spec, repeats.data, _listed_data)
+    return by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), kernel.dtype), kernel, entries)
 
 
-def _indices(spec: ConvSpec) -> jax.Array:
-    """The rows and columns of all entries, (nse, 2)."""
-    return _numbers(spec, repeats.indices, _listed_indices, (spec.nse, 2))
+# On a CPU the arrays are copies of few entries, which they share, where a geometry has a plan for that.
+# Elsewhere entries are scattered, and nothing is shared.
 
 
-def _numbers(
-    spec: ConvSpec, cpu: Callable[..., jax.Array], other: Callable[..., jax.Array], shape: tuple[int, ...]
-) -> jax.Array:
-    """What depends on the geometry alone. A form has an operand; that of these is a 0 to add."""
-    dtype = entry_dtype(spec)
-    result = jax.ShapeDtypeStruct(shape, dtype)
-    return by_platform(_forms(spec, cpu, other), result, jnp.zeros((), dtype), linear=0)
+def _entries(spec: ConvSpec, count: int) -> jax.Array:
+    result = repeats.list_of(spec, count)
+    forms = _forms(spec, repeats.entries_of_samples, _no_entries, count)
+    return by_platform(forms, result, jnp.zeros((), result.dtype), linear=0)
 
 
-def _forms(spec: ConvSpec, cpu: Callable[..., jax.Array], other: Callable[..., jax.Array]) -> PlatformForms:
-    """On a CPU by copies, where they have a plan. Elsewhere entries are scattered."""
-    scattered, plan = Bound(other, (spec,)), repeats.plan_of(spec)
-    return PlatformForms(scattered if plan is None else Bound(cpu, (spec,)), scattered, scattered)
+def _no_entries(spec: ConvSpec, count: int, zero: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(zero, repeats.list_of(spec, count).shape)
+
+
+def _forms(
+    spec: ConvSpec, cpu: Callable[..., jax.Array], other: Callable[..., jax.Array], *given: int
+) -> PlatformForms:
+    scattered = Bound(other, (spec, *given))
+    copied = scattered if repeats.plan_of(spec) is None else Bound(cpu, (spec, *given))
+    return PlatformForms(copied, scattered, scattered)
 
 
 # Entries scattered to their places: one of the equal parts of M is listed, and repeated for the others.
@@ -270,20 +276,20 @@ def _part(spec: ConvSpec) -> Listed:
     return listed(spec, dims, positions, d, reads, inside, 0, spec.nse // parts)
 
 
-def _listed_data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def _listed_data(spec: ConvSpec, kernel: jax.Array, _: jax.Array) -> jax.Array:
     part = _part(spec)
     return part.data(kernel_parts(spec, kernel), tap_in_part(spec, part.at.tap)).reshape(-1)  # [part, entry]
 
 
-def _listed_columns(spec: ConvSpec, zero: jax.Array) -> jax.Array:
+def _listed_columns(spec: ConvSpec, _: jax.Array) -> jax.Array:
     part, first = _part(spec), group_column(spec, _parts(spec))
-    return (part.of(part.at.column)[None] + first + zero).reshape(-1)  # [1, entry] [part, 1]
+    return (part.of(part.at.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
 
 
-def _listed_indices(spec: ConvSpec, zero: jax.Array) -> jax.Array:
+def _listed_indices(spec: ConvSpec, entries: jax.Array) -> jax.Array:
     part, first = _part(spec), row_of(spec, [0] * len(spec.axes), _parts(spec))
     rows = (part.of(part.at.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
-    return jnp.stack([rows, _listed_columns(spec, zero)], axis=-1)
+    return jnp.stack([rows, _listed_columns(spec, entries)], axis=-1)
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
@@ -471,7 +477,8 @@ def _offsets(spec: ConvSpec, places: np.ndarray | None) -> np.ndarray:
 @program
 def _diagonals(spec: ConvSpec, kernel: jax.Array, offsets: jax.Array, places: jax.Array | None) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
-    data, (row, column) = _data(spec, kernel), _indices(spec).T
+    data, indices = _coo(spec, kernel)
+    row, column = indices.T
     place = row if places is None else places[row]
     which = jnp.searchsorted(offsets, (column - place) % spec.in_size)
     return stacked.at[which, place].set(data, unique_indices=True)

@@ -157,43 +157,59 @@ def _planned(spec: ConvSpec) -> Plan:
 # -- the arrays ------------------------------------------------------------------------------------
 
 
-def data(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
+def list_of(spec: ConvSpec, count: int) -> jax.ShapeDtypeStruct:
+    """The type of :func:`entries_of_samples`."""
+    plan = plan_of(spec)
+    size = 0 if plan is None else math.prod(plan.totals) * math.prod(plan.listed)
+    return jax.ShapeDtypeStruct((size, count), entry_dtype(spec))
+
+
+def entries_of_samples(spec: ConvSpec, count: int, _: jax.Array) -> jax.Array:
+    """The list: (kernel entry, column) of the entries of the samples, or (kernel entry, row, column)."""
+    sums = [_tap(spec), _row(spec), _column(spec)]
+    return fenced(partial(_listed, _planned(spec), sums[:1] + sums[-count + 1 :]))
+
+
+def data(spec: ConvSpec, kernel: jax.Array, listed: jax.Array) -> jax.Array:
     """The values of all entries, (nse,)."""
-    plan = _planned(spec)
-    n, (lead, tail), listed = len(spec.axes), plan.shared, plan.listed
+    plan, n = _planned(spec), len(spec.axes)
     values = to_canonical(kernel, spec.kernel_order)  # [p, i, d]
     for a, samples in enumerate(plan.samples):
         values = _met(samples, values, a)
     # [out channels that share the list; taps, listed out channels and channels; channels that share the list]
-    order = (n + 1, *range(n), n) if listed[0] == 1 else (*range(n), n + 1, n)
-    taps, count = values.shape[:n], math.prod(listed)
-    values = values.transpose(order).reshape(lead, -1, tail)
-    weights = [count * math.prod(taps[a + 1 :]) for a in range(n)]
-    tap = Sum([0] * n, [0] * n, weights, lambda d: d * listed[1], 1)
-    lines = fenced(_taken, values, fenced(partial(_listed, plan, [tap])))
-    return _copied(plan, lines, None).reshape(-1)
+    order = (n + 1, *range(n), n) if plan.listed[0] == 1 else (*range(n), n + 1, n)
+    values = values.transpose(order).reshape(plan.shared[0], -1, plan.shared[1])
+    return _copied(plan, fenced(_taken, values, listed[:, 0]), None).reshape(-1)
 
 
-def columns(spec: ConvSpec, zero: jax.Array) -> jax.Array:
+def columns(spec: ConvSpec, listed: jax.Array) -> jax.Array:
     """The columns of all entries, (nse,)."""
-    return _numbers(spec, [_column(spec)], zero).reshape(-1)
+    return _numbers(spec, [_column(spec)], listed[:, 1:]).reshape(-1)
 
 
-def indices(spec: ConvSpec, zero: jax.Array) -> jax.Array:
+def indices(spec: ConvSpec, listed: jax.Array) -> jax.Array:
     """The rows and columns of all entries, (nse, 2)."""
-    return _numbers(spec, [_row(spec), _column(spec)], zero).reshape(-1, 2)
+    return _numbers(spec, [_row(spec), _column(spec)], listed[:, 1:]).reshape(-1, 2)
 
 
-def _numbers(spec: ConvSpec, sums: Sequence[Sum], zero: jax.Array) -> jax.Array:
+def _numbers(spec: ConvSpec, sums: Sequence[Sum], listed: jax.Array) -> jax.Array:
     plan = _planned(spec)
     lead, tail = plan.shared
-    d, i = zero + lax.iota(zero.dtype, lead)[:, None], lax.iota(zero.dtype, tail)[None]
-    shared = jnp.stack(
-        [jnp.broadcast_to(one.out_channel(d) + i * one.channel, (lead, tail)) for one in sums], -1
-    )
-    lines = fenced(partial(_listed, plan, sums))[None, :, None] + shared[:, None]
+    d, i = lax.iota(listed.dtype, lead)[:, None], lax.iota(listed.dtype, tail)[None]
+    shared = [jnp.broadcast_to(one.out_channel(d) + i * one.channel, (lead, tail)) for one in sums]
+    lines = listed[None, :, None] + jnp.stack(shared, -1)[:, None]  # [out channel, entry, channel, sum]
     steps = [one.step(plan.samples[plan.copied], plan.copied) for one in sums]
-    return _copied(plan, lines, np.array(steps, zero.dtype))
+    return _copied(plan, lines, np.array(steps, listed.dtype))
+
+
+def _tap(spec: ConvSpec) -> Sum:
+    plan, n = _planned(spec), len(spec.axes)
+    sizes = [
+        axis.taps if one.meeting is None else one.size
+        for axis, one in zip(spec.axes, plan.samples, strict=True)
+    ]
+    weights = [math.prod((*sizes[a + 1 :], *plan.listed)) for a in range(n)]
+    return Sum([0] * n, [0] * n, weights, lambda d: d * plan.listed[1], 1)
 
 
 def _row(spec: ConvSpec) -> Sum:
@@ -228,11 +244,11 @@ def _met(samples: Samples, values: jax.Array, a: int) -> jax.Array:
 
 
 def _taken(values: jax.Array, index: jax.Array) -> jax.Array:
-    """``values[:, index]``, [out channel, tap, channel] [entry, 1] -> [out channel, entry, channel], in the
+    """``values[:, index]``, [out channel, tap, channel] [entry] -> [out channel, entry, channel], in the
     order of the result: XLA would gather all out channels of an entry together, and transpose."""
     lead, count, tail = values.shape
     first = lax.iota(index.dtype, lead) * count
-    rows = _gathered(values.reshape(-1, tail), (first[:, None] + index[:, 0][None]).reshape(-1))
+    rows = _gathered(values.reshape(-1, tail), (first[:, None] + index[None]).reshape(-1))
     return rows.reshape(lead, -1, tail)
 
 
@@ -240,12 +256,16 @@ def _listed(plan: Plan, sums: Sequence[Sum]) -> jax.Array:
     """These sums of all listed entries in order, (entries, sums)."""
     entries, channels = math.prod(plan.totals), math.prod(plan.listed)
     e = lax.iota(entry_dtype(plan.spec), entries * channels)
-    row = partial(_row_of_entry, plan, sums)
+    moving = [
+        k for k, one in enumerate(sums) if any(one.step(samples, a) for a, samples in enumerate(plan.samples))
+    ]
+    row = partial(_row_of_entry, plan, [sums[k] for k in moving])
     first, width, sample, *moved = _tabulated(row, entries, _quotient(e, channels))
     place = e - first * channels
     channel = _quotient(place, width) if channels > 1 else 0
     found = _looked_up(_tables(plan, sums), sample + place - channel * width)
-    found = [*map(operator.add, found, moved)] if moved else found
+    for k, term in zip(moving, moved, strict=False):  # nothing has moved where nothing is a copy
+        found[k] = found[k] + term
     if channels > 1:
         terms = _tabulated(partial(_of_channel, plan, sums), channels, channel)
         found = [*map(operator.add, found, terms)]
