@@ -142,9 +142,8 @@ def plan_of(spec: ConvSpec) -> Plan | None:
     samples = tuple(map(_samples, spec.axes))
     if math.prod(one.size for one in samples) > _SMALL:
         return None
-    counts = spec.out_channels, spec.group_channels
-    shared = tuple(c if free else 1 for c, free in zip(counts, (outer, inner), strict=True))
-    listed = tuple(1 if free else c for c, free in zip(counts, (outer, inner), strict=True))
+    d, i = spec.out_channels, spec.group_channels
+    shared, listed = (d if outer else 1, i if inner else 1), (1 if outer else d, 1 if inner else i)
     return Plan(spec, samples, *spatial, shared, listed)
 
 
@@ -176,9 +175,9 @@ def data(spec: ConvSpec, kernel: jax.Array, listed: jax.Array) -> jax.Array:
     values = to_canonical(kernel, spec.kernel_order)  # [p, i, d]
     for a, samples in enumerate(plan.samples):
         values = _met(samples, values, a)
-    # [out channels that share the list; taps, listed out channels and channels; channels that share the list]
-    order = (n + 1, *range(n), n) if plan.listed[0] == 1 else (*range(n), n + 1, n)
-    values = values.transpose(order).reshape(plan.shared[0], -1, plan.shared[1])
+    lead, tail = plan.shared
+    order = (*([n + 1] if lead > 1 else []), *_listed_axes(plan), *([n] if tail > 1 else []))
+    values = values.transpose(order).reshape(lead, -1, tail)
     return _copied(plan, fenced(_taken, values, listed[:, 0]), None).reshape(-1)
 
 
@@ -202,14 +201,22 @@ def _numbers(spec: ConvSpec, sums: Sequence[Sum], listed: jax.Array) -> jax.Arra
     return _copied(plan, lines, np.array(steps, listed.dtype))
 
 
+def _listed_axes(plan: Plan) -> list[int]:
+    """Axes of the kernel [p, i, d] that are listed, in the order in which the caller's kernel has them."""
+    n, (lead, tail) = len(plan.samples), plan.shared
+    listed = [*range(n), *([n] if tail == 1 else []), *([n + 1] if lead == 1 else [])]
+    return sorted(listed, key=plan.spec.kernel_order.__getitem__)
+
+
 def _tap(spec: ConvSpec) -> Sum:
     plan, n = _planned(spec), len(spec.axes)
-    sizes = [
-        axis.taps if one.meeting is None else one.size
-        for axis, one in zip(spec.axes, plan.samples, strict=True)
-    ]
-    weights = [math.prod((*sizes[a + 1 :], *plan.listed)) for a in range(n)]
-    return Sum([0] * n, [0] * n, weights, lambda d: d * plan.listed[1], 1)
+    sizes = [axis.taps for axis in spec.axes] + [spec.group_channels, spec.out_channels]
+    for a, samples in enumerate(plan.samples):
+        sizes[a] = sizes[a] if samples.meeting is None else samples.size
+    axes, weights = _listed_axes(plan), [0] * (n + 2)
+    for k, a in enumerate(axes):
+        weights[a] = math.prod(sizes[b] for b in axes[k + 1 :])
+    return Sum([0] * n, [0] * n, weights[:n], lambda d: d * weights[n + 1], weights[n])
 
 
 def _row(spec: ConvSpec) -> Sum:
