@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxconv_fc.entries import entry_dtype, group_column, pairs
 from jaxconv_fc.geometry.axis import Axis, Ints
 from jaxconv_fc.geometry.cache import bounded_cache
+from jaxconv_fc.geometry.entries import entry_dtype, group_column, pairs
 from jaxconv_fc.geometry.layout import column_of, inverse, row_of, spread, to_canonical
 from jaxconv_fc.geometry.lines import output_lines
 from jaxconv_fc.geometry.spec import ConvSpec
