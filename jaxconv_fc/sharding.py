@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jax.experimental.jet import jet_rules
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AbstractMesh, AxisType, ManualAxisType, NamedSharding, PartitionSpec
@@ -161,6 +162,16 @@ def replicated(array: jax.Array) -> jax.Array:
     """The array, replicated if its mesh has explicit axes."""
     mesh = explicit_mesh(array)
     return array if mesh is None else jax.reshard(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def fenced(form: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
+    """``form(*operands)`` as a call that XLA does not inline.
+
+    XLA would fuse what stands before a sum over taps into it, and compute it once per tap. It would fuse the
+    sum into a reduction behind it, and lose vectors and threads.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(form)(*operands)
 
 
 # -- one form per kind of platform ---------------------------------------------------------------------

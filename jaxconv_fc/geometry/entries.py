@@ -268,6 +268,15 @@ def sorted_reads(axis: Axis, dtype: Any) -> Reads:
     return _ranked(axis, *axis.input_of(o, p), xp)._replace(total=axis.pair_count).each(jnp.asarray)
 
 
+def row_reads(axis: Axis, dtype: Any) -> Reads:
+    """``width`` and ``start`` of all outputs of an axis, (outputs,), in a trace."""
+    if axis.out_size > _SMALL:
+        return sorted_reads(axis, dtype).each(lambda v: v[:, 0])
+    width = axis_widths(axis).astype(dtype)
+    start = (width.cumsum() - width).astype(dtype)
+    return Reads(0, True, 0, jnp.asarray(width), jnp.asarray(start), axis.pair_count)
+
+
 def pairs(axis: Axis, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, Reads]:
     """``(o, p, reads)`` on the host, for all triples (o, t, p) of some outputs, by output: arrays (triples,).
 

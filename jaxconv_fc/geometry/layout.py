@@ -77,12 +77,12 @@ def by_group(spec: ConvSpec, kernel: jax.Array) -> jax.Array:
 
 def group_of(spec: ConvSpec, d: Ints) -> Ints:
     """The group of out channel ``d``."""
-    return d // max(1, spec.out_channels // spec.groups)
+    return d // max(1, spec.out_channels // spec.groups) if spec.groups > 1 else d * 0
 
 
 def in_channel(spec: ConvSpec, d: Ints, i: Ints) -> Ints:
     """The number, among all input channels, of channel ``i`` of the group of out channel ``d``."""
-    return group_of(spec, d) * spec.group_channels + i
+    return group_of(spec, d) * spec.group_channels + i if spec.groups > 1 else i
 
 
 # M has parts that differ only in kernel values and in the channel group they read: one block of rows per out
@@ -125,8 +125,11 @@ def split_row(spec: ConvSpec, row: Ints) -> tuple[list[Ints], Ints]:
 def column_of(spec: ConvSpec, positions: Sequence[Ints], channel: Ints) -> Ints:
     """The column of M of these spatial positions of input channel ``channel``."""
     *spatial, batch, feature = _in_strides(spec)
-    channels = spec.in_channels // spec.batch_group_count
-    index = channel // channels * batch + channel % channels * feature
+    if spec.batch_group_count == 1:
+        index = channel * feature
+    else:
+        channels = spec.in_channels // spec.batch_group_count
+        index = channel // channels * batch + channel % channels * feature
     return sum((t * s for t, s in zip(positions, spatial, strict=True)), index)
 
 

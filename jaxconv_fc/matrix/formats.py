@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,12 @@ from jax import lax
 from jaxconv_fc.geometry.arguments import Array, as_array, brief, check_same_dtype, native
 from jaxconv_fc.geometry.entries import (
     Listed,
-    Reads,
     entries,
     entry_dtype,
     group_column,
     listed,
     row_pointers,
+    row_reads,
     sorted_reads,
 )
 from jaxconv_fc.geometry.layout import (
@@ -36,9 +36,10 @@ from jaxconv_fc.geometry.layout import (
 from jaxconv_fc.geometry.layout import taps as kernel_taps
 from jaxconv_fc.geometry.memory import check_stored
 from jaxconv_fc.geometry.spec import ConvSpec, as_operand, check_spec, spec_first
+from jaxconv_fc.matrix import repeats
 from jaxconv_fc.matrix.dense import check_bias, of_every_output
 from jaxconv_fc.matrix.host import fresh_arrays, host_plan
-from jaxconv_fc.sharding import is_traced, program
+from jaxconv_fc.sharding import Bound, PlatformForms, by_platform, is_traced, program
 
 if TYPE_CHECKING:  # takes long to load: the builders load what they need
     from jax.experimental.sparse import BCOO, BCSR
@@ -214,10 +215,11 @@ def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     if not spec.nse:
         dtype = entry_dtype(spec)
         return jnp.zeros(0, kernel.dtype), jnp.zeros(0, dtype), jnp.zeros(spec.out_size + 1, dtype)
-    tables = _tables(spec)
-    part, d = _part(spec, tables), lax.iota(entry_dtype(spec), spec.out_channels)
-    indptr = row_pointers(spec, [table.each(lambda v: v[:, 0]) for table in tables], d)
-    return _data(spec, kernel, part), _columns(spec, part), indptr
+    d, entries = lax.iota(entry_dtype(spec), spec.out_channels), _entries(spec, 2)
+    indptr = row_pointers(spec, [row_reads(axis, d.dtype) for axis in spec.axes], d)
+    forms = _forms(spec, repeats.columns, _listed_columns)
+    columns = by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), d.dtype), entries, linear=0)
+    return _data(spec, kernel, entries), columns, indptr
 
 
 @program
@@ -225,42 +227,69 @@ def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
     if not spec.nse:
         return jnp.zeros(0, kernel.dtype), jnp.zeros((0, 2), entry_dtype(spec))
-    part = _part(spec, _tables(spec))
-    return _data(spec, kernel, part), jnp.stack([_rows(spec, part), _columns(spec, part)], axis=-1)
+    entries = _entries(spec, 3)
+    forms = _forms(spec, repeats.indices, _listed_indices)
+    indices = by_platform(forms, jax.ShapeDtypeStruct((spec.nse, 2), entries.dtype), entries, linear=0)
+    return _data(spec, kernel, entries), indices
 
 
-# One of the equal parts of M is listed, and repeated for the others. The results are (nse,).
+def _data(spec: ConvSpec, kernel: jax.Array, entries: jax.Array) -> jax.Array:
+    forms = _forms(spec, repeats.data, _listed_data)
+    return by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), kernel.dtype), kernel, entries)
 
 
-def _tables(spec: ConvSpec) -> list[Reads]:
-    return [sorted_reads(axis, entry_dtype(spec)) for axis in spec.axes]
+# On a CPU the arrays are copies of few entries, which they share, where a geometry has a plan for that.
+# Elsewhere entries are scattered, and nothing is shared.
 
 
-def _part(spec: ConvSpec, tables: Sequence[Reads]) -> Listed:
+def _entries(spec: ConvSpec, count: int) -> jax.Array:
+    result = repeats.list_of(spec, count)
+    forms = _forms(spec, repeats.entries_of_samples, _no_entries, count)
+    return by_platform(forms, result, jnp.zeros((), result.dtype), linear=0)
+
+
+def _no_entries(spec: ConvSpec, count: int, zero: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(zero, repeats.list_of(spec, count).shape)
+
+
+def _forms(
+    spec: ConvSpec, cpu: Callable[..., jax.Array], other: Callable[..., jax.Array], *given: int
+) -> PlatformForms:
+    scattered = Bound(other, (spec, *given))
+    copied = scattered if repeats.plan_of(spec) is None else Bound(cpu, (spec, *given))
+    return PlatformForms(copied, scattered, scattered)
+
+
+# Entries scattered to their places: one of the equal parts of M is listed, and repeated for the others.
+
+
+def _part(spec: ConvSpec) -> Listed:
     """The entries of one part of M, [o, d, i, p], from the tables (outputs, taps) of every axis."""
     dtype, parts = entry_dtype(spec), part_count(spec)
     dims = (*(axis.out_size for axis in spec.axes), spec.out_channels // parts)
     *positions, d = grid(dims, dtype)
     reads = [
-        table.each(lambda v, a=a: spread(v, (*dims, v.shape[1]), a, len(dims)))
-        for a, table in enumerate(tables)
+        sorted_reads(axis, dtype).each(lambda v, a=a: spread(v, (*dims, v.shape[1]), a, len(dims)))
+        for a, axis in enumerate(spec.axes)
     ]
     inside = jnp.ones((1,) * len(dims), bool)
     return listed(spec, dims, positions, d, reads, inside, 0, spec.nse // parts)
 
 
-def _data(spec: ConvSpec, kernel: jax.Array, part: Listed) -> jax.Array:
+def _listed_data(spec: ConvSpec, kernel: jax.Array, _: jax.Array) -> jax.Array:
+    part = _part(spec)
     return part.data(kernel_parts(spec, kernel), tap_in_part(spec, part.at.tap)).reshape(-1)  # [part, entry]
 
 
-def _rows(spec: ConvSpec, part: Listed) -> jax.Array:
-    first = row_of(spec, [0] * len(spec.axes), _parts(spec))
-    return (part.of(part.at.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
-
-
-def _columns(spec: ConvSpec, part: Listed) -> jax.Array:
-    first = group_column(spec, _parts(spec))
+def _listed_columns(spec: ConvSpec, _: jax.Array) -> jax.Array:
+    part, first = _part(spec), group_column(spec, _parts(spec))
     return (part.of(part.at.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+
+
+def _listed_indices(spec: ConvSpec, entries: jax.Array) -> jax.Array:
+    part, first = _part(spec), row_of(spec, [0] * len(spec.axes), _parts(spec))
+    rows = (part.of(part.at.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
+    return jnp.stack([rows, _listed_columns(spec, entries)], axis=-1)
 
 
 def _parts(spec: ConvSpec) -> jax.Array:
@@ -448,8 +477,8 @@ def _offsets(spec: ConvSpec, places: np.ndarray | None) -> np.ndarray:
 @program
 def _diagonals(spec: ConvSpec, kernel: jax.Array, offsets: jax.Array, places: jax.Array | None) -> jax.Array:
     stacked = jnp.zeros((len(offsets), spec.out_size), kernel.dtype)
-    part = _part(spec, _tables(spec))
-    data, row, column = _data(spec, kernel, part), _rows(spec, part), _columns(spec, part)
+    data, indices = _coo(spec, kernel)
+    row, column = indices.T
     place = row if places is None else places[row]
     which = jnp.searchsorted(offsets, (column - place) % spec.in_size)
     return stacked.at[which, place].set(data, unique_indices=True)

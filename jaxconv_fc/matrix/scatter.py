@@ -141,8 +141,8 @@ def _lines(spec: ConvSpec, at: Entries, other: Ints, values: jax.Array, shape: t
 
 def kernel_matrix(spec: ConvSpec, x: jax.Array) -> jax.Array:
     """X, from an input of shape ``spec.in_shape``."""
-    at = all_entries(spec)  # [d, i, o, p]
-    zeros = jnp.zeros((spec.out_size, math.prod(spec.rhs_shape)), x.dtype)
-    values = x.ravel().at[jnp.where(at.valid, at.column, spec.in_size)].get(mode="fill", fill_value=0)
-    rows, taps, values = (jnp.broadcast_to(v, at.dims) for v in (at.row, at.tap, values))
-    return zeros.at[rows, taps].set(values, unique_indices=True)  # X[(d, o), (d, i, p)]
+    at, shape = all_entries(spec), (spec.out_size, math.prod(spec.rhs_shape))  # [d, i, o, p]
+    to = places(spec, at, at.row, at.tap, shape)  # X[(d, o), (d, i, p)]: never two at one place
+    values = jnp.broadcast_to(x.ravel().at[at.column].get(mode="clip"), to.shape)
+    flat = jnp.zeros(math.prod(shape), x.dtype).at[to].set(values, mode="drop", unique_indices=True)
+    return flat.reshape(shape)

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxconv_fc.geometry.axis import Axis
 from jaxconv_fc.geometry.memory import fits_in_memory
@@ -36,6 +35,7 @@ from jaxconv_fc.products.forms import (
     moved_by,
     windows,
 )
+from jaxconv_fc.sharding import fenced
 
 MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
 MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
@@ -63,16 +63,6 @@ def _undilated(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call)
         if len(axes) > MOST_AXES:
             return _unfolded(axes, lhs, rhs, call)
     return _convolution(axes, lhs, rhs, call)
-
-
-def fenced(form: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
-    """``form(*operands)`` as a call that XLA does not inline.
-
-    XLA would fuse what stands before a sum over taps into it, and compute it once per tap. It would fuse the
-    sum into a reduction behind it, and lose vectors and threads.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(form)(*operands)
 
 
 def kernel_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: Call) -> jax.Array:
