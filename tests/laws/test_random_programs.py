@@ -12,8 +12,8 @@ from jax.experimental import sparse
 
 import jaxconv_fc as fc
 
-PROGRAMS = count("PROGRAMS", 15)
-NETWORKS = count("NETWORKS", 5)
+PROGRAMS = count("PROGRAMS", 12)
+NETWORKS = count("NETWORKS", 4)
 
 
 # programs -----------------------------------------------------------------------------------------

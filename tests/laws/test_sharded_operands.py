@@ -399,12 +399,8 @@ TWO = ["check_vma", "explicit"]
 COSTLY = ["check_vma", "explicit, values"]  # to compile
 RARE = ["no_check_vma", "automatic"]  # one of them in every run
 PRODUCTS = [{"products": ["check_vma", "explicit", RARE[(SEED + i) % 2]]} for i in range(2)]
-TABLES = [
-    {"dense": TWO, "sparse": TWO},
-    {"adjoint": TWO, "norms": TWO},
-    {"functions": TWO, "blocks": COSTLY},
-    {"iterative": COSTLY},
-]
+TABLES = [{name: TWO} for name in ("dense", "sparse", "adjoint", "norms", "functions")]
+TABLES += [{name: COSTLY} for name in ("blocks", "iterative")]
 FURTHER = [
     PRODUCTS[1],
     {name: ["other deals"] for name in ("products", "norms", "functions")},

@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from absl.testing import parameterized
-from environment import SEED, count
+from environment import SEED, count, drawn
 from geometries import MODES, Geometry, arrays, integers, normals
 from jax import export, lax
 
@@ -77,6 +77,8 @@ PADDED = [  # the boundary modes, which lax does not have: compared with the ora
     Geometry((1, 2, 4, 3), (2, 2, 3, 2), (1, 2), [(1, 4), (5, 0)], (2, 1), padding_mode=mode)
     for mode in MODES
 ]
+# What a CPU makes of them, test_products.py and test_dense.py show too.
+SHOWN = PADDED if len(devices()) > 1 else PADDED[SEED % 3 :: 3]
 number = itertools.count()
 
 
@@ -203,7 +205,7 @@ class OnEveryDevice(Checked):
         self.check_gradients(device, geometry)
 
     @chex.variants(with_jit=True)
-    @on_every_device(geometry=named([*GRID[::8], *PADDED]))
+    @on_every_device(geometry=named([*GRID[SEED % 16 :: 16], *SHOWN]))
     def test_the_matrix_and_its_parts(self, device, geometry):
         """Scatters must give the same entries everywhere, float and integer."""
         self.check_matrix(device, geometry)
@@ -241,7 +243,7 @@ class OnEveryDevice(Checked):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
     @chex.variants(with_jit=True)
-    @on_every_device(geometry=named([*GRID[::9], *PADDED]))
+    @on_every_device(geometry=named([*GRID[SEED % 17 :: 17], *SHOWN]))
     def test_products_against_the_oracle(self, device, geometry):
         spec = geometry.spec()
         ahead_of, back_of = (partial(f, spec, precision="highest") for f in (fc.apply, fc.apply_transpose))
@@ -316,7 +318,7 @@ def of_all(verbs):
     return lambda *operands: {name: verb(*operands) for name, verb in verbs.items()}
 
 
-@pytest.mark.parametrize("geometry", EXPORTED.values(), ids=EXPORTED)
+@pytest.mark.parametrize("geometry", drawn(EXPORTED.values(), 2), ids=EXPORTED)
 def test_every_verb_and_its_gradient_export_for_all_platforms(geometry, rng):
     """float32, whose program also runs here, and the verbs of int32."""
     inputs = arrays(geometry, rng, np.float32)

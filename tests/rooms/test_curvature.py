@@ -114,7 +114,7 @@ def check(geometry, rng, what):
 
 NAMED = {
     "strided": geometries.Geometry((1, 2, 9, 8), (3, 2, 3, 4), (2, 3), [(1, 2), (0, 1)]),
-    "holes": geometries.Geometry((1, 2, 7), (2, 2, 5), (2,), [(3, 2)], (4,), (6,)),
+    "holes": geometries.Geometry((1, 2, 7), (2, 2, 5), (2,), [(2, 3)], (4,), (6,)),
 }
 
 
