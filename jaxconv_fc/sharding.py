@@ -169,9 +169,26 @@ def fenced(form: Callable[..., jax.Array], *operands: jax.Array) -> jax.Array:
 
     XLA would fuse what stands before a sum over taps into it, and compute it once per tap. It would fuse the
     sum into a reduction behind it, and lose vectors and threads.
+
+    Dimensions of size 1 stay outside: their order in memory is open, so XLA may choose another one on the
+    other side of the fence, and copy the array.
     """
+    sizes: list[tuple[int, ...]] = []  # of the operands, then of the result
+
+    def squeezed(array: jax.Array) -> jax.Array:
+        sizes.append(array.shape)
+        return lax.squeeze(array, [i for i, size in enumerate(array.shape) if size == 1])
+
+    def expanded(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        return lax.expand_dims(array, [i for i, size in enumerate(shape) if size == 1])
+
+    def inside(*arrays: jax.Array) -> jax.Array:
+        return squeezed(form(*map(expanded, arrays, sizes)))
+
+    arrays = list(map(squeezed, operands))
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(form)(*operands)
+        result = jax.jit(inside)(*arrays)  # `inside` is new, so it is traced now
+    return expanded(result, sizes[-1])
 
 
 # -- one form per kind of platform ---------------------------------------------------------------------

@@ -56,7 +56,8 @@ def _undilated(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call)
     """Correlation without input dilation, by the fastest form: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]."""
     if jnp.issubdtype(lhs.dtype, jnp.inexact):
         if is_narrow(axes, rhs.shape, call.groups):
-            return fenced(partial(_sum_over_taps, axes, call), lhs, rhs)
+            y = fenced(partial(_sum_over_taps, axes, call), _in_order(lhs, call), rhs)
+            return _in_order(y, call, back=True)
         if call.groups == 1 and all(axis.taps == 1 for axis in axes):
             x, k = moved_by(axes, (0,) * len(axes), lhs, 1), rhs.reshape(rhs.shape[-2:])
             return lax.dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ())), call.precision)
@@ -194,19 +195,30 @@ def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> 
     return taps <= (MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 1)
 
 
-def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
-    """[n, t..., g*c] by group, in the order of the caller's array: [n, g, c, t...] or [n, t..., g, c].
+def _in_order(x: jax.Array, call: Call, *, back: bool = False) -> jax.Array:
+    """[n, t..., c] in the order of the caller's array: [n, c, t...] or [n, t..., c]; or ``back`` from it.
 
-    Also the dimension of c, and the first one of t. Narrow floats become float32.
+    What passes a fence has this order: it is written out, and another one would be a copy.
+    """
+    if not call.channels_first:
+        return x
+    return jnp.moveaxis(x, 1, -1) if back else jnp.moveaxis(x, -1, 1)
+
+
+def _grouped(x: jax.Array, call: Call) -> tuple[jax.Array, int, int]:
+    """:func:`_in_order` by group, [n, g, c, t...] or [n, t..., g, c], with narrow floats as float32.
+
+    Also the dimension of c, and the first one of t.
     """
     at = 1 if call.channels_first else x.ndim - 1
-    x = jnp.moveaxis(x, -1, at).astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
+    x = x.astype(jnp.float32 if x.dtype.itemsize < 4 else x.dtype)
     x = x.reshape(*x.shape[:at], call.groups, x.shape[at] // call.groups, *x.shape[at + 1 :])
     return x, at + 1, 3 if call.channels_first else 1
 
 
 def _sum_over_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Correlation without input dilation: [n, t, g*i] [p, i, g*e] -> [n, o, g*e]. All terms are one loop."""
+    """Correlation without input dilation, [n, t, g*i] [p, i, g*e] -> [n, o, g*e], of arrays in the order of
+    the caller's. All terms are one loop."""
     x, at, first = _grouped(lhs, call)
     axes, x = _padded(axes, x, first)
     *taps, inputs, _ = rhs.shape
@@ -217,29 +229,29 @@ def _sum_over_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Ar
         window = moved_by(axes, p, lax.slice_in_dim(x, i, i + 1, axis=at), first)
         terms.append(window * jnp.expand_dims(weights[(*p, i)], beside))  # [n, g, 1, o] [1, g, e, 1]
     y = functools.reduce(operator.add, terms)
-    y = y.reshape(*y.shape[: at - 1], -1, *y.shape[at + 1 :])
-    return jnp.moveaxis(y, at - 1, -1).astype(lhs.dtype)
+    return y.reshape(*y.shape[: at - 1], -1, *y.shape[at + 1 :]).astype(lhs.dtype)
 
 
 def _sums_over_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
     """Kernel gradient without input dilation: [n, t, g*i] [n, o, g*e] -> [p, i, g*e], a sum for every tap."""
     pairs = (x.shape[-1] // call.groups) * (y.shape[-1] // call.groups)
+    dtype, x, y = x.dtype, _in_order(x, call), _in_order(y, call)
     if axes and pairs <= MOST_PAIRS:  # [p, n, g, i, e] -> [p, g, i, e]
-        sums = fenced(partial(_sums_of_examples, axes, call), x, y).sum(
-            1
-        )  # XLA unites sums over devices here
+        sums = fenced(partial(_sums_of_examples, axes, call), x, y)
+        sums = sums.sum(1)  # outside of the fence XLA unites the sums over devices
     else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
         read, y, at, positions = _factors(axes, call, x, y)
         numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
         sums = jnp.stack([lax.dot_general(window, y, numbers, call.precision) for window in read])
     kernel = jnp.moveaxis(sums, 1, 2)  # [p, g, i, e] -> [p, i, g, e]
-    return kernel.reshape(*(a.out_size for a in axes), kernel.shape[1], -1).astype(x.dtype)
+    return kernel.reshape(*(a.out_size for a in axes), kernel.shape[1], -1).astype(dtype)
 
 
 def _factors(
     axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array
 ) -> tuple[list[jax.Array], jax.Array, int, tuple[int, ...]]:
-    """What the outputs read through each tap, and their cotangents, both by group.
+    """What the outputs read through each tap, and their cotangents, both by group: of arrays in the order of
+    the caller's.
 
     Also the dimension of the channels in a group, and those of the positions.
     """
@@ -251,7 +263,8 @@ def _factors(
 
 
 def _sums_of_examples(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The gradient of each example: [n, t, g*i] [n, o, g*e] -> [p, n, g, i, e].
+    """The gradient of each example, [n, t, g*i] [n, o, g*e] -> [p, n, g, i, e], of arrays in the order of the
+    caller's.
 
     The positions of all axes but the first are summed in one loop: no product is stored, and every factor is
     read once. A single axis is cut into rows. The rest is summed apart: one long chain of additions would
