@@ -128,6 +128,11 @@ SUMMARY = {
     "loop": ("100 steps of conjugate gradients", None),
     "batched": ("`batched_apply`", "lax"),
     "matrix_of": ("`matrix_of` a linear network", None),
+    "sparse_matrix_of": ("`sparse_matrix_of` a linear network", "asdex"),
+    "affine_layers": ("`affine_layers`", None),
+    "models": ("a training step, `with_products`", "lax"),
+    "models_forward": ("a network, forward, `with_products`", "lax"),
+    "model_gradient_norms": ("`curvature.model_gradient_norms`", None),
     "singular_values": ("all singular values, circular", "NumPy recipe"),
     "spectral_norm": ("the largest singular value", "power iteration"),
 }

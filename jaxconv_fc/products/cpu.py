@@ -3,8 +3,9 @@
 ``lax.conv_general_dilated`` is called in the one form that is right on every platform and fast on the CPU:
 channels last, without input dilation (the outputs are split by residue) and without negative padding (the
 input is cropped). A few groups are convolutions of their own. A convolution of few channels is written out as
-a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. Integers take
-these forms on every platform: here they are multiplied by ``dot_general``.
+a sum over taps, which XLA makes one loop: its convolutions are up to 30 times slower there. One of 64 bits
+along one axis, or of few channels, is a product of matrices for each tap. Integers take these forms on every
+platform: here they are multiplied by ``dot_general``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from jaxconv_fc.sharding import fenced
 
 MOST_TERMS = 64  # of a sum that is written out, and sums in one loop
 MOST_DOTS = 32  # products of matrices that are written out: each compiles in 20 ms
+MOST_SLOW = 16  # channels of a convolution of 64 bits in XLA's slow form
 MOST_CHANNELS = 4  # of a convolution without groups
 MOST_PAIRS = 64  # of an input and an output channel of one group, whose products are summed in one loop
 MOST_AXES = 2  # spatial axes of one convolution: XLA's own of three run at a tenth of the speed
@@ -58,9 +60,8 @@ def _undilated(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call)
         if is_narrow(axes, rhs.shape, call.groups):
             y = fenced(partial(_sum_over_taps, axes, call), _in_order(lhs, call), rhs)
             return _in_order(y, call, back=True)
-        if call.groups == 1 and all(axis.taps == 1 for axis in axes):
-            x, k = moved_by(axes, (0,) * len(axes), lhs, 1), rhs.reshape(rhs.shape[-2:])
-            return lax.dot_general(x, k, (((x.ndim - 1,), (0,)), ((), ())), call.precision)
+        if call.groups == 1 and math.prod(rhs.shape[:-2]) <= most_dots(axes, lhs.dtype, *rhs.shape[-2:]):
+            return _products_of_taps(axes, call, lhs, rhs)
         if len(axes) > MOST_AXES:
             return _unfolded(axes, lhs, rhs, call)
     return _convolution(axes, lhs, rhs, call)
@@ -102,6 +103,29 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
     x = jnp.moveaxis(x, (0, -1), (-1, 0))  # [i, t, g, n]
     kernel = _convolution(axes, x.reshape(*x.shape[:-2], -1), jnp.moveaxis(y, 0, -2), call)  # [i, p, g*e]
     return jnp.moveaxis(kernel, 0, -2)
+
+
+def most_dots(axes: Sequence[Axis], dtype: Any, inputs: int, outputs: int) -> int:
+    """Up to how many taps a product of matrices for each is faster than a convolution without groups.
+
+    One tap is one product. In 64 bits XLA's convolutions along one axis, and all of few channels, run at a
+    twentieth to a quarter of the speed of its products.
+    """
+    slow = jnp.finfo(dtype).bits == 64 and (len(axes) == 1 or max(inputs, outputs) <= MOST_SLOW)
+    return MOST_DOTS if slow else 1
+
+
+def _products_of_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Correlation without groups and input dilation, [n, t, i] [p, i, e] -> [n, o, e]: a product per tap."""
+
+    def of_tap(p: tuple[int, ...], x: jax.Array, k: jax.Array) -> jax.Array:
+        contracting = (((x.ndim - 1,), (0,)), ((), ()))
+        return lax.dot_general(moved_by(axes, p, x, 1), k[p], contracting, call.precision)
+
+    def added(x: jax.Array, k: jax.Array) -> jax.Array:
+        return functools.reduce(operator.add, (of_tap(p, x, k) for p in np.ndindex(*k.shape[:-2])))
+
+    return fenced(added, lhs, rhs) if math.prod(rhs.shape[:-2]) > 1 else added(lhs, rhs)
 
 
 def _unfolded(axes: Sequence[Axis], lhs: jax.Array, rhs: jax.Array, call: Call) -> jax.Array:
@@ -186,13 +210,17 @@ def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> 
 
     A sum is faster for one example with groups: a convolution takes examples for channels, and so has one.
     (Under a ``vmap`` that keeps the gradient of each example, examples are groups.) It is also faster for few
-    pairs of channels in a group: for the fewest without groups and with many examples. A single tap is one
-    product of matrices.
+    pairs of channels in a group: for the fewest without groups and with many examples. Without groups it is
+    a product of matrices, of which :func:`most_dots` may be many.
     """
     one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
     pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
     few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
-    return taps <= (MOST_TERMS if few else MOST_DOTS if one and groups > 1 else 1)
+    if few:
+        return taps <= MOST_TERMS
+    if groups > 1:
+        return taps <= (MOST_DOTS if one else 1)
+    return taps <= most_dots(axes, x.dtype, x.shape[0], y.shape[-1])  # examples take the place of inputs
 
 
 def _in_order(x: jax.Array, call: Call, *, back: bool = False) -> jax.Array:
@@ -239,10 +267,9 @@ def _sums_over_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Ar
     if axes and pairs <= MOST_PAIRS:  # [p, n, g, i, e] -> [p, g, i, e]
         sums = fenced(partial(_sums_of_examples, axes, call), x, y)
         sums = sums.sum(1)  # outside of the fence XLA unites the sums over devices
-    else:  # [n, g, i, o] [n, g, e, o] -> [g, i, e]
-        read, y, at, positions = _factors(axes, call, x, y)
-        numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
-        sums = jnp.stack([lax.dot_general(window, y, numbers, call.precision) for window in read])
+    else:
+        products = partial(_products_of_outputs, axes, call)
+        sums = fenced(products, x, y) if math.prod(a.out_size for a in axes) > 1 else products(x, y)
     kernel = jnp.moveaxis(sums, 1, 2)  # [p, g, i, e] -> [p, i, g, e]
     return kernel.reshape(*(a.out_size for a in axes), kernel.shape[1], -1).astype(dtype)
 
@@ -260,6 +287,14 @@ def _factors(
     axes, x = _padded([a.with_taps_as_outputs() for a in axes], x, first)  # its taps are those of the kernel
     read = [moved_by(axes, p, x, first) for p in np.ndindex(*(a.taps for a in axes))]
     return read, y, at, tuple(range(first, first + len(axes)))
+
+
+def _products_of_outputs(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient, [n, t, g*i] [n, o, g*e] -> [p, g, i, e], by a product of matrices for each tap, of arrays
+    in the order of the caller's."""
+    read, y, at, positions = _factors(axes, call, x, y)
+    numbers = (((0, *positions), (0, *positions)), ((at - 1,), (at - 1,)))
+    return jnp.stack([lax.dot_general(window, y, numbers, call.precision) for window in read])
 
 
 def _sums_of_examples(axes: Sequence[Axis], call: Call, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -630,6 +630,47 @@ def test_bad_operands_of_kernel_vjp(x, y_bar, error, message):
         fc.kernel_vjp(spec, x, y_bar)
 
 
+# forms of 64 bits, and the order of arrays on a CPU ---------------------------------------------------
+
+
+def test_convolutions_of_64_bits_that_are_slow_are_products_of_matrices(rng):
+    """Along one axis, or of 16 channels at most; the gradient takes examples for channels."""
+    line, narrow = ((1, 20, 9), (20, 20, 2)), ((1, 8, 6, 6), (16, 8, 2, 2))
+    wide = (1, 8, 6, 6), (17, 8, 2, 2)
+    for lhs, rhs in (line, narrow, wide):
+        geometry = Geometry(lhs, rhs, (1,) * (len(lhs) - 2), "SAME")
+        spec = geometry.spec()
+        for dtype in (np.float64, np.complex128, np.float32):
+            kernel, x, y = (
+                integers(rng, shape, dtype) for shape in (rhs, (3, *spec.in_shape), (3, *spec.out_shape))
+            )
+
+            def both(kernel, x, y, spec=spec):
+                value, back = jax.vjp(lambda k: jax.vmap(lambda v: fc.apply(spec, k, v))(x), kernel)
+                return value, back(y)[0]
+
+            with jax.default_device(jax.devices("cpu")[0]):
+                program = jax.jit(both).lower(kernel, x, y)
+                value, gradient = program.compile()(kernel, x, y)
+            convolutions = program.as_text().count("stablehlo.convolution")
+            assert (convolutions > 0) == ((lhs, rhs) == wide or dtype == np.float32), (rhs, dtype)
+            matrix = oracle.matrix(kernel, geometry)
+            np.testing.assert_array_equal(value.reshape(3, -1), x.reshape(3, -1) @ matrix.T)
+            want = sum(oracle.kernel_gradient(a, b, geometry) for a, b in zip(x, y, strict=True))
+            np.testing.assert_array_equal(gradient, want)
+
+
+def test_no_array_is_laid_out_anew_at_a_fence():
+    """Channels first, the calls around a sum over taps read and write the caller's arrays."""
+    spec = fc.conv_spec((1, 4, 9, 9), (4, 1, 3, 3), (1, 1), "SAME", feature_group_count=4)
+    kernel, x = jnp.ones(spec.rhs_shape, jnp.float32), jnp.ones(spec.in_shape, jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        for call in (partial(fc.apply, spec), lambda k, x: fc.kernel_vjp(spec, x, x)):
+            program = jax.jit(call).lower(kernel, x).compile({"xla_backend_optimization_level": 3})
+            entry = program.as_text().split("ENTRY")[1]
+            assert not re.search(r"f32\[[\d,]*9,9[\d,]*\]\S* (copy|transpose|fusion)\(", entry), entry
+
+
 # the fence on a CPU ----------------------------------------------------------------------------------
 
 FENCED = {
