@@ -31,8 +31,8 @@ def batched_apply(
     - ``"dense"``: ``as_matrix(spec, kernel)`` times all examples at once.
 
     By default it takes the convolution on GPU and TPU, and where the count is symbolic (``jax.export``). On
-    CPU it takes M for 16 examples or more, if the kernel is as large as the image, if channels are few and
-    taps many, or if entries have 64 bits.
+    CPU it takes M for 16 examples or more, if the kernel is as large as the image, or if channels are few and
+    taps many, and for 64 examples or more of integers.
 
     Args:
       spec: the geometry.

@@ -336,7 +336,7 @@ def method(spec: ConvSpec, count: int, dtype: Any) -> str:
     - dense, if at least a quarter of M is nonzero (kernels as large as the image);
     - sparse, if an output channel reads at most 4 input channels, and a group has at most 4 outputs, in
       float32 or narrower, or 1 of several (depthwise) in any dtype;
-    - sparse, for 64-bit and integer dtypes.
+    - sparse, for integers and at least 64 examples.
 
     Sparse only where all examples together take 10^5 products.
 
@@ -355,7 +355,8 @@ def method(spec: ConvSpec, count: int, dtype: Any) -> str:
     few = spec.group_channels <= 4 and spec.out_channels <= 4 * spec.groups
     few = few and (narrow or (spec.groups > 1 and spec.group_channels == 1))
     small = count * spec.nse < 10**5  # products in all: less than it takes to build M
-    if (few or not narrow) and not small and fits_in_memory(sizes.bcsr):
+    whole = not jnp.issubdtype(dtype, jnp.inexact) and count >= 64
+    if (few or whole) and not small and fits_in_memory(sizes.bcsr):
         return "sparse"
     return "convolution"
 

@@ -51,7 +51,8 @@ def test_the_rule_for_stacks():
         assert of(*depthwise, 64, "float32", backend, groups=32) == "convolution"
     assert of(*depthwise, 1, "float32", groups=32) == "convolution"
     assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float32") == "convolution"
-    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float64") == "sparse"
+    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "float64") == "convolution"
+    assert of((1, 32, 28, 28), (32, 32, 3, 3), 128, "int32") == "sparse"
     assert of((1, 4, 8, 8), (4, 4, 8, 8), 64, "float64") == "dense"
     with fc.memory_limit(1000):
         assert of(*depthwise, 64, "float32", groups=32) == "convolution"
@@ -59,7 +60,7 @@ def test_the_rule_for_stacks():
 
 
 def test_the_rule_for_stacks_begins_where_its_text_says():
-    """From 16 examples on; 4 channels at most, any number in 64 bits."""
+    """From 16 examples on, from 64 of integers; 4 channels at most."""
 
     def of(channels, count, dtype, groups=1):
         spec = fc.conv_spec(
@@ -73,7 +74,7 @@ def test_the_rule_for_stacks_begins_where_its_text_says():
 
     assert [of(1, count, "float32", 32) for count in (15, 16)] == ["convolution", "sparse"]
     assert [of(channels, 16, "float32") for channels in (4, 5)] == ["sparse", "convolution"]
-    assert [of(32, count, "float64") for count in (15, 16)] == ["convolution", "sparse"]
+    assert [of(32, count, "int64") for count in (63, 64)] == ["convolution", "sparse"]
 
 
 def test_a_small_stack_stays_a_convolution():
