@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
+import scipy  # scipy.special is loaded at its first use
 
 Interval = tuple[np.ndarray, np.ndarray]
 
@@ -161,12 +161,12 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": _turning(_at_zero(lambda z: z * scipy.special.expit(z)), _SILU),
     "gelu": Activation(_at_zero(_gelu), _gelu_interval, cancels=True),
     "softplus": _rising(lambda z: np.logaddexp(z, 0).astype(z.dtype)),
-    "sigmoid": _rising(scipy.special.expit),
+    "sigmoid": _rising(lambda z: scipy.special.expit(z)),
     "power": Activation(_power, _power_interval),
     "sin": _waving(_quiet(np.sin), math.pi / 2),
     "cos": _waving(_quiet(np.cos), 0.0),
-    "erf": _rising(scipy.special.erf),
-    "erfc": _falling(scipy.special.erfc),
+    "erf": _rising(lambda z: scipy.special.erf(z)),
+    "erfc": _falling(lambda z: scipy.special.erfc(z)),
     **{
         name: _rising(_quiet(function))
         for name, function in {

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
+import scipy  # scipy.sparse is loaded at its first use
 
 from jaxconv_fc.functions.activations import ACTIVATIONS
 
@@ -40,7 +40,7 @@ class _Program:
         data = np.concatenate([np.broadcast_to(np.asarray(c, float), count) for _, c in terms])
         self.rows.append(
             (
-                sparse.csr_array((data, (rows, columns)), (count, len(self.names))),
+                scipy.sparse.csr_array((data, (rows, columns)), (count, len(self.names))),
                 np.broadcast_to(np.asarray(bound, float), count),
                 np.full(count, np.inf),
             )
@@ -48,7 +48,7 @@ class _Program:
 
     def same(self, numbers: np.ndarray, others: np.ndarray, factor: float, shift: float) -> None:
         """``variable == factor * other + shift``, entry by entry."""
-        one = sparse.eye_array(len(numbers), format="csr")
+        one = scipy.sparse.eye_array(len(numbers), format="csr")
         self.equal([(one, numbers), (-factor * one, others)], np.full(len(numbers), shift))
 
     def equal(self, matrices: Sequence[tuple[Any, np.ndarray]], bound: np.ndarray) -> None:
@@ -58,15 +58,16 @@ class _Program:
         rows = np.concatenate([part.row for part in parts])
         pairs = zip(parts, matrices, strict=True)
         columns = np.concatenate([numbers[part.col] for part, (_, numbers) in pairs])
-        total = sparse.csr_array((data, (rows, columns)), (len(bound), len(self.names)))
+        total = scipy.sparse.csr_array((data, (rows, columns)), (len(bound), len(self.names)))
         self.rows.append((total, bound.astype(float), bound.astype(float)))
 
     def matrix(self) -> Any:
         count = len(self.names)
         blocks = [
-            sparse.csr_array((m.data, m.indices, m.indptr), (m.shape[0], count)) for m, _, _ in self.rows
+            scipy.sparse.csr_array((m.data, m.indices, m.indptr), (m.shape[0], count))
+            for m, _, _ in self.rows
         ]
-        return sparse.vstack(blocks, format="csr") if blocks else sparse.csr_array((0, count))
+        return scipy.sparse.vstack(blocks, format="csr") if blocks else scipy.sparse.csr_array((0, count))
 
 
 class _Z(NamedTuple):
@@ -108,7 +109,7 @@ def write(
     for number, (layer, interval) in enumerate(zip(layers, intervals, strict=True)):
         z = _Z(program.variables(f"z{number}_" if layer.activation else "y", *interval), *interval)
         terms = [(-m, outputs[n]) for n, m in zip(layer.inputs, layer.matrices, strict=True)]
-        identity = sparse.eye_array(len(layer.offset), format="csr")
+        identity = scipy.sparse.eye_array(len(layer.offset), format="csr")
         program.equal([(identity, z.numbers), *terms], layer.offset)
         h = _PIECES[layer.activation](program, number, layer, z) if layer.activation else z
         outputs[number] = h.numbers

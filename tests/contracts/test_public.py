@@ -3,6 +3,8 @@
 import importlib.metadata
 import pydoc
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,11 @@ def test_help_begins_with_a_map_that_names_every_function():
 
 def test_the_version_is_that_of_the_distribution():
     assert fc.__version__ == importlib.metadata.version("jaxconv_fc")
+
+
+def test_an_import_loads_nothing_that_only_some_functions_need():
+    """scipy.sparse and scipy.special take as long to load as the whole library."""
+    heavy = ("scipy.sparse", "scipy.special", "jax.experimental.sparse", "matplotlib", "highspy", "matfree")
+    code = f"import jaxconv_fc, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
