@@ -111,8 +111,8 @@ def most_dots(axes: Sequence[Axis], dtype: Any, inputs: int, outputs: int) -> in
     One tap is one product. In 64 bits XLA's convolutions along one axis, and all of few channels, run at a
     twentieth to a quarter of the speed of its products.
     """
-    slow = jnp.finfo(dtype).bits == 64 and (len(axes) == 1 or max(inputs, outputs) <= MOST_SLOW)
-    return MOST_DOTS if slow else 1
+    few = all(isinstance(v, int) and v <= MOST_SLOW for v in (inputs, outputs))  # a symbolic batch is large
+    return MOST_DOTS if jnp.finfo(dtype).bits == 64 and (len(axes) == 1 or few) else 1
 
 
 def _products_of_taps(axes: Sequence[Axis], call: Call, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
