@@ -64,14 +64,15 @@ def main():
     rounds = 1 if args.quick else args.rounds
     args.out.mkdir(parents=True, exist_ok=True)
     results = _earlier(args.out, {"machine": _machine(), "platform": jax.default_backend()}, args.quick)
+    run = _run()  # now: the code is loaded, and what is checked out may change
     for name in wanted:
         if name in TABLES:
-            table = _measure(TABLES[name], rounds, args)
+            table = _measure(TABLES[name], rounds, args, run)
             tables = {known["name"]: known for known in results["tables"]} | {name: table}
             results["tables"] = [tables[known] for known in TABLES if known in tables]
             _write(results, args.out)
     if "first_call" in wanted:
-        results["imports"] = first_call.imports(rounds) | {"run": _run()}
+        results["imports"] = first_call.imports(rounds) | {"run": run}
         results["first_calls"] = dict(first_call.first_calls(args.quick))
     _write(results, args.out)
     for aim in results["aims"]:
@@ -88,7 +89,7 @@ def _earlier(folder, here, quick):
     return here | {"quick": quick, "tables": []}
 
 
-def _measure(table, rounds, args):
+def _measure(table, rounds, args, run):
     print(f"\n{table.title}", flush=True)
     found = []
     rounds = rounds if args.quick else rounds * table.times
@@ -101,7 +102,7 @@ def _measure(table, rounds, args):
         with contextlib.suppress(RuntimeError):
             jax.clear_caches()
     about = {"name": table.name, "title": table.title, "limit": table.limit, "note": table.note}
-    return about | {"run": f"{_run()}; {rounds} rounds", "rows": found}
+    return about | {"run": f"{run}; {rounds} rounds", "rows": found}
 
 
 def _machine():
