@@ -27,7 +27,7 @@ from jaxconv_fc.geometry.arguments import Array
 from jaxconv_fc.geometry.layout import taps, to_canonical
 from jaxconv_fc.geometry.memory import check_array
 from jaxconv_fc.geometry.spec import ConvSpec
-from jaxconv_fc.numerics import homogeneous, lengths, root, times_power_of_two, unit_scale
+from jaxconv_fc.numerics import homogeneous, root, squares, times_power_of_two, unit_scale
 from jaxconv_fc.products.forms import moved_by
 from jaxconv_fc.products.product import kernel_vjp, padded_inputs
 from jaxconv_fc.sharding import program
@@ -120,16 +120,16 @@ def norms(spec: ConvSpec, xs: jax.Array, ys: jax.Array) -> jax.Array:
     real = jnp.finfo(xs.dtype).dtype
     if not xs.size or not ys.size:
         return jnp.zeros(len(xs), real)
-    if _positions_are_cheaper(spec, 1):
-        each, entries = partial(homogeneous, partial(_by_positions, spec), (1, 1)), _pair_entries(spec)
-    else:
-        each, entries = partial(_by_gradient, spec), _kernel_entries(spec)
+    by_positions = _positions_are_cheaper(spec, 1)
+    of, entries = (
+        (_by_positions, _pair_entries(spec)) if by_positions else (_by_gradient, _kernel_entries(spec))
+    )
+    each = partial(homogeneous, partial(of, spec), (1, 1))  # products of small numbers would be flushed to 0
     return each_example(each, part_size(len(xs), entries * xs.dtype.itemsize), xs, ys)
 
 
 def _by_gradient(spec: ConvSpec, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Its entries are within range where the norm is: their scale is enough."""
-    return lengths(kernel_vjp(spec, x, y, precision=lax.Precision.HIGHEST).ravel())
+    return root(squares(kernel_vjp(spec, x, y, precision=lax.Precision.HIGHEST)).sum())
 
 
 def _by_positions(spec: ConvSpec, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -215,11 +215,11 @@ def _csr(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
     if not spec.nse:
         dtype = entry_dtype(spec)
         return jnp.zeros(0, kernel.dtype), jnp.zeros(0, dtype), jnp.zeros(spec.out_size + 1, dtype)
-    d, entries = lax.iota(entry_dtype(spec), spec.out_channels), _entries(spec, 2)
+    d, shared = lax.iota(entry_dtype(spec), spec.out_channels), _shared(spec, 2)
     indptr = row_pointers(spec, [row_reads(axis, d.dtype) for axis in spec.axes], d)
     forms = _forms(spec, repeats.columns, _listed_columns)
-    columns = by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), d.dtype), entries, linear=0)
-    return _data(spec, kernel, entries), columns, indptr
+    columns = by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), d.dtype), shared, linear=0)
+    return _data(spec, kernel, shared), columns, indptr
 
 
 @program
@@ -227,22 +227,22 @@ def _coo(spec: ConvSpec, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``(data, indices)``, as BCOO takes them."""
     if not spec.nse:
         return jnp.zeros(0, kernel.dtype), jnp.zeros((0, 2), entry_dtype(spec))
-    entries = _entries(spec, 3)
+    shared = _shared(spec, 3)
     forms = _forms(spec, repeats.indices, _listed_indices)
-    indices = by_platform(forms, jax.ShapeDtypeStruct((spec.nse, 2), entries.dtype), entries, linear=0)
-    return _data(spec, kernel, entries), indices
+    indices = by_platform(forms, jax.ShapeDtypeStruct((spec.nse, 2), shared.dtype), shared, linear=0)
+    return _data(spec, kernel, shared), indices
 
 
-def _data(spec: ConvSpec, kernel: jax.Array, entries: jax.Array) -> jax.Array:
+def _data(spec: ConvSpec, kernel: jax.Array, shared: jax.Array) -> jax.Array:
     forms = _forms(spec, repeats.data, _listed_data)
-    return by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), kernel.dtype), kernel, entries)
+    return by_platform(forms, jax.ShapeDtypeStruct((spec.nse,), kernel.dtype), kernel, shared)
 
 
-# On a CPU the arrays are copies of few entries, which they share, where a geometry has a plan for that.
-# Elsewhere entries are scattered, and nothing is shared.
+# On a CPU the arrays are copies of the entries of few outputs. They share one list of these, if the geometry
+# has a plan for it. In other programs entries are scattered, and the list is not read.
 
 
-def _entries(spec: ConvSpec, count: int) -> jax.Array:
+def _shared(spec: ConvSpec, count: int) -> jax.Array:
     result = repeats.list_of(spec, count)
     forms = _forms(spec, repeats.entries_of_samples, _no_entries, count)
     return by_platform(forms, result, jnp.zeros((), result.dtype), linear=0)
@@ -286,10 +286,10 @@ def _listed_columns(spec: ConvSpec, _: jax.Array) -> jax.Array:
     return (part.of(part.at.column)[None] + first).reshape(-1)  # [1, entry] [part, 1]
 
 
-def _listed_indices(spec: ConvSpec, entries: jax.Array) -> jax.Array:
+def _listed_indices(spec: ConvSpec, shared: jax.Array) -> jax.Array:
     part, first = _part(spec), row_of(spec, [0] * len(spec.axes), _parts(spec))
     rows = (part.of(part.at.row)[None] + first).reshape(-1)  # [1, entry] [part, 1]
-    return jnp.stack([rows, _listed_columns(spec, entries)], axis=-1)
+    return jnp.stack([rows, _listed_columns(spec, shared)], axis=-1)
 
 
 def _parts(spec: ConvSpec) -> jax.Array:

@@ -108,8 +108,8 @@ def _undilated_gradient(axes: Sequence[Axis], x: jax.Array, y: jax.Array, call: 
 def most_dots(axes: Sequence[Axis], dtype: Any, inputs: int, outputs: int) -> int:
     """Up to how many taps a product of matrices for each is faster than a convolution without groups.
 
-    One tap is one product. In 64 bits XLA's convolutions along one axis, and all of few channels, run at a
-    twentieth to a quarter of the speed of its products.
+    One tap is one product. In 64 bits XLA's convolutions along one axis, and all of few channels, took 1.3 to
+    33 times as long as products.
     """
     few = all(isinstance(v, int) and v <= MOST_SLOW for v in (inputs, outputs))  # a symbolic batch is large
     return MOST_DOTS if jnp.finfo(dtype).bits == 64 and (len(axes) == 1 or few) else 1
@@ -215,8 +215,7 @@ def _is_short(axes: Sequence[Axis], x: jax.Array, y: jax.Array, groups: int) -> 
     """
     one, taps = x.shape[0] == 1, math.prod(a.out_size for a in axes)
     pairs = (x.shape[-1] // groups) * (y.shape[-1] // groups)
-    few = pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2)
-    if few:
+    if pairs <= (MOST_PAIRS if one else MOST_PAIRS // 2 if groups > 1 else 2):
         return taps <= MOST_TERMS
     if groups > 1:
         return taps <= (MOST_DOTS if one else 1)

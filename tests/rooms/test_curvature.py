@@ -143,3 +143,22 @@ def test_random_layers(way, run_seed):
         check(geometry, rng, f"JAXCONV_FC_SEED={run_seed}, number {number}: {geometry}")
         if number % 20 == 19:
             jax.clear_caches()
+
+
+def test_norms_of_products_below_the_smallest_number(rng):
+    """Gradients are within range where no product of an input and a cotangent is, by either way."""
+    with jax.enable_x64(False):
+        for channels, size in ((16, 2), (4, 28)):  # by pairs of positions, and by gradients
+            spec = fc.conv_spec((1, channels, size, size), (channels, channels, 3, 3), (1, 1), "SAME")
+            assert norms._positions_are_cheaper(spec, 1) == (size == 2)
+            shapes = (1, *spec.in_shape), (1, *spec.out_shape)
+            x, y = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+            tiny = np.float32(2.0**-64)
+
+            def value(x, y, spec=spec):
+                return curvature.gradient_norms(spec, x, y)[0]
+
+            both = jax.jit(jax.value_and_grad(value))
+            (one, slope), (small, small_slope) = both(x, y), both(x * tiny, y * tiny)
+            np.testing.assert_allclose(small / tiny / tiny, one, rtol=1e-4)
+            np.testing.assert_allclose(small_slope / tiny, slope, rtol=1e-4, atol=1e-4 * np.abs(slope).max())
